@@ -1,0 +1,44 @@
+# Everything runs in .venv, which each command completes by itself first. Own environment: make test PY=/path/to/python
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+ifdef PY
+ENV :=
+else
+PY := .venv/bin/python
+ENV := env
+endif
+
+DATA ?= toy
+OUTPUT ?= output/$(DATA)
+export OMP_NUM_THREADS ?= 1
+export MPLBACKEND ?= Agg
+
+.PHONY: help env recipe test lint format clean distclean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+env:  ## complete .venv: pinned packages, detectron2, this package with its extension
+	@$(PYTHON) tools/setup_env.py
+
+recipe: $(ENV)  ## train, derive, fit and evaluate: DATA=toy|nuclei, NUCLEI_RAW=<folder>, OUTPUT=<folder>, ARGS=...
+	$(PY) tools/recipe.py --data $(DATA) $(if $(NUCLEI_RAW),--nuclei-raw "$(NUCLEI_RAW)") --output "$(OUTPUT)" $(ARGS)
+
+test: $(ENV)  ## all tests, the style checks among them: ARGS="-k word" to choose
+	$(PY) -m pytest $(ARGS)
+
+lint: $(ENV)  ## the style checks alone
+	$(PY) -m pytest -q tests/test_style.py
+
+format: $(ENV)  ## let ruff and clang-format rewrite the sources
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	find eco_m2f -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' | xargs -r $(dir $(PY))clang-format -i
+
+clean:  ## remove what was built, the caches and output/
+	rm -rf build output .pytest_cache .ruff_cache *.egg-info .venv/.stamp-project
+	find eco_m2f tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	find eco_m2f -name '*.so' -delete
+
+distclean: clean  ## also remove .venv
+	rm -rf .venv

@@ -1,0 +1,136 @@
+#!/usr/bin/env python3
+"""Make .venv complete: the pinned packages, detectron2, and this package with its extension.
+
+Usage: python3.11 tools/setup_env.py (or just `make`). Needs nothing but the standard library, a C++ compiler and a
+package index. Each step leaves a stamp in .venv that holds a hash of all it was made from, so a second run does
+nothing. The stamp is written last: a step that was interrupted is redone, and an environment whose packages were
+being installed when the run died is thrown away, for pip cannot tell a half-copied package from a whole one.
+"""
+
+import argparse
+import ctypes
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+UNFINISHED = VENV / ".unfinished"
+CONSTRAINTS = ROOT / "constraints.txt"
+OLDEST_PYTHON = (3, 11)
+OPENCV = {"opencv-python", "opencv-python-headless"}
+
+
+class SetupError(Exception):
+    """What could not be set up, and what to do about it."""
+
+
+def say(message: str) -> None:
+    print(f"setup: {message}", flush=True)
+
+
+def run(*command: str | Path) -> None:
+    """Run a command in the checkout. Raises SetupError when it fails."""
+    say(" ".join(str(word) if len(str(word)) < 120 else "..." for word in command))
+    if subprocess.run([str(word) for word in command], cwd=ROOT).returncode != 0:
+        raise SetupError(f"failed: {command[0]} ... (see the lines above)")
+
+
+def opencv_flavour() -> str:
+    """opencv-python where the system libraries it links to are there, else the build without a GUI."""
+    try:
+        for library in ("libGL.so.1", "libglib-2.0.so.0", "libX11.so.6"):
+            ctypes.CDLL(library)
+    except OSError as error:
+        say(f"taking opencv-python-headless, for opencv-python needs a system library: {error}")
+        return "opencv-python-headless"
+    return "opencv-python"
+
+
+def pinned_requirements(opencv: str) -> list[str]:
+    """The lines of constraints.txt that hold a requirement, with only the chosen OpenCV."""
+    lines = (line.split("#")[0].strip() for line in CONSTRAINTS.read_text().splitlines())
+    return [line for line in lines if line and line.split("==")[0] not in OPENCV - {opencv}]
+
+
+def fingerprint(*parts: str | Path) -> str:
+    """A hash over words and the content of files and folders."""
+    digest = hashlib.sha256()
+    for part in parts:
+        paths = [part] if isinstance(part, str) or part.is_file() else sorted(p for p in part.rglob("*") if p.is_file())
+        for path in paths:
+            data = path.encode() if isinstance(path, str) else path.read_bytes()
+            digest.update(f"{path} {len(data)}\n".encode() + data)
+    return digest.hexdigest()
+
+
+def step(name: str, key: str, action) -> None:
+    """Run the action unless its stamp holds this very key; write the stamp once it is through."""
+    stamp = VENV / f".stamp-{name}"
+    if stamp.is_file() and stamp.read_text() == key:
+        return
+    stamp.unlink(missing_ok=True)
+    start = time.monotonic()
+    action()
+    stamp.write_text(key)
+    say(f"{name} done in {time.monotonic() - start:.0f} s")
+
+
+def make_venv() -> None:
+    if UNFINISHED.exists():
+        say(f"{VENV} was left half installed; starting it anew")
+        shutil.rmtree(VENV)
+    if not PYTHON.exists():
+        if sys.version_info < OLDEST_PYTHON:
+            raise SetupError(f"Python {sys.version.split()[0]} is too old: make PYTHON=/path/to/python3.11")
+        run(sys.executable, "-m", "venv", "--clear", VENV)
+
+
+def drop_other_opencv(chosen: str) -> None:
+    """The two flavours share the folder cv2, so where the other one is, both have to go first."""
+    other = (OPENCV - {chosen}).pop()
+    if any(VENV.glob(f"lib/python*/site-packages/{other.replace('-', '_')}-*.dist-info")):
+        run(PYTHON, "-m", "pip", "uninstall", "-y", "-q", *OPENCV)
+
+
+def install_packages() -> None:
+    """The pinned packages, and detectron2 after them, for it may be built against torch."""
+    UNFINISHED.touch()
+    opencv = opencv_flavour()
+    drop_other_opencv(opencv)
+    run(PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "-q", *pinned_requirements(opencv))
+    run(PYTHON, "-c", "import cv2, torch, torchvision")
+    run(PYTHON, ROOT / "tools" / "install_detectron2.py")
+    UNFINISHED.unlink()
+
+
+def install_project() -> None:
+    pip_install = ("-m", "pip", "install", "--disable-pip-version-check", "-q", "--no-build-isolation", "--no-deps")
+    run(PYTHON, *pip_install, "-e", ROOT)
+    run(PYTHON, "-c", "import eco_m2f")
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    tools = ROOT / "tools"
+    with open(__file__) as lock:  # two runs at once would install over each other
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        make_venv()
+        packages = fingerprint(sys.version, CONSTRAINTS, tools / "install_detectron2.py", tools / "setup_env.py")
+        step("packages", packages, install_packages)
+        build = [f"{name}={os.environ.get(name, '')}" for name in ("ECO_M2F_BUILD", "CUDA_HOME", "CXX")]
+        sources = [ROOT / "setup.py", ROOT / "pyproject.toml", ROOT / "eco_m2f" / "ops" / "csrc"]
+        step("project", fingerprint(str(ROOT), packages, *build, *sources), install_project)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SetupError as error:
+        sys.exit(f"setup: {error}")
