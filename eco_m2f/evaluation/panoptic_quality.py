@@ -1,0 +1,260 @@
+"""Panoptic quality of one image, with the counts it is made of, and the quality of a set as a sum of those counts.
+
+The rules are those of "Panoptic Segmentation" (Kirillov et al., CVPR 2019) as the official evaluation, panopticapi,
+applies them: a predicted and a true segment of one category match when their IoU, void pixels left out, is above 0.5;
+crowds are neither found nor missed; a prediction lying mostly on void or on a crowd of its own category is ignored.
+Whether a category is a thing or stuff plays no role in matching.
+
+    target = PanopticTarget(gt_map, gt_segments)               # prepared once per image
+    statistics = target.compare(pred_map, pred_segments)       # once per exit
+    statistics.pq()                                            # this image, in [0, 1]
+    dataset_pq(total_statistics(many), categories)["All"]["pq"]  # the set, equal to panopticapi's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+VOID = 0
+_DIRECT_IDS = 4096  # ids below this index the confusion matrix as they are; others are renumbered first
+
+
+@dataclass(frozen=True)
+class ImageStatistics:
+    """Sufficient statistics of PQ: five arrays of one length, sorted by category, categories without a count left out.
+
+    category_id: int64; iou: float64, the sum of the matched pairs' IoU; tp, fp, fn: int64.
+    """
+
+    category_id: np.ndarray
+    iou: np.ndarray
+    tp: np.ndarray
+    fp: np.ndarray
+    fn: np.ndarray
+
+    def pq(self) -> float:
+        """Mean PQ, in [0, 1], over the categories that count here; 0.0 where there is none."""
+        if len(self.category_id) == 0:
+            return 0.0
+        return float(np.mean(self.iou / (self.tp + 0.5 * self.fp + 0.5 * self.fn)))
+
+
+def image_statistics(
+    pred_map: np.ndarray, pred_segments: Sequence[Mapping], gt_map: np.ndarray, gt_segments: Sequence[Mapping]
+) -> ImageStatistics:
+    """Compare one prediction with one ground truth; see `PanopticTarget` for the arguments."""
+    return PanopticTarget(gt_map, gt_segments).compare(pred_map, pred_segments)
+
+
+class PanopticTarget:
+    """The ground truth of one image, prepared to be compared with any number of predictions.
+
+    gt_map: [H, W] integer ids (see `rgb_to_id`), 0 is void. gt_segments: COCO's `segments_info`: `id`, `category_id`,
+    optional `iscrowd` (0) and `area`. As in panopticapi, the area of the annotation is believed where it is given,
+    and an id of the map that is in no segment counts as background of unknown kind: not void.
+    """
+
+    def __init__(self, gt_map: np.ndarray, gt_segments: Sequence[Mapping]):
+        gt_map = _checked_map(gt_map, "ground-truth")
+        self.shape = gt_map.shape
+        self.ids, self._index = _renumber(gt_map)
+        segment_ids = _checked_ids(gt_segments, "ground-truth")
+        self._row = _position(self.ids, segment_ids)  # [G], -1 where the map lacks the segment
+        self._category = np.array([s["category_id"] for s in gt_segments], dtype=np.int64)
+        self._is_crowd = np.array([bool(s.get("iscrowd", 0)) for s in gt_segments], dtype=bool)
+        self._area = self._areas(gt_segments)
+        # Of several crowds of one category the official evaluation remembers the last.
+        self._crowd = {int(c): g for g, c in enumerate(self._category) if self._is_crowd[g]}
+
+    def compare(self, pred_map: np.ndarray, pred_segments: Sequence[Mapping]) -> ImageStatistics:
+        """Count matches, misses and false alarms of a prediction of the same size and the same category ids.
+
+        pred_map: [H, W] integer ids, 0 is void; pred_segments: `id` and `category_id` of every id of the map.
+        Raises ValueError where map and segments disagree, as the official evaluation does.
+        """
+        pred_map = _checked_map(pred_map, "predicted")
+        if pred_map.shape != self.shape:
+            raise ValueError(f"prediction is {pred_map.shape}, ground truth {self.shape}: resize the prediction first")
+        confusion, pred_ids = self._confusion(pred_map)
+        columns = _checked_columns(confusion, pred_ids, pred_segments)
+        category = np.array([s["category_id"] for s in pred_segments], dtype=np.int64)  # [P]
+
+        intersection = self._rows(confusion, self._row)[:, columns]  # [G, P]
+        on_void = self._rows(confusion, _position(self.ids, np.array([VOID])))[0, columns]  # [P]
+        area = confusion.sum(axis=0)[columns]  # [P]
+        union = area[None] + self._area[:, None] - intersection - on_void[None]
+        comparable = (self._category[:, None] == category[None]) & ~self._is_crowd[:, None] & (intersection > 0)
+        iou = np.divide(intersection, union, out=np.zeros(union.shape), where=comparable)
+        matched = iou > 0.5
+
+        found = matched.any(axis=1)
+        ignorable = on_void + self._on_own_crowd(intersection, category)
+        false_alarm = ~matched.any(axis=0) & ~(ignorable / np.maximum(area, 1) > 0.5)
+        return _by_category(
+            true_positive=self._category[np.nonzero(matched)[0]],
+            iou=iou[matched],
+            false_positive=category[false_alarm],
+            false_negative=self._category[~found & ~self._is_crowd],
+        )
+
+    def _areas(self, segments: Sequence[Mapping]) -> np.ndarray:
+        counted = np.append(np.bincount(self._index, minlength=len(self.ids)), 0)[self._row]
+        return np.array([s.get("area", n) for s, n in zip(segments, counted)], dtype=np.int64)
+
+    def _confusion(self, pred_map: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pixel counts [ids of the ground truth, ids of the prediction], and the latter ids."""
+        top = int(pred_map.max(initial=0))
+        if top < _DIRECT_IDS:
+            pred_ids, pred_index = np.arange(top + 1), pred_map.ravel()
+        else:
+            pred_ids, pred_index = _renumber(pred_map)
+        width = len(pred_ids)
+        pairs = np.bincount(self._index * width + pred_index, minlength=len(self.ids) * width)
+        return pairs.reshape(len(self.ids), width), pred_ids
+
+    @staticmethod
+    def _rows(confusion: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """confusion[rows], with zeros for row -1."""
+        picked = confusion[rows] if len(confusion) else np.zeros((len(rows), confusion.shape[1]), dtype=np.int64)
+        return np.where(rows[:, None] >= 0, picked, 0)
+
+    def _on_own_crowd(self, intersection: np.ndarray, category: np.ndarray) -> np.ndarray:
+        pixels = np.zeros(len(category), dtype=np.int64)
+        for p, c in enumerate(category):
+            if int(c) in self._crowd:
+                pixels[p] = intersection[self._crowd[int(c)], p]
+        return pixels
+
+
+def total_statistics(statistics: Iterable[ImageStatistics]) -> ImageStatistics:
+    """Sum statistics category by category, in the given order."""
+    statistics = list(statistics)
+    if not statistics:
+        return _by_category(*([np.zeros(0, dtype=np.int64)] * 4))
+    joined = {name: np.concatenate([getattr(s, name) for s in statistics]) for name in ("category_id", *_COUNTS)}
+    category, inverse = np.unique(joined["category_id"], return_inverse=True)
+    sums = {name: np.bincount(inverse, weights=joined[name], minlength=len(category)) for name in _COUNTS}
+    return ImageStatistics(category, sums["iou"], *(sums[name].astype(np.int64) for name in ("tp", "fp", "fn")))
+
+
+def dataset_pq(total: ImageStatistics, categories: Iterable[Mapping]) -> dict:
+    """PQ, SQ and RQ in [0, 1] of summed statistics.
+
+    categories: COCO's panoptic categories, `id` and `isthing`, in the ids of the statistics. Returns {"All", "Things",
+    "Stuff": {pq, sq, rq, n}, "per_class": {category id: {pq, sq, rq}}}: means over the n categories that count; NaN
+    where n is 0. Raises ValueError where the statistics hold a category that is not listed.
+    """
+    categories = {int(c["id"]): bool(c["isthing"]) for c in categories}
+    row = {int(c): i for i, c in enumerate(total.category_id)}
+    if unknown := sorted(set(row) - set(categories)):
+        raise ValueError(f"statistics hold categories {unknown} that the dataset does not list")
+    per_class = {c: _class_quality(total, row[c]) if c in row else dict(_ABSENT) for c in categories}
+    groups = {
+        "All": list(row),
+        "Things": [c for c in row if categories[c]],
+        "Stuff": [c for c in row if not categories[c]],
+    }
+    result = {name: _mean_quality([per_class[c] for c in members]) for name, members in groups.items()}
+    return {**result, "per_class": per_class}
+
+
+def rgb_to_id(image: np.ndarray) -> np.ndarray:
+    """Ids [H, W] int32 of a COCO panoptic PNG [H, W, 3] uint8 in RGB order: R + 256 G + 256^2 B."""
+    if image.ndim != 3 or image.shape[2] < 3:
+        raise ValueError(f"a panoptic PNG has three channels, this array is {image.shape}")
+    channels = image[..., :3].astype(np.int32)
+    return channels[..., 0] + (channels[..., 1] << 8) + (channels[..., 2] << 16)
+
+
+def to_dataset_categories(segments: Sequence[Mapping], dataset_id: Mapping[int, int]) -> list[dict]:
+    """Copy segments with contiguous category ids into the dataset's ids; see `contiguous_to_dataset_id`."""
+    try:
+        return [{**s, "category_id": dataset_id[s["category_id"]]} for s in segments]
+    except KeyError as error:
+        raise ValueError(
+            f"category {error.args[0]} is predicted, the dataset has {len(dataset_id)} categories: is NUM_CLASSES right?"
+        ) from error
+
+
+def contiguous_to_dataset_id(metadata) -> dict[int, int]:
+    """The category ids that a model predicts -> the ids of the dataset's files, from detectron2 metadata."""
+    forward = {**metadata.stuff_dataset_id_to_contiguous_id, **metadata.thing_dataset_id_to_contiguous_id}
+    return {contiguous: dataset for dataset, contiguous in forward.items()}
+
+
+_COUNTS = ("iou", "tp", "fp", "fn")
+_ABSENT = {"pq": 0.0, "sq": 0.0, "rq": 0.0}
+
+
+def _by_category(true_positive, iou, false_positive, false_negative) -> ImageStatistics:
+    """Statistics from one category id per event; `iou` goes with `true_positive`."""
+    category = np.unique(np.concatenate([true_positive, false_positive, false_negative]))
+
+    def count(events, weights=None):
+        return np.bincount(np.searchsorted(category, events), weights=weights, minlength=len(category))
+
+    iou_sum = count(true_positive, iou).astype(np.float64)
+    return ImageStatistics(category, iou_sum, count(true_positive), count(false_positive), count(false_negative))
+
+
+def _class_quality(total: ImageStatistics, i: int) -> dict:
+    iou, tp = float(total.iou[i]), int(total.tp[i])
+    denominator = tp + 0.5 * int(total.fp[i]) + 0.5 * int(total.fn[i])
+    return {"pq": iou / denominator, "sq": iou / tp if tp else 0.0, "rq": tp / denominator}
+
+
+def _mean_quality(classes: Sequence[Mapping]) -> dict:
+    n = len(classes)
+    return {**{key: sum(c[key] for c in classes) / n if n else float("nan") for key in _ABSENT}, "n": n}
+
+
+def _renumber(id_map: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted ids of a map, and the map flattened as int64 indices into them.
+
+    Only the first pixel of each run is sorted: annotation has some thousand runs in some hundred thousand pixels.
+    """
+    flat = id_map.ravel()
+    if flat.size == 0:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+    ids, inverse = np.unique(flat[starts], return_inverse=True)
+    return ids.astype(np.int64), np.repeat(inverse, np.diff(np.append(starts, flat.size)))
+
+
+def _position(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Where each wanted id stands in the sorted ids, or -1."""
+    if len(ids) == 0:
+        return np.full(len(wanted), -1)
+    at = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
+    return np.where(ids[at] == wanted, at, -1)
+
+
+def _checked_map(id_map: np.ndarray, which: str) -> np.ndarray:
+    id_map = np.asarray(id_map)
+    if id_map.ndim != 2 or not np.issubdtype(id_map.dtype, np.integer):
+        raise ValueError(f"the {which} map must be [H, W] of integer ids, got {id_map.shape} of {id_map.dtype}")
+    if id_map.min(initial=0) < 0:
+        raise ValueError(f"the {which} map holds the id {id_map.min()}: ids are not negative and 0 is void")
+    return id_map
+
+
+def _checked_ids(segments: Sequence[Mapping], which: str) -> np.ndarray:
+    ids = np.array([s["id"] for s in segments], dtype=np.int64)
+    if VOID in ids or len(np.unique(ids)) != len(ids):
+        raise ValueError(f"{which} segment ids must be unique and not 0 (void), got {ids.tolist()}")
+    return ids
+
+
+def _checked_columns(confusion: np.ndarray, pred_ids: np.ndarray, segments: Sequence[Mapping]) -> np.ndarray:
+    """The confusion matrix's column of each predicted segment; map and segments must name the same ids."""
+    ids = _checked_ids(segments, "predicted")
+    present = set(pred_ids[confusion.sum(axis=0) > 0].tolist()) - {VOID}
+    if present != set(ids.tolist()):
+        raise ValueError(
+            f"ids only in the predicted map: {sorted(present - set(ids.tolist()))}, only in its segments: "
+            f"{sorted(set(ids.tolist()) - present)}; both must name the same segments"
+        )
+    return _position(pred_ids, ids)
