@@ -1,0 +1,153 @@
+"""Multi-scale deformable attention in plain PyTorch: what runs where no kernel was built, and what kernels must equal.
+
+For query q, head m: out = sum over levels l and points p of weight[q, m, l, p] * bilinear(value of level l, location),
+zero outside the map. A location (x, y) in [0, 1] is the pixel (x * w - 0.5, y * h - 0.5) of a level of h x w, each
+computed as a product and then a difference (no fused multiply-add), so that every backend picks the same cell.
+
+The rules that all backends share:
+- The derivative by the location is the one-sided derivative from above where a pixel coordinate is an exact integer.
+- A location whose pixel coordinate is not finite makes that query's head NaN in the output, and NaN the gradients of
+  this location and its weight. It adds nothing to the gradient of value.
+- Sums are in float32 for half and bfloat16 value, and the locations are float32.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Rows of value gathered at once by the backward, to bound its memory: 2**18 rows of 32 floats are 32 MiB.
+MAX_ROWS = 2**18
+
+
+def level_table(spatial_shapes: list[int]) -> list[tuple[int, int, int]]:
+    """Flat [h0, w0, h1, w1, ...] -> [(h, w, index of the level's first token)]."""
+    table, start = [], 0
+    for height, width in zip(spatial_shapes[0::2], spatial_shapes[1::2]):
+        table.append((height, width, start))
+        start += height * width
+    return table
+
+
+class Corners:
+    """The four cells around each sampling point, in the order (y0, x0), (y0, x1), (y1, x0), (y1, x1).
+
+    index: [..., 4] int64, token index within one image (clamped into the map).
+    weight: [..., 4] bilinear weights, 0 for cells outside the map, NaN where the location is not finite.
+    dx, dy: [..., 4] derivatives of weight by the pixel coordinate, 0 and NaN likewise.
+    """
+
+    def __init__(self, locations: Tensor, spatial_shapes: list[int]):
+        parts = [self._level(locations[..., i, :, :], *level) for i, level in enumerate(level_table(spatial_shapes))]
+        self.index, self.weight, self.dx, self.dy = (torch.stack(part, dim=-3) for part in zip(*parts))
+
+    @staticmethod
+    def _level(locations: Tensor, height: int, width: int, start: int) -> tuple[Tensor, ...]:
+        x = locations[..., 0] * width - 0.5
+        y = locations[..., 1] * height - 0.5
+        poison = (x - x) + (y - y)  # 0 for finite coordinates, else NaN
+        inside = (x >= -1) & (x < width) & (y >= -1) & (y < height)
+        x, y = torch.where(inside, x, 0.0), torch.where(inside, y, 0.0)
+        x0, y0 = x.floor(), y.floor()
+        fx, fy = x - x0, y - y0
+        columns = torch.stack((x0, x0 + 1, x0, x0 + 1), dim=-1)
+        rows = torch.stack((y0, y0, y0 + 1, y0 + 1), dim=-1)
+        valid = inside[..., None] & (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
+        index = rows.clamp(0, height - 1) * 1.0 * width + columns.clamp(0, width - 1)
+        wx, wy = torch.stack((1 - fx, fx, 1 - fx, fx), dim=-1), torch.stack((1 - fy, 1 - fy, fy, fy), dim=-1)
+        sign = torch.tensor((-1.0, 1.0), dtype=x.dtype, device=x.device)
+        masked = [torch.where(valid, part, 0.0) + poison[..., None] for part in
+                  (wx * wy, wy * sign[[0, 1, 0, 1]], wx * sign[[0, 0, 1, 1]])]
+        return start + index.long(), *masked
+
+
+def reference_ms_deform_attn(
+    value: Tensor, spatial_shapes: list[int], sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """The op by one `embedding_bag` over the rows of value. Arguments as `ms_deform_attn`; [N, Lq, M*D]."""
+    batch, tokens, heads, channels = value.shape
+    queries = sampling_locations.shape[1]
+    compute = torch.promote_types(value.dtype, torch.float32)
+    if value.numel() == 0 or sampling_locations.numel() == 0:
+        return value.new_zeros(batch, queries, heads * channels)
+    corners = Corners(sampling_locations.to(compute), spatial_shapes)  # [N, Lq, M, L, P, 4]
+    weight = corners.weight * attention_weights.to(compute)[..., None]
+    rows = _row_index(corners.index, tokens)
+    out = F.embedding_bag(
+        rows.flatten(0, 2).flatten(1),
+        value.to(compute).reshape(-1, channels),
+        per_sample_weights=weight.flatten(0, 2).flatten(1),
+        mode="sum",
+    )
+    return out.view(batch, queries, heads * channels).to(value.dtype)
+
+
+def _row_index(index: Tensor, tokens: int) -> Tensor:
+    """Token index [N, Lq, M, L, P, 4] -> row of value.reshape(N*S*M, D)."""
+    batch, _, heads = index.shape[:3]
+    image = torch.arange(batch, device=index.device).view(-1, 1, 1, 1, 1, 1)
+    head = torch.arange(heads, device=index.device).view(1, 1, -1, 1, 1, 1)
+    return (image * tokens + index) * heads + head
+
+
+def reference_ms_deform_attn_backward(
+    grad_output: Tensor, value: Tensor, spatial_shapes: list[int], sampling_locations: Tensor, attention_weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of value, sampling_locations and attention_weights, some queries at a time to bound the memory."""
+    batch, tokens, heads, channels = value.shape
+    queries, levels, points = sampling_locations.shape[1], *sampling_locations.shape[3:5]
+    compute = torch.promote_types(value.dtype, torch.float32)
+    rows = value.to(compute).reshape(-1, channels)
+    grad_rows = torch.zeros_like(rows)
+    grad_locations = torch.zeros_like(sampling_locations, memory_format=torch.contiguous_format)
+    grad_weights = torch.zeros_like(attention_weights, memory_format=torch.contiguous_format)
+    grad_output = grad_output.to(compute).reshape(batch, queries, heads, channels)
+    step = max(1, MAX_ROWS // max(1, batch * heads * levels * points * 4))
+    for begin in range(0, queries if value.numel() and sampling_locations.numel() else 0, step):
+        part = slice(begin, begin + step)
+        _backward_part(
+            grad_output[:, part], rows, tokens, spatial_shapes,
+            sampling_locations[:, part].to(compute), attention_weights[:, part].to(compute),
+            grad_rows, grad_locations[:, part], grad_weights[:, part],
+        )  # fmt: skip
+    return grad_rows.view(value.shape).to(value.dtype), grad_locations, grad_weights
+
+
+def _backward_part(
+    grad_output, rows, tokens, spatial_shapes, locations, weights, grad_rows, grad_locations, grad_weights
+):  # fmt: skip
+    """Adds these queries' gradients into grad_rows and writes grad_locations and grad_weights."""
+    corners = Corners(locations, spatial_shapes)
+    index = _row_index(corners.index, tokens)
+    finite = ~corners.weight.isnan()
+    scale = torch.where(finite, corners.weight, 0.0) * weights[..., None]  # [N, q, M, L, P, 4]
+    spread = scale[..., None] * grad_output[:, :, :, None, None, None]  # [N, q, M, L, P, 4, D]
+    grad_rows.index_add_(0, index.flatten(), spread.flatten(0, -2))
+    gathered = rows[index.flatten()].view(*index.shape[:3], -1, rows.shape[1])
+    dots = (gathered @ grad_output[..., None]).view(index.shape)  # <value at the corner, grad_output>
+    # A corner outside the map has weight 0 and slope 0, and a clamped one may not count either.
+    grad_weights.copy_((dots * corners.weight).sum(-1))
+    sizes = [[width, height] for height, width, _ in level_table(spatial_shapes)]
+    size = torch.tensor(sizes, dtype=weights.dtype, device=weights.device)[:, None]  # [L, 1, 2]
+    slope = torch.stack(((dots * corners.dx).sum(-1), (dots * corners.dy).sum(-1)), dim=-1)
+    grad_locations.copy_(slope * weights[..., None] * size)
+
+
+def grid_sample_ms_deform_attn(
+    value: Tensor, spatial_shapes: list[int], sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """The op by one `grid_sample` per level: slow, but made only of operators that exporters such as ONNX know.
+
+    It rounds coordinates differently near the edge of a cell, and so is not a bitwise reference.
+    """
+    batch, _, heads, channels = value.shape
+    queries, points = sampling_locations.shape[1], sampling_locations.shape[4]
+    grids = 2 * sampling_locations - 1
+    total = 0.0
+    for i, (height, width, start) in enumerate(level_table(spatial_shapes)):
+        level = value[:, start : start + height * width].flatten(2).transpose(1, 2)  # [N, M*D, h*w]
+        level = level.reshape(batch * heads, channels, height, width)
+        grid = grids[:, :, :, i].transpose(1, 2).flatten(0, 1)  # [N*M, Lq, P, 2]
+        sampled = F.grid_sample(level, grid.to(level.dtype), mode="bilinear", padding_mode="zeros", align_corners=False)
+        weight = attention_weights[:, :, :, i].transpose(1, 2).reshape(batch * heads, 1, queries, points)
+        total = total + (sampled * weight).sum(-1)  # [N*M, D, Lq]
+    return total.view(batch, heads * channels, queries).transpose(1, 2).contiguous()
