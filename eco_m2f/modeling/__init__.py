@@ -1,0 +1,18 @@
+"""Importing this package fills detectron2's registries with Mask2Former and ECO-M2F."""
+
+from . import backbones, encoders
+from .eco_maskformer import EcoMaskFormer
+from .head import MaskFormerHead
+from .maskformer import MaskFormer
+from .pixel_decoder import MSDeformAttnPixelDecoder
+from .transformer_decoder import MultiScaleMaskedTransformerDecoder
+
+__all__ = [
+    "EcoMaskFormer",
+    "MSDeformAttnPixelDecoder",
+    "MaskFormer",
+    "MaskFormerHead",
+    "MultiScaleMaskedTransformerDecoder",
+    "backbones",
+    "encoders",
+]

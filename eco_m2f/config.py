@@ -1,0 +1,119 @@
+"""Every config key of the project and its default.
+
+The keys of the parent carry their official Mask2Former names, so that official YAML files merge unchanged. Keys of
+this project are those under MODEL.ECO, MODEL.SEM_SEG_HEAD.TRANSFORMER_ENCODER_NAME, SOLVER.AMP.PRECISION and
+DATASETS.CUSTOM. Each key is read somewhere; tests/test_config.py proves it.
+"""
+
+from detectron2.config import CfgNode
+from detectron2.projects.deeplab import add_deeplab_config
+
+
+def add_eco_config(cfg: CfgNode) -> None:
+    """Adds the keys of Mask2Former and of ECO-M2F to a detectron2 config, in place."""
+    add_deeplab_config(cfg)  # WarmupPolyLR's keys, RESNETS.RES5_MULTI_GRID, INPUT.CROP.SINGLE_CATEGORY_MAX_AREA
+    _add_input(cfg)
+    _add_solver(cfg)
+    _add_mask_former(cfg)
+    _add_pixel_decoder(cfg)
+    _add_swin(cfg)
+    _add_eco(cfg)
+
+
+def _add_input(cfg: CfgNode) -> None:
+    cfg.INPUT.DATASET_MAPPER_NAME = "mask_former_semantic"
+    cfg.INPUT.COLOR_AUG_SSD = False
+    cfg.INPUT.SIZE_DIVISIBILITY = -1
+    cfg.INPUT.IMAGE_SIZE = 1024  # side of the square crop of large-scale jittering, pixels
+    cfg.INPUT.MIN_SCALE = 0.1
+    cfg.INPUT.MAX_SCALE = 2.0
+    # Datasets in COCO-panoptic format, registered without code: "name=..,images=..,panoptic=..,json=.."
+    cfg.DATASETS.CUSTOM = []
+
+
+def _add_solver(cfg: CfgNode) -> None:
+    cfg.SOLVER.OPTIMIZER = "ADAMW"
+    cfg.SOLVER.WEIGHT_DECAY_EMBED = 0.0
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
+    cfg.SOLVER.ACCUMULATION_STEPS = 1  # batches of IMS_PER_BATCH whose gradients make one optimizer step
+    cfg.SOLVER.AMP.PRECISION = "float16"  # or "bfloat16"; used where SOLVER.AMP.ENABLED
+
+
+def _add_mask_former(cfg: CfgNode) -> None:
+    m = cfg.MODEL.MASK_FORMER = CfgNode()
+    m.DEEP_SUPERVISION = True
+    m.NO_OBJECT_WEIGHT = 0.1
+    m.CLASS_WEIGHT = 1.0
+    m.DICE_WEIGHT = 1.0
+    m.MASK_WEIGHT = 20.0
+    m.NHEADS = 8
+    m.DROPOUT = 0.1
+    m.DIM_FEEDFORWARD = 2048
+    m.ENC_LAYERS = 0
+    m.DEC_LAYERS = 6
+    m.PRE_NORM = False
+    m.HIDDEN_DIM = 256
+    m.NUM_OBJECT_QUERIES = 100
+    m.TRANSFORMER_IN_FEATURE = "res5"
+    m.ENFORCE_INPUT_PROJ = False
+    m.SIZE_DIVISIBILITY = 32
+    m.TRANSFORMER_DECODER_NAME = "MultiScaleMaskedTransformerDecoder"
+    m.TRAIN_NUM_POINTS = 112 * 112
+    m.OVERSAMPLE_RATIO = 3.0
+    m.IMPORTANCE_SAMPLE_RATIO = 0.75
+    m.TEST = CfgNode()
+    m.TEST.SEMANTIC_ON = True
+    m.TEST.INSTANCE_ON = False
+    m.TEST.PANOPTIC_ON = False
+    m.TEST.OBJECT_MASK_THRESHOLD = 0.0
+    m.TEST.OVERLAP_THRESHOLD = 0.0
+    m.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE = False
+
+
+def _add_pixel_decoder(cfg: CfgNode) -> None:
+    head = cfg.MODEL.SEM_SEG_HEAD
+    head.MASK_DIM = 256
+    head.PIXEL_DECODER_NAME = "BasePixelDecoder"
+    head.TRANSFORMER_ENCODER_NAME = "MSDeformEncoder"
+    head.TRANSFORMER_ENC_LAYERS = 0
+    head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES = ["res3", "res4", "res5"]
+    head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS = 4
+    head.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS = 8
+
+
+def _add_swin(cfg: CfgNode) -> None:
+    s = cfg.MODEL.SWIN = CfgNode()
+    s.PRETRAIN_IMG_SIZE = 224
+    s.PATCH_SIZE = 4
+    s.EMBED_DIM = 96
+    s.DEPTHS = [2, 2, 6, 2]
+    s.NUM_HEADS = [3, 6, 12, 24]
+    s.WINDOW_SIZE = 7
+    s.MLP_RATIO = 4.0
+    s.QKV_BIAS = True
+    s.QK_SCALE = None
+    s.DROP_RATE = 0.0
+    s.ATTN_DROP_RATE = 0.0
+    s.DROP_PATH_RATE = 0.3
+    s.APE = False
+    s.PATCH_NORM = True
+    s.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    s.USE_CHECKPOINT = False
+
+
+def _add_eco(cfg: CfgNode) -> None:
+    e = cfg.MODEL.ECO = CfgNode()
+    e.EXITS = [2, 3, 4, 5, 6]  # encoder layers after which an image may leave
+    # Step A
+    e.ALPHA = "linear"  # exit weights of Eq. 3: "linear" (k / K), "uniform" (the paper's USD) or "list"
+    e.ALPHA_LIST = []  # one weight per exit, strictly increasing; read where ALPHA is "list"
+    e.EXITS_PER_STEP = 5  # exits trained per iteration; all of them is Eq. 3 exactly
+    e.SEED = 0  # of the exit draw when EXITS_PER_STEP < len(EXITS)
+    # inference
+    e.POLICY = "FixedExit"  # "FixedExit", "LinearGate" (learned) or "OracleExit" (upper bound)
+    e.EXIT = 6  # FixedExit: where every image leaves
+    e.GATE = ""  # LinearGate: the file that tools/train_gate.py wrote
+    e.FEATURE = "res5"  # what the gate reads: the backbone's "res5", or "projected" (after input_proj)
+    e.MAX_EXIT = 6  # OracleExit: K, the deepest exit allowed
+    e.BETA = 0.0005  # OracleExit: price of a layer, in PQ
+    e.DERIVED = ""  # OracleExit: folder of the derived dataset

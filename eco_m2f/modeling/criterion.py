@@ -1,0 +1,107 @@
+"""Mask2Former's losses for one prediction and its targets; knows no exits."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .matcher import HungarianMatcher, point_sample
+
+
+def mask_loss(logits: Tensor, targets: Tensor, num_masks: float | Tensor) -> Tensor:
+    """Binary cross-entropy, mean over points, summed over masks / num_masks: [N, P], [N, P] -> scalar."""
+    loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return loss.mean(1).sum() / num_masks
+
+
+def dice_loss(logits: Tensor, targets: Tensor, num_masks: float | Tensor) -> Tensor:
+    """1 - dice with +1 smoothing, summed over masks / num_masks: [N, P], [N, P] -> scalar."""
+    prob = logits.sigmoid()
+    dice = (2 * (prob * targets).sum(1) + 1) / (prob.sum(1) + targets.sum(1) + 1)
+    return (1 - dice).sum() / num_masks
+
+
+@torch.no_grad()
+def uncertain_points(logits: Tensor, num_points: int, oversample_ratio: float, importance_ratio: float) -> Tensor:
+    """Points where masks are undecided (PointRend): [N, 1, H, W] -> [N, num_points, 2], (x, y) in [0, 1].
+
+    Of oversample_ratio * num_points uniform points, the importance_ratio * num_points with the smallest |logit| are
+    kept; fresh uniform points make up the rest.
+    """
+    n, device = logits.shape[0], logits.device
+    num_kept = int(importance_ratio * num_points)
+    candidates = torch.rand(n, int(oversample_ratio * num_points), 2, device=device)
+    certainty = point_sample(logits, candidates)[:, 0].abs()  # [N, P']
+    kept = certainty.topk(num_kept, dim=1, largest=False, sorted=False).indices
+    kept = candidates.gather(1, kept[..., None].expand(-1, -1, 2))
+    fresh = torch.rand(n, num_points - num_kept, 2, device=device)
+    return torch.cat((kept, fresh), dim=1)
+
+
+class SetCriterion(nn.Module):
+    """Class, mask and dice losses of matched queries, with deep supervision.
+
+    Losses are called loss_ce, loss_mask and loss_dice, with suffix _0, _1.. for the auxiliary outputs, and come
+    unweighted; `weight_dict` says by how much each counts.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        matcher: HungarianMatcher,
+        weights: dict[str, float],
+        no_object_weight: float,
+        num_points: int,
+        oversample_ratio: float,
+        importance_sample_ratio: float,
+        num_aux: int,
+    ):
+        super().__init__()
+        self.num_classes = num_classes
+        self.matcher = matcher
+        self.num_points = num_points
+        self.oversample_ratio = oversample_ratio
+        self.importance_sample_ratio = importance_sample_ratio
+        suffixes = ["", *(f"_{i}" for i in range(num_aux))]
+        self.weight_dict = {name + s: w for s in suffixes for name, w in weights.items()}
+        empty_weight = torch.ones(num_classes + 1)
+        empty_weight[-1] = no_object_weight
+        self.register_buffer("empty_weight", empty_weight)
+
+    def forward(self, pred: dict, targets: list[dict], num_masks: float | Tensor) -> dict[str, Tensor]:
+        """
+        Args:
+            pred: pred_logits [B, Q, C + 1], pred_masks [B, Q, h, w], aux_outputs (may be missing).
+            targets: per image, labels [G] int64 and masks [G, H, W] bool, padded as the batch is.
+            num_masks: the mean number of target masks per process, at least 1.
+        """
+        losses = self._losses(pred, targets, num_masks, "")
+        for i, aux in enumerate(pred.get("aux_outputs", ())):
+            losses.update(self._losses(aux, targets, num_masks, f"_{i}"))
+        return losses
+
+    def _losses(self, pred: dict, targets: list[dict], num_masks, suffix: str) -> dict[str, Tensor]:
+        matches = self.matcher(pred, targets)
+        loss_mask, loss_dice = self._mask_losses(pred["pred_masks"], targets, matches, num_masks)
+        loss_ce = self._class_loss(pred["pred_logits"], targets, matches)
+        return {"loss_ce" + suffix: loss_ce, "loss_mask" + suffix: loss_mask, "loss_dice" + suffix: loss_dice}
+
+    def _class_loss(self, logits: Tensor, targets: list[dict], matches) -> Tensor:
+        """Cross-entropy over all queries; the unmatched ones are to say no-object, at a lower weight."""
+        wanted = torch.full(logits.shape[:2], self.num_classes, dtype=torch.int64, device=logits.device)
+        for row, target, (query, gt) in zip(wanted, targets, matches):
+            row[query] = target["labels"][gt]
+        return F.cross_entropy(logits.float().transpose(1, 2), wanted, self.empty_weight)
+
+    def _mask_losses(self, masks: Tensor, targets: list[dict], matches, num_masks) -> tuple[Tensor, Tensor]:
+        with torch.autocast(masks.device.type, enabled=False):
+            predicted = torch.cat([m[query] for m, (query, _) in zip(masks, matches)])[:, None].float()  # [N, 1, h, w]
+            if len(predicted) == 0:
+                # Keeps the graph, so that every rank of a distributed run back-propagates the same one.
+                return predicted.sum() + masks.float().sum() * 0.0, masks.float().sum() * 0.0
+            points = uncertain_points(predicted, self.num_points, self.oversample_ratio, self.importance_sample_ratio)
+            with torch.no_grad():
+                wanted = torch.cat([t["masks"][gt] for t, (_, gt) in zip(targets, matches)])[:, None].float()
+                wanted = point_sample(wanted, points)[:, 0]
+            logits = point_sample(predicted, points)[:, 0]
+            return mask_loss(logits, wanted, num_masks), dice_loss(logits, wanted, num_masks)

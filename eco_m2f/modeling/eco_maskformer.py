@@ -1,0 +1,107 @@
+"""ECO-M2F: a MaskFormer that is trained at several exits of its encoder and lets each image leave at its own.
+
+Against the parent it overrides how losses are taken and how the exit is chosen, nothing else; with exits (6,) and
+linear weights it is bit-equal to the parent.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import ImageList
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from ..derived import parent_sha256
+from ..evaluation.flops import ExitCosts
+from ..exits import ExitSampler, combine_exit_losses, exit_weights
+from .exit_policy import build_exit_policy
+from .maskformer import MaskFormer
+
+
+@META_ARCH_REGISTRY.register()
+class EcoMaskFormer(MaskFormer):
+    """Mask2Former with early exits (arXiv 2404.15244, section 3)."""
+
+    @configurable
+    def __init__(self, *, exits: Sequence[int], sampler: ExitSampler, exit_policy: nn.Module, **parent):
+        """
+        Args:
+            exits: encoder layers after which an image may leave, ascending.
+            sampler: Step A's iteration -> {exit: weight}.
+            exit_policy: see `EXIT_POLICY_REGISTRY`.
+            parent: the arguments of `MaskFormer`.
+        """
+        super().__init__(**parent)
+        offered = self.sem_seg_head.exits
+        if not set(exits) <= set(offered):
+            raise ValueError(f"MODEL.ECO.EXITS {list(exits)} are not all among the encoder's exits {list(offered)}")
+        self.exits = tuple(exits)
+        self.sampler = sampler
+        self.exit_policy = exit_policy
+        self._costs = None
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        parent = MaskFormer.from_config(cfg)
+        eco, encoder_exits = cfg.MODEL.ECO, parent["sem_seg_head"].exits
+        kind = list(eco.ALPHA_LIST) if eco.ALPHA == "list" else eco.ALPHA
+        weights = exit_weights(kind, eco.EXITS, encoder_exits[-1])
+        return {
+            **parent,
+            "exits": eco.EXITS,
+            "sampler": ExitSampler(eco.EXITS, weights, eco.EXITS_PER_STEP, eco.SEED),
+            "exit_policy": build_exit_policy(cfg, parent["backbone"].output_shape()),
+        }
+
+    def losses(self, features: dict[str, Tensor], targets: list[dict], num_masks: Tensor) -> dict[str, Tensor]:
+        """Eq. 3: the parent's whole loss at each exit drawn for this iteration, weighted by alpha."""
+        weights = self.sampler(get_event_storage().iter)
+        preds = self.sem_seg_head.forward_exits(features, sorted(weights))
+        losses = {k: self.weighted_losses(pred, targets, num_masks) for k, pred in preds.items()}
+        return combine_exit_losses(losses, weights, self.exits[-1])
+
+    def inference(self, features: dict[str, Tensor], images: ImageList, batched_inputs: list[dict]) -> list[dict]:
+        """As the parent, plus `exit` (int) and `exit_gflops` ({total, encoder}) of every image."""
+        ids = [x.get("image_id") for x in batched_inputs]
+        exits = self.exit_policy(self.policy_features(features), images.image_sizes, image_ids=ids)
+        chosen = exits.tolist()
+        results = self.postprocess(self.predict(features, chosen), images, batched_inputs)
+        costs = self.costs(images.tensor.shape[-2:])
+        for result, k in zip(results, chosen):
+            result["exit"] = k
+            result["exit_gflops"] = costs[k]
+        return results
+
+    def predict(self, features: dict[str, Tensor], exits: list[int]) -> dict[str, Tensor]:
+        """Each image at its own exit: images are grouped by exit, and no image runs a layer that it does not need."""
+        if len(set(exits)) == 1:
+            return self.sem_seg_head.forward_exits(features, exits[:1])[exits[0]]
+        merged = {}
+        for k in sorted(set(exits)):
+            rows = torch.tensor([i for i, e in enumerate(exits) if e == k], device=self.device)
+            pred = self.sem_seg_head.forward_exits({n: f[rows] for n, f in features.items()}, [k])[k]
+            for name in ("pred_logits", "pred_masks"):
+                if name not in merged:
+                    merged[name] = pred[name].new_empty(len(exits), *pred[name].shape[1:])
+                merged[name][rows] = pred[name]
+        return merged
+
+    def policy_features(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a policy may read: the backbone's maps, and `projected`, the coarsest after input_proj, if it asks."""
+        if getattr(self.exit_policy, "feature_source", "res5") != "projected":
+            return features
+        pixel_decoder = self.sem_seg_head.pixel_decoder
+        coarsest = pixel_decoder.encoder_in_features[0]
+        return {**features, "projected": pixel_decoder.input_proj[0](features[coarsest].float())}
+
+    def costs(self, padded_size: Sequence[int]) -> dict[int, dict[str, float]]:
+        """{exit: {"total", "encoder"}} GFLOPs of one image of this padded size, paper convention."""
+        if self._costs is None:
+            self._costs = ExitCosts(self, self.exits)
+        return self._costs(tuple(padded_size))
+
+    def load_gate(self, path: str) -> None:
+        """Loads the weights of a learned policy; the gate must have been fitted for exactly these parent weights."""
+        self.exit_policy.load_gate(path, parent_sha256(self.state_dict()))

@@ -1,0 +1,118 @@
+"""The parent's encoder: layers of multi-scale deformable self-attention over all levels.
+
+State-dict names are Mask2Former's: `level_embed`, `encoder.layers.N...`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import configurable
+from torch import Tensor, nn
+
+from ...ops import MSDeformAttn
+from ..layers import xavier_matrices_
+from .registry import TRANSFORMER_ENCODER_REGISTRY
+
+
+class MSDeformEncoderLayer(nn.Module):
+    """Deformable self-attention and a feed-forward network, each with residual and post-norm."""
+
+    def __init__(self, dim: int, dim_feedforward: int, dropout: float, num_levels: int, num_heads: int, num_points: int):
+        super().__init__()
+        self.self_attn = MSDeformAttn(dim, num_levels, num_heads, num_points)
+        self.norm1 = nn.LayerNorm(dim)
+        self.linear1 = nn.Linear(dim, dim_feedforward)
+        self.linear2 = nn.Linear(dim_feedforward, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor, pos: Tensor, reference_points: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        """tokens [B, S, C], pos [1 or B, S, C], reference_points [1, S, 1, 2] -> [B, S, C]."""
+        attended = self.self_attn(tokens + pos, reference_points, tokens, shapes)
+        tokens = self.norm1(tokens + self.dropout(attended))
+        hidden = self.dropout(torch.relu_(self.linear1(tokens)))
+        return self.norm2(tokens + self.dropout(self.linear2(hidden)))
+
+
+@TRANSFORMER_ENCODER_REGISTRY.register()
+class MSDeformEncoder(nn.Module):
+    """Mask2Former's deformable encoder; exit k is the state after layer k."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_layers: int,
+        dim_feedforward: int = 1024,
+        dropout: float = 0.0,
+        num_levels: int = 3,
+        num_heads: int = 8,
+        num_points: int = 4,
+    ):
+        super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"an encoder needs at least one layer, got {num_layers}: set TRANSFORMER_ENC_LAYERS")
+        self.exits = tuple(range(1, num_layers + 1))
+        self.encoder = nn.Module()  # a plain holder, for the published parameter names
+        self.encoder.layers = nn.ModuleList(
+            MSDeformEncoderLayer(dim, dim_feedforward, dropout, num_levels, num_heads, num_points)
+            for _ in range(num_layers)
+        )
+        self.level_embed = nn.Parameter(torch.empty(num_levels, dim))
+        self._initialise()
+
+    def _initialise(self) -> None:
+        xavier_matrices_(self)
+        for layer in self.encoder.layers:
+            layer.self_attn.reset_parameters()
+        nn.init.normal_(self.level_embed)
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        head = cfg.MODEL.SEM_SEG_HEAD
+        return {
+            "dim": head.CONVS_DIM,
+            "num_layers": head.TRANSFORMER_ENC_LAYERS,
+            "dropout": cfg.MODEL.MASK_FORMER.DROPOUT,
+            "num_levels": len(head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES),
+            "num_heads": head.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS,
+            "num_points": head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS,
+        }
+
+    def forward(self, maps: Sequence[Tensor], pos: Sequence[Tensor], exits: Sequence[int]) -> dict[int, list[Tensor]]:
+        """See `TRANSFORMER_ENCODER_REGISTRY` for the contract."""
+        wanted = set(exits)
+        if not wanted or not wanted <= set(self.exits):
+            raise ValueError(f"exits {sorted(wanted)} asked of an encoder that offers {list(self.exits)}")
+        shapes = [tuple(m.shape[-2:]) for m in maps]
+        tokens = flatten_levels(maps)  # [B, S, C]
+        pos = flatten_levels([p + e[:, None, None] for p, e in zip(pos, self.level_embed)])
+        reference = reference_points(shapes, tokens.device, tokens.dtype)
+        out = {}
+        for depth, layer in enumerate(self.encoder.layers[: max(wanted)], start=1):
+            tokens = layer(tokens, pos, reference, shapes)
+            if depth in wanted:
+                out[depth] = split_levels(tokens, shapes)
+        return out
+
+
+def flatten_levels(maps: Sequence[Tensor]) -> Tensor:
+    """[B, C, h, w] per level -> tokens [B, S, C], S the sum of h * w."""
+    return torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
+
+
+def split_levels(tokens: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Inverse of `flatten_levels`."""
+    parts = tokens.split([h * w for h, w in shapes], dim=1)
+    return [p.transpose(1, 2).unflatten(2, shape) for p, shape in zip(parts, shapes)]
+
+
+def reference_points(shapes: Sequence[tuple[int, int]], device, dtype) -> Tensor:
+    """Pixel centres of every level as (x, y) in [0, 1], one point for all levels -> [1, S, 1, 2]."""
+    points = []
+    for h, w in shapes:
+        y = (torch.arange(h, device=device, dtype=dtype) + 0.5) / h
+        x = (torch.arange(w, device=device, dtype=dtype) + 0.5) / w
+        points.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(h * w, 2))
+    return torch.cat(points)[None, :, None]

@@ -1,0 +1,72 @@
+"""Small layers shared by encoder and decoder."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them; parameters `layers.N.{weight,bias}`."""
+
+    def __init__(self, dim_in: int, dim_hidden: int, dim_out: int, num_layers: int):
+        super().__init__()
+        dims = [dim_in] + [dim_hidden] * (num_layers - 1) + [dim_out]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims, dims[1:]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+def sine_position(height: int, width: int, dim: int, device: torch.device, temperature: float = 10000.0) -> Tensor:
+    """Sine position code of a map without padding -> [1, dim, height, width], float32.
+
+    The first half of the channels codes y, the second x, each with dim / 2 frequencies, sine and cosine interleaved;
+    coordinates are 1-based and scaled to (0, 2 pi] (DETR, section A.4).
+    """
+    half = dim // 2
+    pair = torch.div(torch.arange(half, device=device, dtype=torch.float32), 2, rounding_mode="floor")
+    period = temperature ** (2 * pair / half)
+    code = [_axis_code(n, period) for n in (height, width)]  # [n, half]
+    y = code[0][:, None, :].expand(height, width, half)
+    x = code[1][None, :, :].expand(height, width, half)
+    return torch.cat((y, x), dim=2).permute(2, 0, 1)[None]
+
+
+def _axis_code(size: int, period: Tensor) -> Tensor:
+    position = torch.arange(1, size + 1, device=period.device, dtype=torch.float32)
+    angle = (position / (size + 1e-6) * 2 * torch.pi)[:, None] / period
+    return torch.stack((angle[:, 0::2].sin(), angle[:, 1::2].cos()), dim=2).flatten(1)
+
+
+def attend(attn: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
+    """Multi-head attention with the parameters of `attn`, through scaled_dot_product_attention.
+
+    `nn.MultiheadAttention` holds the parameters under their published names, but wants one mask per head; here one
+    mask serves all heads, which is an eighth of the memory.
+
+    Args:
+        query: [B, Q, C]; key, value: [B, S, C].
+        allowed: [B, Q, S] bool, True where a query may look, or None.
+
+    Returns:
+        [B, Q, C].
+    """
+    dim = query.shape[-1]
+    w_q, w_k, w_v = attn.in_proj_weight.split(dim)
+    b_q, b_k, b_v = attn.in_proj_bias.split(dim)
+    q, k, v = (
+        F.linear(x, w, b).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)  # [B, M, L, D]
+        for x, w, b in ((query, w_q, b_q), (key, w_k, b_k), (value, w_v, b_v))
+    )
+    mask = None if allowed is None else allowed[:, None]
+    out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=attn.dropout if attn.training else 0.0)
+    return attn.out_proj(out.transpose(1, 2).flatten(2))
+
+
+def xavier_matrices_(module: nn.Module) -> None:
+    """Xavier-uniform initialisation of every parameter with more than one dimension."""
+    for p in module.parameters():
+        if p.dim() > 1:
+            nn.init.xavier_uniform_(p)

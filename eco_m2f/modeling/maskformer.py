@@ -1,0 +1,153 @@
+"""The parent: Mask2Former as a detectron2 meta-architecture. It knows nothing of exits."""
+
+import torch
+from detectron2.config import configurable
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, build_sem_seg_head
+from detectron2.structures import ImageList
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from .criterion import SetCriterion
+from .matcher import HungarianMatcher
+from .postprocessing import PostProcessor
+
+
+@META_ARCH_REGISTRY.register()
+class MaskFormer(nn.Module):
+    """Mask2Former for panoptic, instance and semantic segmentation."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        sem_seg_head: nn.Module,
+        criterion: SetCriterion,
+        postprocessor: PostProcessor,
+        size_divisibility: int,
+        pixel_mean: tuple[float, ...],
+        pixel_std: tuple[float, ...],
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.sem_seg_head = sem_seg_head
+        self.criterion = criterion
+        self.postprocessor = postprocessor
+        self.size_divisibility = size_divisibility if size_divisibility > 0 else backbone.size_divisibility
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        backbone = build_backbone(cfg)
+        return {
+            "backbone": backbone,
+            "sem_seg_head": build_sem_seg_head(cfg, backbone.output_shape()),
+            "criterion": build_criterion(cfg),
+            "postprocessor": build_postprocessor(cfg),
+            "size_divisibility": cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+        """
+        Args:
+            batched_inputs: per image, `image` [3, H, W] RGB in 0..255; for training `instances` with gt_classes [G]
+                and gt_masks [G, H, W]; for inference `height` and `width` of the wanted output (default: the image's).
+
+        Returns:
+            In training, the weighted losses by name. Else, per image, those of sem_seg [C, H, W], panoptic_seg
+            (int32 [H, W], segments) and instances that are on.
+        """
+        images = self.preprocess(batched_inputs)
+        features = self.backbone(images.tensor)
+        if self.training:
+            targets = self.prepare_targets(batched_inputs, images.tensor.shape[-2:])
+            return self.losses(features, targets, self.count_masks(targets))
+        return self.inference(features, images, batched_inputs)
+
+    def preprocess(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalises, then pads right and bottom with 0."""
+        images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
+        return ImageList.from_tensors(images, self.size_divisibility)
+
+    def prepare_targets(self, batched_inputs: list[dict], size: tuple[int, int]) -> list[dict]:
+        """labels [G] and masks [G, H, W] of every image, padded to the batch's size."""
+        targets = []
+        for x in batched_inputs:
+            instances = x["instances"].to(self.device)
+            masks = getattr(instances.gt_masks, "tensor", instances.gt_masks)
+            padded = masks.new_zeros(len(masks), *size)
+            padded[:, : masks.shape[1], : masks.shape[2]] = masks
+            targets.append({"labels": instances.gt_classes, "masks": padded})
+        return targets
+
+    def count_masks(self, targets: list[dict]) -> Tensor:
+        """Mean number of target masks per process, at least 1. The only communication of the losses."""
+        num = torch.as_tensor(float(sum(len(t["labels"]) for t in targets)), device=self.device)
+        if comm.get_world_size() > 1:
+            torch.distributed.all_reduce(num)
+        return (num / comm.get_world_size()).clamp(min=1)
+
+    def losses(self, features: dict[str, Tensor], targets: list[dict], num_masks: Tensor) -> dict[str, Tensor]:
+        return self.weighted_losses(self.sem_seg_head(features), targets, num_masks)
+
+    def weighted_losses(self, pred: dict, targets: list[dict], num_masks: Tensor) -> dict[str, Tensor]:
+        """The criterion's losses times their weights; a loss without a weight is left out."""
+        losses = self.criterion(pred, targets, num_masks)
+        weights = self.criterion.weight_dict
+        return {name: loss * weights[name] for name, loss in losses.items() if name in weights}
+
+    def inference(self, features: dict[str, Tensor], images: ImageList, batched_inputs: list[dict]) -> list[dict]:
+        return self.postprocess(self.sem_seg_head(features), images, batched_inputs)
+
+    def postprocess(self, pred: dict, images: ImageList, batched_inputs: list[dict]) -> list[dict]:
+        """Results of every image at the size that its input asks for."""
+        padded = tuple(images.tensor.shape[-2:])
+        results = []
+        for logits, masks, size, x in zip(pred["pred_logits"], pred["pred_masks"], images.image_sizes, batched_inputs):
+            wanted = (x.get("height", size[0]), x.get("width", size[1]))
+            results.append(self.postprocessor(logits, masks, padded, size, wanted))
+        return results
+
+
+def build_criterion(cfg) -> SetCriterion:
+    """The losses of MODEL.MASK_FORMER, times SEM_SEG_HEAD.LOSS_WEIGHT."""
+    m, scale = cfg.MODEL.MASK_FORMER, cfg.MODEL.SEM_SEG_HEAD.LOSS_WEIGHT
+    weights = {"loss_ce": m.CLASS_WEIGHT, "loss_mask": m.MASK_WEIGHT, "loss_dice": m.DICE_WEIGHT}
+    return SetCriterion(
+        cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+        matcher=HungarianMatcher(m.CLASS_WEIGHT, m.MASK_WEIGHT, m.DICE_WEIGHT, m.TRAIN_NUM_POINTS),
+        weights={name: w * scale for name, w in weights.items()},
+        no_object_weight=m.NO_OBJECT_WEIGHT,
+        num_points=m.TRAIN_NUM_POINTS,
+        oversample_ratio=m.OVERSAMPLE_RATIO,
+        importance_sample_ratio=m.IMPORTANCE_SAMPLE_RATIO,
+        num_aux=m.DEC_LAYERS - 1 if m.DEEP_SUPERVISION else 0,
+    )
+
+
+def build_postprocessor(cfg) -> PostProcessor:
+    """What MODEL.MASK_FORMER.TEST asks for; which classes are things is told by the dataset's metadata."""
+    test = cfg.MODEL.MASK_FORMER.TEST
+    names = cfg.DATASETS.TRAIN or cfg.DATASETS.TEST
+    metadata = MetadataCatalog.get(names[0]) if names else None
+    things = getattr(metadata, "thing_dataset_id_to_contiguous_id", {}).values()
+    num_classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    return PostProcessor(
+        num_classes=num_classes,
+        thing_classes=frozenset(i for i in things if i < num_classes),
+        semantic_on=test.SEMANTIC_ON,
+        panoptic_on=test.PANOPTIC_ON,
+        instance_on=test.INSTANCE_ON,
+        object_mask_threshold=test.OBJECT_MASK_THRESHOLD,
+        overlap_threshold=test.OVERLAP_THRESHOLD,
+        detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+        resize_first=test.PANOPTIC_ON or test.INSTANCE_ON or test.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE,
+    )

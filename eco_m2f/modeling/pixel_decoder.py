@@ -1,0 +1,130 @@
+"""The pixel decoder: projections, a transformer encoder with exits, and the mask branch.
+
+The encoder is a plug-in (`encoders/`). The mask branch, which turns an exit's finest map and res2 into mask features,
+is the pair of methods `lateral` and `mask_branch`. State-dict names are Mask2Former's.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
+from fvcore.nn.weight_init import c2_xavier_fill
+from torch import Tensor, nn
+
+from .encoders import build_transformer_encoder
+from .layers import sine_position
+
+
+@SEM_SEG_HEADS_REGISTRY.register()
+class MSDeformAttnPixelDecoder(nn.Module):
+    """Mask2Former's pixel decoder, able to answer for several exits of its encoder in one pass."""
+
+    @configurable
+    def __init__(
+        self,
+        input_shape: dict[str, ShapeSpec],
+        *,
+        encoder: nn.Module,
+        encoder_in_features: Sequence[str],
+        conv_dim: int,
+        mask_dim: int,
+        norm: str,
+        common_stride: int,
+    ):
+        super().__init__()
+        by_stride = sorted(input_shape, key=lambda name: input_shape[name].stride)
+        coarse_to_fine = [n for n in reversed(by_stride) if n in encoder_in_features]
+        if len(coarse_to_fine) != len(encoder_in_features):
+            raise ValueError(f"encoder features {list(encoder_in_features)} are not all in the backbone's {by_stride}")
+        self.encoder_in_features = coarse_to_fine
+        self.mask_in_feature = by_stride[0]
+        self._check_strides({n: input_shape[n].stride for n in by_stride}, common_stride)
+        self.input_proj = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(input_shape[n].channels, conv_dim, 1), nn.GroupNorm(32, conv_dim))
+            for n in coarse_to_fine
+        )
+        self.transformer = encoder
+        use_bias = norm == ""
+        self.adapter_1 = Conv2d(
+            input_shape[by_stride[0]].channels, conv_dim, 1, bias=use_bias, norm=get_norm(norm, conv_dim)
+        )
+        self.layer_1 = Conv2d(
+            conv_dim, conv_dim, 3, padding=1, bias=use_bias, norm=get_norm(norm, conv_dim), activation=F.relu
+        )
+        self.mask_features = Conv2d(conv_dim, mask_dim, 1)
+        self._initialise()
+
+    def _check_strides(self, strides: dict[str, int], common_stride: int) -> None:
+        """One step of the feature pyramid: masks at `common_stride`, half the encoder's finest stride."""
+        finest = strides[self.encoder_in_features[-1]]
+        if strides[self.mask_in_feature] != common_stride or common_stride * 2 != finest:
+            raise ValueError(
+                f"COMMON_STRIDE {common_stride} needs a backbone feature of that stride and an encoder whose finest "
+                f"map has twice that; got feature strides {strides}, encoder features {self.encoder_in_features}"
+            )
+
+    def _initialise(self) -> None:
+        for proj in self.input_proj:
+            nn.init.xavier_uniform_(proj[0].weight)
+            nn.init.zeros_(proj[0].bias)
+        for conv in (self.adapter_1, self.layer_1, self.mask_features):
+            c2_xavier_fill(conv)
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]) -> dict:
+        head = cfg.MODEL.SEM_SEG_HEAD
+        return {
+            "input_shape": {k: v for k, v in input_shape.items() if k in head.IN_FEATURES},
+            "encoder": build_transformer_encoder(cfg),
+            "encoder_in_features": head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES,
+            "conv_dim": head.CONVS_DIM,
+            "mask_dim": head.MASK_DIM,
+            "norm": head.NORM,
+            "common_stride": head.COMMON_STRIDE,
+        }
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """The exits that the encoder offers."""
+        return self.transformer.exits
+
+    def forward_features(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The last exit, in Mask2Former's form: (mask_features, coarsest map, maps coarse to fine)."""
+        mask_features, maps = self.forward_exits(features, self.exits[-1:])[self.exits[-1]]
+        return mask_features, maps[0], maps
+
+    def forward_exits(
+        self, features: dict[str, Tensor], exits: Sequence[int]
+    ) -> dict[int, tuple[Tensor, list[Tensor]]]:
+        """Runs the encoder once, to max(exits).
+
+        Args:
+            features: backbone maps by name, [B, C_i, H / stride, W / stride].
+
+        Returns:
+            {exit: (mask_features [B, mask_dim, H/4, W/4], maps [B, conv_dim, h, w] at strides 32, 16, 8)}, float32
+            whatever the autocast: the encoder's coordinates do not bear half precision.
+        """
+        with torch.autocast(next(iter(features.values())).device.type, enabled=False):
+            features = {name: f.float() for name, f in features.items()}
+            projected = self.project(features)
+            pos = [sine_position(*m.shape[-2:], m.shape[1], m.device).to(m.dtype) for m in projected]
+            maps = self.transformer(projected, pos, exits)
+            lateral = self.lateral(features)
+            return {k: (self.mask_branch(lateral, maps[k]), maps[k]) for k in sorted(maps)}
+
+    def project(self, features: dict[str, Tensor]) -> list[Tensor]:
+        """The encoder's input maps, coarse to fine, before position and level embedding."""
+        return [proj(features[name]) for name, proj in zip(self.encoder_in_features, self.input_proj)]
+
+    def lateral(self, features: dict[str, Tensor]) -> Tensor:
+        """What the mask branch needs of the backbone; the same for every exit."""
+        return self.adapter_1(features[self.mask_in_feature])
+
+    def mask_branch(self, lateral: Tensor, maps: Sequence[Tensor]) -> Tensor:
+        """One step of a feature pyramid: res2 + upsampled finest map -> 3x3 conv -> mask features."""
+        up = F.interpolate(maps[-1], size=lateral.shape[-2:], mode="bilinear", align_corners=False)
+        return self.mask_features(self.layer_1(lateral + up))

@@ -1,0 +1,160 @@
+"""From a query's class logits and mask logits to semantic, panoptic and instance segmentation (Mask2Former, 3.1)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PostProcessor:
+    """What to produce from a prediction, and with which thresholds.
+
+    Attributes:
+        thing_classes: the contiguous class ids that are things.
+        object_mask_threshold: the score above which a query takes part in the panoptic map.
+        overlap_threshold: a segment of which less than this fraction is visible is dropped.
+        resize_first: resize the masks to the output size before anything else (always so for panoptic and instance).
+    """
+
+    num_classes: int
+    thing_classes: frozenset[int]
+    semantic_on: bool = True
+    panoptic_on: bool = True
+    instance_on: bool = True
+    object_mask_threshold: float = 0.8
+    overlap_threshold: float = 0.8
+    detections_per_image: int = 100
+    resize_first: bool = True
+
+    def __call__(
+        self,
+        logits: Tensor,
+        masks: Tensor,
+        padded_size: tuple[int, int],
+        image_size: tuple[int, int],
+        output_size: tuple[int, int],
+    ) -> dict:
+        """
+        Args:
+            logits: [Q, C + 1]; masks: [Q, h, w] logits at any resolution.
+            padded_size: (H, W) of the batch; image_size: of this image in it; output_size: what to return.
+
+        Returns:
+            sem_seg [C, H, W], panoptic_seg (int32 [H, W] with 0 for void, segments_info), instances; those that are on.
+        """
+        masks = resize(masks, padded_size)
+        if self.resize_first:
+            masks = crop_and_resize(masks, image_size, output_size)
+        logits = logits.float()
+        result = {}
+        if self.semantic_on:
+            result["sem_seg"] = semantic_inference(logits, masks)
+            if not self.resize_first:
+                result["sem_seg"] = crop_and_resize(result["sem_seg"], image_size, output_size)
+        if self.panoptic_on:
+            result["panoptic_seg"] = self.panoptic(logits, masks)
+        if self.instance_on:
+            result["instances"] = self.instances(logits, masks)
+        return result
+
+    def panoptic(self, logits: Tensor, masks: Tensor) -> tuple[Tensor, list[dict]]:
+        return panoptic_inference(
+            logits, masks, self.thing_classes, self.object_mask_threshold, self.overlap_threshold
+        )
+
+    def instances(self, logits: Tensor, masks: Tensor) -> Instances:
+        only = self.thing_classes if self.panoptic_on else None
+        return instance_inference(logits, masks, self.detections_per_image, only)
+
+
+def resize(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear, [N, h, w] -> [N, *size], float32."""
+    masks = masks.float()
+    if masks.shape[-2:] == tuple(size):
+        return masks  # bilinear resizing to the same size is the identity
+    return F.interpolate(masks[None], size=size, mode="bilinear", align_corners=False)[0]
+
+
+def crop_and_resize(masks: Tensor, image_size: tuple[int, int], output_size: tuple[int, int]) -> Tensor:
+    """Takes the padding off, then resizes to the output size."""
+    return resize(masks[:, : image_size[0], : image_size[1]], output_size)
+
+
+def semantic_inference(logits: Tensor, masks: Tensor) -> Tensor:
+    """Class maps [C, H, W]: class probability times mask probability, summed over queries."""
+    return torch.einsum("qc,qhw->chw", logits.softmax(-1)[:, :-1], masks.sigmoid())
+
+
+def panoptic_inference(
+    logits: Tensor, masks: Tensor, thing_classes: frozenset[int], score_threshold: float, overlap_threshold: float
+) -> tuple[Tensor, list[dict]]:
+    """Every pixel goes to the query with the largest score * mask probability, or to void.
+
+    Returns:
+        int32 map [H, W] (0 = void) and its segments {id, isthing, category_id (contiguous)}; stuff of one class is one
+        segment.
+    """
+    num_classes = logits.shape[1] - 1
+    scores, labels = logits.softmax(-1).max(-1)
+    keep = (labels != num_classes) & (scores > score_threshold)
+    scores, labels, prob = scores[keep], labels[keep], masks[keep].sigmoid()
+    panoptic = torch.zeros(masks.shape[-2:], dtype=torch.int32, device=masks.device)
+    if len(scores) == 0:
+        return panoptic, []
+    owner = (scores[:, None, None] * prob).argmax(0)  # [H, W]
+    inside = prob >= 0.5
+    visible = inside.gather(0, owner[None])[0]  # the owner's own mask holds there
+    owned = owner.flatten().bincount(minlength=len(scores))
+    areas = torch.stack(
+        (owned, inside.flatten(1).sum(1), owner[visible].bincount(minlength=len(scores)))
+    ).tolist()  # one transfer for all queries
+    segments, segment_of = _segments(labels.tolist(), *areas, thing_classes, overlap_threshold)
+    lookup = torch.tensor(segment_of, dtype=torch.int32, device=masks.device)
+    return torch.where(visible, lookup[owner], panoptic), segments
+
+
+def _segments(labels, owned, original, visible, thing_classes, overlap_threshold) -> tuple[list[dict], list[int]]:
+    """The segments, and each query's segment id (0: none)."""
+    segments, segment_of, stuff_ids = [], [0] * len(labels), {}
+    for query, label in enumerate(labels):
+        if not (owned[query] and original[query] and visible[query]):
+            continue
+        if owned[query] / original[query] < overlap_threshold:
+            continue
+        if label in stuff_ids:
+            segment_of[query] = stuff_ids[label]
+            continue
+        segment_of[query] = len(segments) + 1
+        if label not in thing_classes:
+            stuff_ids[label] = segment_of[query]
+        segments.append({"id": segment_of[query], "isthing": label in thing_classes, "category_id": label})
+    return segments, segment_of
+
+
+def instance_inference(
+    logits: Tensor, masks: Tensor, num_detections: int, only_classes: frozenset[int] | None
+) -> Instances:
+    """The best (query, class) pairs, scored by class probability times mean mask probability inside the mask."""
+    num_classes = logits.shape[1] - 1
+    prob = logits.softmax(-1)[:, :-1].flatten()
+    scores, pairs = prob.topk(min(num_detections, len(prob)), sorted=False)
+    labels, queries = pairs % num_classes, pairs // num_classes
+    if only_classes is not None:
+        is_wanted = torch.zeros(num_classes, dtype=torch.bool, device=logits.device)
+        is_wanted[sorted(only_classes)] = True
+        keep = is_wanted[labels]
+        scores, labels, queries = scores[keep], labels[keep], queries[keep]
+    # Several classes may come from one query: its mask is scored once.
+    used, position = queries.unique(return_inverse=True)
+    binary = masks[used] > 0
+    inside = binary.flatten(1).float()
+    quality = (masks[used].sigmoid().flatten(1) * inside).sum(1) / (inside.sum(1) + 1e-6)
+    result = Instances(tuple(masks.shape[-2:]))
+    result.pred_masks = binary[position].float()
+    result.pred_boxes = Boxes(torch.zeros(len(labels), 4, device=masks.device))
+    result.scores = scores * quality[position]
+    result.pred_classes = labels
+    return result
