@@ -1,0 +1,50 @@
+// Reads the sizes out of the arguments and refuses those that do not fit together.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "problem.h"
+
+namespace eco_m2f {
+
+inline Problem make_problem(const at::Tensor& value, at::IntArrayRef shapes, const at::Tensor& locations,
+                            const at::Tensor& weights) {
+  TORCH_CHECK_VALUE(value.dim() == 4 && locations.dim() == 6 && weights.dim() == 5,
+                    "expected value [N,S,M,D], sampling_locations [N,Lq,M,L,P,2], attention_weights [N,Lq,M,L,P], got ",
+                    value.sizes(), ", ", locations.sizes(), ", ", weights.sizes());
+  TORCH_CHECK_VALUE(int64_t(shapes.size()) == 2 * locations.size(3), "sampling_locations have ", locations.size(3),
+                    " levels, but spatial_shapes is ", shapes);
+  TORCH_CHECK_VALUE(locations.size(3) <= kMaxLevels, "at most ", kMaxLevels, " levels, got ", locations.size(3));
+  TORCH_CHECK_VALUE(locations.size(5) == 2 && locations.sizes().slice(0, 5) == weights.sizes(), "sampling_locations ",
+                    locations.sizes(), " must be attention_weights ", weights.sizes(), " + (2,)");
+  TORCH_CHECK_VALUE(value.size(0) == locations.size(0) && value.size(2) == locations.size(2),
+                    "batch size and heads differ: value ", value.sizes(), ", sampling_locations ", locations.sizes());
+  Problem problem{value.size(0),     value.size(1),     value.size(2),    value.size(3),
+                  locations.size(1), locations.size(3), locations.size(4)};
+  int64_t start = 0;
+  for (int64_t i = 0; i < problem.levels; ++i) {
+    TORCH_CHECK_VALUE(shapes[2 * i] > 0 && shapes[2 * i + 1] > 0, "spatial_shapes must be positive, got ", shapes);
+    problem.level[i] = {shapes[2 * i], shapes[2 * i + 1], start};
+    start += shapes[2 * i] * shapes[2 * i + 1];
+  }
+  TORCH_CHECK_VALUE(start == problem.tokens, "value has ", problem.tokens, " tokens, but spatial_shapes ", shapes,
+                    " make ", start);
+  const auto wide = value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  TORCH_CHECK_TYPE(locations.scalar_type() == wide, "sampling_locations must be ", wide, " for a ",
+                   value.scalar_type(), " value, got ", locations.scalar_type());
+  TORCH_CHECK_TYPE(weights.scalar_type() == value.scalar_type(), "attention_weights must have value's dtype ",
+                   value.scalar_type(), ", got ", weights.scalar_type());
+  TORCH_CHECK_VALUE(value.device() == locations.device() && value.device() == weights.device(), "arguments on ",
+                    value.device(), ", ", locations.device(), " and ", weights.device(), ": put them on one device");
+  return problem;
+}
+
+inline void check_grad_output(const Problem& p, const at::Tensor& grad_output, const at::Tensor& value) {
+  TORCH_CHECK_VALUE(grad_output.sizes() == at::IntArrayRef({p.batch, p.queries, p.heads * p.channels}),
+                    "grad_output must be [N, Lq, M*D] = [", p.batch, ", ", p.queries, ", ", p.heads * p.channels,
+                    "], got ", grad_output.sizes());
+  TORCH_CHECK_TYPE(grad_output.scalar_type() == value.scalar_type(), "grad_output must have value's dtype ",
+                   value.scalar_type(), ", got ", grad_output.scalar_type());
+}
+
+}  // namespace eco_m2f

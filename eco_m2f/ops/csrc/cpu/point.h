@@ -1,0 +1,44 @@
+// Where one sampling point falls: the four cells around it and their bilinear weights.
+// Built without contraction of products and sums (-ffp-contract=off): every backend must pick the same cell.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../problem.h"
+
+namespace eco_m2f {
+
+// What the kernels do with a point.
+enum class Place { kInside, kOutside, kNotFinite };
+
+// Corners are ordered (y0, x0), (y0, x1), (y1, x0), (y1, x1). Outside the map a corner has token 0 of the level and
+// weight, dx and dy all 0: an explicit mask, since a weight can be 0 on a valid corner whose slope is not.
+template <typename T>
+struct Corners {
+  int64_t token[4];
+  T weight[4], dx[4], dy[4];
+};
+
+// x, y in [0, 1] relative to the level; fills corners where the point touches the map.
+template <typename T>
+inline Place locate(const Level& level, T x, T y, Corners<T>& corners) {
+  const T column = x * T(level.width) - T(0.5), row = y * T(level.height) - T(0.5);
+  if (!std::isfinite(column) || !std::isfinite(row)) return Place::kNotFinite;
+  if (!(column >= -1 && column < T(level.width) && row >= -1 && row < T(level.height))) return Place::kOutside;
+  const T column0 = std::floor(column), row0 = std::floor(row);
+  const T fx = column - column0, fy = row - row0;
+  const int64_t x0 = int64_t(column0), y0 = int64_t(row0);
+  for (int i = 0; i < 4; ++i) {
+    const int64_t xi = x0 + (i & 1), yi = y0 + (i >> 1);
+    const bool valid = xi >= 0 && xi < level.width && yi >= 0 && yi < level.height;
+    const T wx = i & 1 ? fx : 1 - fx, wy = i >> 1 ? fy : 1 - fy;
+    corners.token[i] = level.start + (valid ? yi * level.width + xi : 0);
+    corners.weight[i] = valid ? wx * wy : T(0);
+    corners.dx[i] = valid ? (i & 1 ? wy : -wy) : T(0);
+    corners.dy[i] = valid ? (i >> 1 ? wx : -wx) : T(0);
+  }
+  return Place::kInside;
+}
+
+}  // namespace eco_m2f

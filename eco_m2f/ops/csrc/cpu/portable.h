@@ -1,0 +1,96 @@
+// Kernels in plain C++: any number of channels, levels and points, any float type; sums in T = float or double.
+// S is the type in which value, weights and output are stored.
+#pragma once
+
+#include <limits>
+#include <vector>
+
+#include "point.h"
+
+namespace eco_m2f {
+
+template <typename S, typename T>
+struct ForwardArguments {
+  const S* value;
+  const T* locations;
+  const S* weights;
+  S* output;
+};
+
+// One query: all heads. `sum` has room for the channels of one head.
+template <typename S, typename T>
+void portable_forward_query(const Problem& p, const ForwardArguments<S, T>& a, int64_t image, int64_t query, T* sum) {
+  const int64_t row_stride = p.heads * p.channels, samples = p.levels * p.points;
+  const int64_t first = (image * p.queries + query) * p.heads;
+  for (int64_t head = 0; head < p.heads; ++head) {
+    const S* value = a.value + (image * p.tokens * p.heads + head) * p.channels;
+    const T* location = a.locations + (first + head) * samples * 2;
+    const S* weight = a.weights + (first + head) * samples;
+    for (int64_t c = 0; c < p.channels; ++c) sum[c] = 0;
+    for (int64_t i = 0; i < samples; ++i) {
+      Corners<T> corners;
+      const Place place = locate(p.level[i / p.points], location[2 * i], location[2 * i + 1], corners);
+      if (place == Place::kOutside) continue;
+      if (place == Place::kNotFinite) {
+        for (int64_t c = 0; c < p.channels; ++c) sum[c] = std::numeric_limits<T>::quiet_NaN();
+        continue;
+      }
+      for (int k = 0; k < 4; ++k) {
+        const S* row = value + corners.token[k] * row_stride;
+        const T scale = corners.weight[k] * T(weight[i]);
+        if (scale != 0) {
+          for (int64_t c = 0; c < p.channels; ++c) sum[c] += scale * T(row[c]);
+        }
+      }
+    }
+    S* output = a.output + (first + head) * p.channels;
+    for (int64_t c = 0; c < p.channels; ++c) output[c] = S(sum[c]);
+  }
+}
+
+template <typename S, typename T>
+struct BackwardArguments {
+  const S* grad_output;
+  const S* value;
+  const T* locations;
+  const S* weights;
+  T* grad_value;  // zeroed, in the type of the sums
+  T* grad_locations;
+  S* grad_weights;
+};
+
+// All queries of one head of one image, so that no two threads add to the same row of grad_value.
+template <typename S, typename T>
+void portable_backward_head(const Problem& p, const BackwardArguments<S, T>& a, int64_t image, int64_t head) {
+  const int64_t row_stride = p.heads * p.channels, samples = p.levels * p.points;
+  const S* value = a.value + (image * p.tokens * p.heads + head) * p.channels;
+  T* grad_value = a.grad_value + (image * p.tokens * p.heads + head) * p.channels;
+  for (int64_t query = 0; query < p.queries; ++query) {
+    const int64_t unit = (image * p.queries + query) * p.heads + head;
+    const S* grad = a.grad_output + unit * p.channels;
+    for (int64_t i = 0; i < samples; ++i) {
+      const Level& level = p.level[i / p.points];
+      const T* location = a.locations + (unit * samples + i) * 2;
+      T* grad_location = a.grad_locations + (unit * samples + i) * 2;
+      const T weight = T(a.weights[unit * samples + i]);
+      Corners<T> corners;
+      const Place place = locate(level, location[0], location[1], corners);
+      const T none = place == Place::kNotFinite ? std::numeric_limits<T>::quiet_NaN() : T(0);
+      T along = none, dx = none, dy = none;
+      for (int k = 0; place == Place::kInside && k < 4; ++k) {
+        const S* row = value + corners.token[k] * row_stride;
+        T* grad_row = grad_value + corners.token[k] * row_stride;
+        const T scale = corners.weight[k] * weight;
+        T dot = 0;
+        for (int64_t c = 0; c < p.channels; ++c) dot += T(grad[c]) * T(row[c]);
+        for (int64_t c = 0; c < p.channels; ++c) grad_row[c] += scale * T(grad[c]);
+        along += corners.weight[k] * dot, dx += corners.dx[k] * dot, dy += corners.dy[k] * dot;
+      }
+      a.grad_weights[unit * samples + i] = S(along);
+      grad_location[0] = dx * weight * T(level.width);
+      grad_location[1] = dy * weight * T(level.height);
+    }
+  }
+}
+
+}  // namespace eco_m2f
