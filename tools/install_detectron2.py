@@ -40,7 +40,7 @@ def say(message: str) -> None:
 
 def pip(*arguments: str) -> None:
     """Run pip for this Python. Raises InstallError when pip fails."""
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", *arguments]
     if subprocess.run(command).returncode != 0:
         raise InstallError(f"this command failed, see its output above: {' '.join(command)}")
 
@@ -97,7 +97,9 @@ def install_detectron2() -> None:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if importlib.util.find_spec("torch") is None:
-        raise InstallError(f"install torch first: {sys.executable} -m pip install -c {CONSTRAINTS.name} torch torchvision")
+        raise InstallError(
+            f"install torch first: {sys.executable} -m pip install -c {CONSTRAINTS.name} torch torchvision"
+        )
     check = "import detectron2.config, detectron2.modeling, detectron2.evaluation"
     if imports(check):
         say("keeping the one that already imports")

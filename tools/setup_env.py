@@ -12,6 +12,7 @@ import ctypes
 import fcntl
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -37,9 +38,13 @@ def say(message: str) -> None:
 
 def run(*command: str | Path) -> None:
     """Run a command in the checkout. Raises SetupError when it fails."""
-    say(" ".join(str(word) if len(str(word)) < 120 else "..." for word in command))
-    if subprocess.run([str(word) for word in command], cwd=ROOT).returncode != 0:
-        raise SetupError(f"failed: {command[0]} ... (see the lines above)")
+    words = [str(word) for word in command]
+    if subprocess.run(words, cwd=ROOT).returncode != 0:
+        raise SetupError(f"failed, see the lines above: {shlex.join(words)}")
+
+
+def pip(*arguments: str | Path) -> None:
+    run(PYTHON, "-m", "pip", "--disable-pip-version-check", "-q", *arguments)
 
 
 def opencv_flavour() -> str:
@@ -89,6 +94,7 @@ def make_venv() -> None:
     if not PYTHON.exists():
         if sys.version_info < OLDEST_PYTHON:
             raise SetupError(f"Python {sys.version.split()[0]} is too old: make PYTHON=/path/to/python3.11")
+        say(f"making {VENV}")
         run(sys.executable, "-m", "venv", "--clear", VENV)
 
 
@@ -96,7 +102,7 @@ def drop_other_opencv(chosen: str) -> None:
     """The two flavours share the folder cv2, so where the other one is, both have to go first."""
     other = (OPENCV - {chosen}).pop()
     if any(VENV.glob(f"lib/python*/site-packages/{other.replace('-', '_')}-*.dist-info")):
-        run(PYTHON, "-m", "pip", "uninstall", "-y", "-q", *OPENCV)
+        pip("uninstall", "-y", *OPENCV)
 
 
 def install_packages() -> None:
@@ -104,15 +110,17 @@ def install_packages() -> None:
     UNFINISHED.touch()
     opencv = opencv_flavour()
     drop_other_opencv(opencv)
-    run(PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "-q", *pinned_requirements(opencv))
+    requirements = pinned_requirements(opencv)
+    say(f"installing {len(requirements)} pinned packages, PyTorch with CUDA among them (some GB; minutes)")
+    pip("install", *requirements)
     run(PYTHON, "-c", "import cv2, torch, torchvision")
     run(PYTHON, ROOT / "tools" / "install_detectron2.py")
     UNFINISHED.unlink()
 
 
 def install_project() -> None:
-    pip_install = ("-m", "pip", "install", "--disable-pip-version-check", "-q", "--no-build-isolation", "--no-deps")
-    run(PYTHON, *pip_install, "-e", ROOT)
+    say("building and installing eco_m2f")
+    pip("install", "--no-build-isolation", "--no-deps", "-e", ROOT)
     run(PYTHON, "-c", "import eco_m2f")
 
 

@@ -1,0 +1,311 @@
+"""Checkpoints: safe to open, strict where a silent gap would falsify a result, whole on the disk.
+
+The functions deal with state dicts; `Checkpointer` binds them to a model. It differs from detectron2's
+DetectionCheckpointer, whose place it takes, in this:
+
+- a file cannot run code: a pickle may hold arrays and builtin containers only;
+- official Mask2Former checkpoints load under their current and their legacy names (`upgrade_keys`);
+- for evaluation every key has to fit (`check_fits`); for training from other weights what did not fit is reported,
+  and a file of which no backbone tensor fits is an error;
+- weights with matching heuristics are matched with the backbone alone, so that an ImageNet model's last `norm.weight`
+  cannot end up in a head of the same width;
+- a checkpoint is written whole or not at all, and `last_checkpoint` only after it.
+"""
+
+import logging
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from detectron2.utils.file_io import PathManager
+
+from .files import atomic_write, file_sha256
+from .safe_load import CheckpointError, read_checkpoint
+
+__all__ = ["CheckpointError", "Checkpointer", "check_fits", "file_sha256", "read_checkpoint", "upgrade_keys"]
+
+HEAD = "sem_seg_head."
+EXIT_POLICY = "exit_policy."  # a gate is a file of its own, so a parent may lack it
+SHOWN = 5  # names listed in a message before "..."
+
+logger = logging.getLogger(__name__)
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def upgrade_keys(state_dict: Mapping[str, object]) -> dict[str, object]:
+    """A state dict under Mask2Former's current names, from any of the styles in which it was published.
+
+    `module.` of a distributed run goes; under `sem_seg_head.`, what is neither in `pixel_decoder.` nor in
+    `predictor.` is put in `pixel_decoder.`; `static_query` becomes `query_feat`. The names alone decide, not a version
+    number, so that current names come out as they went in. The argument is left as it was; a state dict's `_metadata`
+    is dropped.
+
+    Raises:
+        CheckpointError: two keys become the same one.
+    """
+    distributed = bool(state_dict) and all(key.startswith("module.") for key in state_dict)
+    upgraded: dict[str, object] = {}
+    origin: dict[str, str] = {}
+    for key, value in state_dict.items():
+        new = _current_name(key.removeprefix("module.") if distributed else key)
+        if new in upgraded:
+            raise CheckpointError(f"the checkpoint holds {new!r} twice, as {origin[new]!r} and as {key!r}")
+        upgraded[new], origin[new] = value, key
+    return upgraded
+
+
+def _current_name(key: str) -> str:
+    if not key.startswith(HEAD):
+        return key
+    rest = key.removeprefix(HEAD)
+    if not rest.startswith(("pixel_decoder.", "predictor.")):
+        rest = "pixel_decoder." + rest
+    return HEAD + rest.replace("predictor.static_query.", "predictor.query_feat.")
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+def check_fits(weights: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor], source: str) -> None:
+    """Every key and shape of the two state dicts must agree, those of the exit policy aside.
+
+    Raises:
+        CheckpointError: says what the checkpoint looks like instead, or lists the first keys that do not fit.
+    """
+    missing = [k for k in model if k not in weights and not _is_optional(k)]
+    unexpected = [k for k in weights if k not in model and not _is_optional(k)]
+    misshapen = _misshapen(weights, model)
+    if not (missing or unexpected or misshapen):
+        return
+    lines = [f"{source} does not fit the model."]
+    lines += _differences(architecture(weights), architecture(model))
+    lines += _listing("missing in the checkpoint", missing)
+    lines += _listing("not in the model", unexpected)
+    lines += _listing("of another shape", misshapen)
+    raise CheckpointError("\n  ".join(lines))
+
+
+def _is_optional(key: str) -> bool:
+    """BatchNorm's step counter is optional too: no result depends on it, and a frozen BatchNorm has none."""
+    return key.startswith(EXIT_POLICY) or key.endswith(".num_batches_tracked")
+
+
+def _misshapen(weights: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor]) -> list[str]:
+    pairs = ((k, tuple(weights[k].shape), tuple(model[k].shape)) for k in model if k in weights)
+    return [f"{k}: {found} in the checkpoint, {wanted} in the model" for k, found, wanted in pairs if found != wanted]
+
+
+def _listing(title: str, names: list[str]) -> list[str]:
+    if not names:
+        return []
+    more = [f"  ... and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
+    return [f"{len(names)} {title}:", *(f"  {name}" for name in names[:SHOWN]), *more]
+
+
+def architecture(state_dict: Mapping[str, torch.Tensor]) -> dict[str, object]:
+    """What the names and shapes of a state dict tell of the model; what they do not tell is left out."""
+    facts = {
+        "backbone": _backbone(state_dict),
+        "backbone width": _size(state_dict, r"backbone\.(stem\.conv1|patch_embed\.proj)\.weight", 0),
+        "backbone blocks": _distinct(state_dict, r"backbone\.(res\d|layers\.\d+\.blocks)\.\d+\."),
+        "encoder layers": _distinct(state_dict, r"transformer\.encoder\.layers\.\d+\."),
+        "decoder layers": _distinct(state_dict, r"(transformer_cross_attention_layers|decoder\.layers)\.\d+\."),
+        "queries": _size(state_dict, r"query_(feat|embed)\.weight", 0),
+        "hidden width": _size(state_dict, r"query_(feat|embed)\.weight", 1),
+        "classes": max(_size(state_dict, r"class_embed\.weight", 0) - 1, 0),  # without "no object"
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def _backbone(state_dict: Mapping[str, torch.Tensor]) -> str:
+    if "backbone.patch_embed.proj.weight" in state_dict:
+        return "Swin"
+    return "ResNet" if "backbone.stem.conv1.weight" in state_dict else ""
+
+
+def _size(state_dict: Mapping[str, torch.Tensor], name: str, axis: int) -> int:
+    """Size along an axis of the first tensor whose name ends in the pattern; 0 where there is none."""
+    return next((v.shape[axis] for k, v in state_dict.items() if re.search(rf"(^|\.){name}$", k)), 0)
+
+
+def _distinct(state_dict: Mapping[str, torch.Tensor], prefix: str) -> int:
+    """How many different prefixes of that pattern the names have."""
+    return len({match[0] for key in state_dict if (match := re.search(rf"(^|\.){prefix}", key))})
+
+
+def _differences(found: dict[str, object], wanted: dict[str, object]) -> list[str]:
+    lines = []
+    if not found:
+        lines.append("None of its names is Mask2Former's; convert it first, or check MODEL.WEIGHTS.")
+    other = [
+        f"{found[n]} vs {wanted[n]} {n}" for n in found if n in wanted and found[n] != wanted[n] and n != "classes"
+    ]
+    if other:
+        lines.append(
+            f"It looks like another architecture (checkpoint vs model): {', '.join(other)}. "
+            "Use the config it was trained with."
+        )
+    classes, model_classes = found.get("classes"), wanted.get("classes")
+    if classes and model_classes and classes != model_classes:
+        lines.append(
+            f"It has {classes} classes and the model {model_classes} (class_embed, empty_weight): set "
+            f"MODEL.SEM_SEG_HEAD.NUM_CLASSES {classes} to evaluate it, or train it on the new classes first."
+        )
+    return lines
+
+
+# --- the model's checkpointer ----------------------------------------------------------------------------------------
+
+
+class Checkpointer(DetectionCheckpointer):
+    """Loads and saves a model with its checkpointables (the trainer), in a local folder."""
+
+    def load(self, path: str, checkpointables: list[str] | None = None, *, strict: bool = False) -> dict:
+        """Load weights from a path or URL; an empty path leaves the model as it was built.
+
+        Args:
+            checkpointables: the names to load beside the model; None means all that the file holds.
+            strict: every key must fit, as evaluation and resuming need it. Otherwise what does not fit is reported
+                and keeps its initial value, as training from other weights needs it.
+
+        Returns:
+            what else the file holds, such as the iteration.
+
+        Raises:
+            FileNotFoundError, CheckpointError: before the model was touched.
+        """
+        if not path:
+            logger.info("no checkpoint given; the model keeps its initial weights")
+            return {}
+        logger.info("loading %s", path)
+        file, heuristics = self._fetch(path)
+        checkpoint = read_checkpoint(file)
+        if heuristics:
+            checkpoint["matching_heuristics"] = True
+        names = list(self.checkpointables) if checkpointables is None else checkpointables
+        absent = [name for name in names if name not in checkpoint]
+        if strict and absent:
+            raise CheckpointError(
+                f"{path} holds no state of {', '.join(absent)}: it holds weights, but no training run"
+            )
+        self._load_weights(checkpoint, path, strict)
+        for name in set(names) - set(absent):
+            self.checkpointables[name].load_state_dict(checkpoint.pop(name))
+        return checkpoint
+
+    def load_for_evaluation(self, path: str) -> dict:
+        """Load a whole model, strictly and without its training state.
+
+        Raises:
+            CheckpointError: the path is empty (random weights are no result), or see `load`.
+        """
+        if not path:
+            raise CheckpointError("MODEL.WEIGHTS is empty: evaluation needs a checkpoint (MODEL.WEIGHTS model.pth)")
+        return self.load(path, checkpointables=[], strict=True)
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
+        """Go on from the newest checkpoint in `save_dir` where one is and resume is set, else load weights from path.
+
+        Raises:
+            CheckpointError: `last_checkpoint` names a file that is gone, broken or without the training state.
+        """
+        if not (resume and self.has_checkpoint()):
+            return self.load(path, checkpointables=[])
+        return self.load(str(self._check_resumable()), strict=True)
+
+    def save(self, name: str, **extra) -> None:
+        """Write model, checkpointables and extra to `name`.pth in `save_dir`, whole or not at all.
+
+        Raises:
+            ValueError: the name holds a folder.
+            OSError, RuntimeError: it could not be written (a full disk); older checkpoints stay as they were.
+        """
+        if not (self.save_dir and self.save_to_disk):
+            return
+        file = f"{name}.pth"
+        if os.path.basename(file) != file:
+            raise ValueError(f"checkpoint name {name!r} holds a folder; it goes to {self.save_dir}")
+        data = {"model": self.model.state_dict()}
+        data |= {key: item.state_dict() for key, item in self.checkpointables.items()}
+        logger.info("saving %s", os.path.join(self.save_dir, file))
+        with atomic_write(os.path.join(self.save_dir, file)) as handle:
+            torch.save(data | extra, handle)
+        self.tag_last_checkpoint(file)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Name the checkpoint from which `resume_or_load` goes on."""
+        with atomic_write(os.path.join(self.save_dir, "last_checkpoint"), "w") as handle:
+            handle.write(last_filename_basename)
+
+    def _fetch(self, path: str) -> tuple[str, bool]:
+        """The local file behind a path or URL, and whether `?matching_heuristics=True` stood behind it."""
+        bare = path.removesuffix("?matching_heuristics=True")
+        try:
+            return PathManager.get_local_path(bare), bare != path
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be fetched ({error}): download it by other means and set MODEL.WEIGHTS to the file"
+            ) from error
+
+    def _load_weights(self, checkpoint: dict, source: str, strict: bool) -> None:
+        """Match, compare, and only then copy into the model."""
+        model = self.model.state_dict()
+        weights = upgrade_keys(checkpoint.pop("model"))
+        if checkpoint.pop("matching_heuristics", False):
+            weights = align_and_update_state_dicts(
+                _backbone_part(model), weights, c2_conversion=checkpoint.get("__author__") == "Caffe2"
+            )
+        if strict:
+            check_fits(weights, model, source)
+        else:
+            _report(weights, model, source)
+        fitting = {k: v for k, v in weights.items() if k in model and v.shape == model[k].shape}
+        self.model.load_state_dict(fitting, strict=False)
+
+    def _check_resumable(self) -> Path:
+        """The file that `last_checkpoint` names, if it is whole; its archive's index stands at the file's end."""
+        last = Path(self.get_checkpoint_file())
+        if last.is_file() and zipfile.is_zipfile(last):
+            return last
+        state = f"is truncated ({last.stat().st_size} bytes)" if last.is_file() else "does not exist"
+        whole = [p for p in Path(self.save_dir).glob("*.pth") if p != last and zipfile.is_zipfile(p)]
+        newest = max(whole, key=lambda p: p.stat().st_mtime, default=None)
+        remedy = (
+            f"to go on from {newest.name}, the newest whole one, write that name into it" if newest else "start anew"
+        )
+        raise CheckpointError(f"{last.parent / 'last_checkpoint'} names {last.name}, which {state}; {remedy}")
+
+
+def _backbone_part(model: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The backbone's entries of a model's state dict; all of them where no key names a backbone."""
+    return {k: v for k, v in model.items() if "backbone" in k.split(".")} or model
+
+
+def _report(weights: Mapping[str, torch.Tensor], model: dict[str, torch.Tensor], source: str) -> None:
+    """Log what fits and what does not.
+
+    Raises:
+        CheckpointError: nothing of the backbone fits.
+    """
+    backbone = _backbone_part(model)
+    fitting = [k for k in model if k in weights and weights[k].shape == model[k].shape]
+    matched = [k for k in fitting if k in backbone]
+    if not matched:
+        raise CheckpointError(
+            f"none of the {len(weights)} tensors of {source} (such as {', '.join(sorted(weights)[:3])}) fits any of "
+            f"the backbone's {len(backbone)} (such as {', '.join(sorted(backbone)[:3])}): is it for another backbone?"
+        )
+    others = f"{len(fitting) - len(matched)} of {len(model) - len(backbone)} others"
+    logger.info("%s: %d of %d backbone tensors and %s loaded", source, len(matched), len(backbone), others)
+    initial = [k for k in backbone if k not in set(matched) and not _is_optional(k)]
+    lines = _listing("backbone tensors keep their initial values", initial)
+    lines += _listing("left out, being of another shape", _misshapen(weights, model))
+    if lines:
+        logger.warning("\n  ".join([f"{source} fits in part:", *lines]))

@@ -1,0 +1,37 @@
+"""Files that are written whole or not at all, and what identifies them."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
+    """Open a file that takes its name only once the block is through and its bytes are on the disk.
+
+    Until then an older file of that name stays as it was; when the block raises, it stays for good.
+
+    Raises:
+        OSError: the folder is missing, the disk is full, and the like.
+    """
+    path = Path(path)
+    # In the same folder, for only within one file system is the renaming atomic. The suffix keeps a leftover of a
+    # killed process from being taken for a result.
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(unfinished, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """The sha256 of a file's content, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,148 @@
+"""Reads weights from .pth and .pkl files without running code from them.
+
+Both are pickles at heart, and opening a pickle may call anything. Here it may call only what makes arrays, numbers and
+builtin containers; whatever else it names is refused by that name.
+"""
+
+import functools
+import io
+import os
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+# What a cut, overwritten or hostile file makes the two readers raise.
+MALFORMED = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, LookupError)
+MALFORMED += (MemoryError, OverflowError, AssertionError)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used: which file, why, and what to do about it."""
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """Read a .pth or .pkl file without running code from it.
+
+    Returns:
+        a dict with the state dict under "model", and whatever else the file holds.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is truncated, holds no state dict, or wants anything but plain data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: check MODEL.WEIGHTS, or train or download it first")
+    try:
+        data = _read_pickle(path) if path.suffix == ".pkl" else _read_torch(path)
+    except CheckpointError:
+        raise
+    except MALFORMED as error:
+        raise CheckpointError(_unreadable(path, error)) from error
+    return _with_model(data, path)
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    refused = re.search(r"Unsupported (?:global|class|operand)[^\n]*", str(error))
+    if refused:
+        return (
+            f"{path} was refused, for it wants more than arrays, numbers and containers ({refused[0]}): opening it "
+            'could run code. Save its state dict alone: torch.save({"model": state_dict}, path)'
+        )
+    return (
+        f"{path} ({path.stat().st_size} bytes) cannot be read, it may be truncated or no checkpoint at all: "
+        f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. Compare its size and sha256 with its "
+        "source's, delete it and download or save it again"
+    )
+
+
+def _read_torch(path: Path) -> object:
+    with torch.serialization.safe_globals(_numpy_types()):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_pickle(path: Path) -> object:
+    with open(path, "rb") as file:
+        return _PlainUnpickler(file, encoding="latin1").load()  # latin1: arrays pickled by Python 2
+
+
+def _with_model(data: object, path: Path) -> dict:
+    """The file's content with its state dict under "model"; a bare one is wrapped. Values must be arrays."""
+    if not isinstance(data, Mapping) or not data:
+        raise CheckpointError(f"{path} holds a {type(data).__name__} where a dict of weights was expected")
+    data = dict(data)
+    if "model" not in data:
+        data = _wrap_bare(data, path)
+    if not isinstance(data["model"], Mapping) or not data["model"]:
+        raise CheckpointError(f'{path} holds no weights under "model", but a {type(data["model"]).__name__}')
+    for key, value in data["model"].items():
+        if not isinstance(value, torch.Tensor | np.ndarray):
+            raise CheckpointError(f"{path}: {key!r} is a {type(value).__name__}, not an array: no state dict")
+    # A copy of each array: those from a pickle may be read-only, which a tensor must not share.
+    tensors = {k: torch.from_numpy(v.copy()) if isinstance(v, np.ndarray) else v for k, v in data["model"].items()}
+    return {**data, "model": tensors}
+
+
+def _wrap_bare(data: dict, path: Path) -> dict:
+    """A bare state dict; as a pickle, that is how Caffe2 models were published, under names of their own."""
+    if path.suffix != ".pkl":
+        return {"model": data}
+    weights = {k: v for k, v in data.get("blobs", data).items() if not k.endswith("_momentum")}
+    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+
+
+def _numpy_functions() -> tuple:
+    """The functions that a pickled array (protocols 2-4 and 5) and a pickled number name; private ones in numpy."""
+    array = np.zeros(1)
+    return array.__reduce__()[0], array.__reduce_ex__(5)[0], np.float64(0).__reduce__()[0]
+
+
+def _numpy_types() -> list:
+    """What torch.load may call beyond its own list: makers of numpy's plain data, so not of arrays of objects."""
+    dtypes = {type(np.dtype(code)) for code in np.typecodes["All"] if code != "O"}
+    return [np.ndarray, np.dtype, *_numpy_functions(), *dtypes]
+
+
+def _load_storage(data: bytes) -> torch.TypedStorage:
+    """In place of torch.storage._load_from_bytes, which would open these bytes as an arbitrary pickle."""
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+@functools.cache
+def _plain_constructors() -> dict[tuple[str, str], object]:
+    """What a .pkl may call: makers of builtin containers, of arrays, and of tensors (a converted Swin's)."""
+    reconstruct, frombuffer, scalar = _numpy_functions()
+    allowed = {("builtins", t.__name__): t for t in (set, frozenset, bytearray, complex)}
+    for core in ("numpy.core", "numpy._core"):  # numpy 1's name and numpy 2's
+        allowed[core + ".multiarray", "_reconstruct"] = reconstruct
+        allowed[core + ".multiarray", "scalar"] = scalar
+        allowed[core + ".numeric", "_frombuffer"] = frombuffer
+    allowed["numpy", "ndarray"] = np.ndarray
+    allowed["numpy", "dtype"] = np.dtype
+    allowed["_codecs", "encode"] = _encode_latin1
+    allowed["collections", "OrderedDict"] = OrderedDict
+    allowed["torch._utils", "_rebuild_tensor_v2"] = torch._utils._rebuild_tensor_v2
+    allowed["torch.storage", "_load_from_bytes"] = _load_storage
+    return allowed
+
+
+def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:
+    """Bytes as protocol 2 spells them. Other codecs could expand a small file without bound."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes encoded as {encoding!r}")
+    return text.encode("latin1")
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Refuses, by name, every class and function that does not make plain data."""
+
+    def find_class(self, module: str, name: str) -> object:
+        try:
+            return _plain_constructors()[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"Unsupported class {module}.{name}") from None
