@@ -1,0 +1,197 @@
+"""Inference: which exit each image takes. `FixedExit`, `LinearGate` (the paper's), `OracleExit` (the upper bound)."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from detectron2.config import configurable
+from detectron2.utils.registry import Registry
+from torch import Tensor, nn
+
+from ..budget import Gate
+from ..exits import check_exits, exit_targets, exits_up_to
+
+EXIT_POLICY_REGISTRY = Registry("EXIT_POLICY")
+EXIT_POLICY_REGISTRY.__doc__ = """
+Registry of exit policies: modules that choose an exit for every image, from the backbone's features alone.
+
+A policy is built by `policy_class(cfg, input_shape)`, input_shape being the backbone's {map name: ShapeSpec}, and
+called by `policy(features, image_sizes, image_ids=None)`:
+
+features: {map name: [B, C, h, w]}, the backbone's maps of the padded batch; for FEATURE "projected" also "projected",
+    the coarsest map after the pixel decoder's input projection;
+image_sizes: B pairs (height, width) in pixels, before padding;
+image_ids: B ids of the images, for policies that look them up; others ignore it.
+
+It returns the exits (layer numbers, all of them in `policy.exits`) as an int64 CPU tensor [B], since the host groups
+the images by exit. An image's exit does not depend on the other images of its batch. A learned policy also has
+`logits(features, image_sizes) -> [B, len(policy.exits)]`, and raises RuntimeError as long as it has no weights.
+No policy adds anything to the state dict of its parent.
+"""
+
+FEATURE_SOURCES = ("res5", "projected")
+FEATURE_STRIDE = 32  # pixels per token of res5 and of its projection
+
+
+def build_exit_policy(cfg, input_shape) -> nn.Module:
+    """The policy named by cfg.MODEL.ECO.POLICY; `input_shape` is the backbone's {map name: ShapeSpec}."""
+    return EXIT_POLICY_REGISTRY.get(cfg.MODEL.ECO.POLICY)(cfg, input_shape)
+
+
+@EXIT_POLICY_REGISTRY.register()
+class FixedExit(nn.Module):
+    """Every image takes the same exit."""
+
+    @configurable
+    def __init__(self, exit: int, exits: Sequence[int] | None = None):
+        """exits: those the parent offers, if `exit` is to be checked against them."""
+        super().__init__()
+        if exits is not None and exit not in check_exits(exits):
+            raise ValueError(f"MODEL.ECO.EXIT is {exit}, but the parent offers the exits {list(exits)}")
+        self.exits = check_exits([exit])
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        return {"exit": cfg.MODEL.ECO.EXIT, "exits": cfg.MODEL.ECO.EXITS}
+
+    def forward(self, features: Mapping[str, Tensor], image_sizes, image_ids=None) -> Tensor:
+        return torch.full((len(image_sizes),), self.exits[0], dtype=torch.int64)
+
+
+@EXIT_POLICY_REGISTRY.register()
+class LinearGate(nn.Module):
+    """The learned policy: exit = argmax (W z + b), z being the mean of an image's valid tokens (Eq. 6).
+
+    Its weights are not part of the parent's checkpoint: `load_gate` brings them in, and may be called again to switch
+    to another budget at run time.
+    """
+
+    @configurable
+    def __init__(self, in_channels: int, exits: Sequence[int], feature_source: str = "res5", gate: str = ""):
+        """in_channels: C of the map pooled; exits: the exits that the parent offers, up to K; gate: path of a gate.
+
+        The gate at that path is only examined here (so that a mistake shows at once): it comes into force with
+        `load_gate`, when the parent's weights are known.
+        """
+        super().__init__()
+        if feature_source not in FEATURE_SOURCES:
+            raise ValueError(f"MODEL.ECO.FEATURE must be one of {FEATURE_SOURCES}, not {feature_source!r}")
+        self.in_channels = in_channels
+        self.offered_exits = check_exits(exits)
+        self.exits = self.offered_exits
+        self.feature_source = feature_source
+        self.loaded = False
+        self.register_buffer("weight", torch.full((len(exits), in_channels), torch.nan), persistent=False)
+        self.register_buffer("bias", torch.full((len(exits),), torch.nan), persistent=False)
+        if gate:
+            self._check_fits(Gate.load(gate), gate)
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        eco = cfg.MODEL.ECO
+        projected = eco.FEATURE == "projected"
+        return {
+            "in_channels": cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM if projected else input_shape["res5"].channels,
+            "exits": exits_up_to(eco.EXITS, eco.MAX_EXIT),
+            "feature_source": eco.FEATURE,
+            "gate": eco.GATE,
+        }
+
+    def load_gate(self, path: str, parent_sha256: str) -> Gate:
+        """Puts the gate at `path` into force and returns it.
+
+        parent_sha256: `derived.parent_sha256` of the weights that this policy runs beside. Raises ValueError if the
+        gate was fitted for other weights, or its exits, features or channels are not those of this parent.
+        """
+        gate = Gate.load(path)
+        self._check_fits(gate, path)
+        if gate.parent_sha256 != parent_sha256:
+            raise ValueError(
+                f"the gate {path} was fitted for parent weights {gate.parent_sha256[:12]}..., but runs beside "
+                f"{parent_sha256[:12]}...: load that parent, or run steps B and C again for this one"
+            )
+        self.weight = gate.weight.to(self.weight)
+        self.bias = gate.bias.to(self.bias)
+        self.exits = gate.exits
+        self.loaded = True
+        return gate
+
+    def logits(self, features: Mapping[str, Tensor], image_sizes: Sequence[tuple[int, int]]) -> Tensor:
+        """-> [B, len(self.exits)], in float32 at least."""
+        if not self.loaded:
+            raise RuntimeError("LinearGate has no weights: set MODEL.ECO.GATE, or call load_gate(path, parent_sha256)")
+        if self.feature_source not in features:
+            raise KeyError(f"the gate reads the map {self.feature_source!r}, but the features are {sorted(features)}")
+        z = pool_valid(features[self.feature_source], image_sizes)  # [B, C]
+        with torch.autocast(z.device.type, enabled=False):
+            return nn.functional.linear(z, self.weight.to(z), self.bias.to(z))
+
+    def forward(self, features: Mapping[str, Tensor], image_sizes, image_ids=None) -> Tensor:
+        logits = self.logits(features, image_sizes).cpu()
+        if not logits.isfinite().all():
+            broken = (~logits.isfinite().all(dim=1)).nonzero().flatten().tolist()
+            raise FloatingPointError(f"images {broken} of the batch have non-finite features: check their pixels")
+        return torch.tensor(self.exits)[logits.argmax(dim=1)]
+
+    def _check_fits(self, gate: Gate, path: str) -> None:
+        if not set(gate.exits) <= set(self.offered_exits):
+            raise ValueError(f"the gate {path} chooses from exits {gate.exits}, the parent offers {self.offered_exits}")
+        if gate.feature_source != self.feature_source:
+            raise ValueError(
+                f"the gate {path} reads {gate.feature_source!r}: set MODEL.ECO.FEATURE so, not {self.feature_source!r}"
+            )
+        if gate.weight.shape[1] != self.in_channels:
+            raise ValueError(f"the gate {path} reads {gate.weight.shape[1]} channels, the map has {self.in_channels}")
+
+
+@EXIT_POLICY_REGISTRY.register()
+class OracleExit(nn.Module):
+    """The target exit of Eq. 5, looked up by image id in a derived dataset: what a perfect gate would choose."""
+
+    @configurable
+    def __init__(self, derived: str, beta: float, max_exit: int, exits: Sequence[int] | None = None):
+        """derived: path of the derived dataset; exits: those the parent offers, if they are to be compared."""
+        super().__init__()
+        from ..derived import DerivedDataset  # only this policy needs pyarrow: the others must not wait for it
+
+        if not derived:
+            raise ValueError("OracleExit needs MODEL.ECO.DERIVED, the path of a derived dataset")
+        dataset = DerivedDataset.load(derived, with_features=False)
+        if exits is not None and check_exits(exits) != dataset.exits:
+            raise ValueError(f"the derived dataset {derived} has exits {dataset.exits}, the parent offers {exits}")
+        targets = exit_targets(dataset.quality, dataset.exits, beta, max_exit)
+        self.exits = exits_up_to(dataset.exits, max_exit)
+        self.derived = derived
+        self.exit_of = dict(zip(dataset.image_ids, targets.tolist(), strict=True))
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        eco = cfg.MODEL.ECO
+        return {"derived": eco.DERIVED, "beta": eco.BETA, "max_exit": eco.MAX_EXIT, "exits": eco.EXITS}
+
+    def forward(self, features: Mapping[str, Tensor], image_sizes, image_ids=None) -> Tensor:
+        if image_ids is None or None in image_ids:
+            raise ValueError("OracleExit looks images up: every image of the batch needs its image_id")
+        unknown = [i for i in image_ids if str(i) not in self.exit_of]
+        if unknown:
+            raise KeyError(f"images {unknown[:5]} are not in {self.derived}: derive the split they belong to")
+        return torch.tensor([self.exit_of[str(i)] for i in image_ids], dtype=torch.int64)
+
+
+def pool_valid(feature_map: Tensor, image_sizes: Sequence[tuple[int, int]], stride: int = FEATURE_STRIDE) -> Tensor:
+    """The mean over the tokens that an image covers, its padding left out: [B, C, h, w] -> [B, C].
+
+    image_sizes: B pairs (height, width) in pixels before padding; an image covers ceil(height / stride) rows and
+    ceil(width / stride) columns from the top left. Computed in float32 at least. Raises ValueError for an image that
+    is empty or larger than its map.
+    """
+    if len(image_sizes) != len(feature_map):
+        raise ValueError(f"{len(image_sizes)} image sizes for a batch of {len(feature_map)}")
+    dtype = torch.promote_types(feature_map.dtype, torch.float32)
+    pooled = []
+    for tokens, (height, width) in zip(feature_map, image_sizes):  # tokens: [C, h, w]
+        rows, columns = -(-int(height) // stride), -(-int(width) // stride)
+        if not (1 <= rows <= tokens.shape[1] and 1 <= columns <= tokens.shape[2]):
+            raise ValueError(f"an image of {height} x {width} does not fit the map {list(tokens.shape)} at 1/{stride}")
+        # flattened to one contiguous axis, so that the sum runs in the same order whatever the padding
+        pooled.append(tokens[:, :rows, :columns].to(dtype).flatten(1).contiguous().mean(dim=1))
+    return torch.stack(pooled) if pooled else feature_map.new_zeros((0, feature_map.shape[1]), dtype=dtype)
