@@ -18,7 +18,7 @@ import torch
 
 # What a cut, overwritten or hostile file makes the two readers raise.
 MALFORMED = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, LookupError)
-MALFORMED += (MemoryError, OverflowError, AssertionError)
+MALFORMED += (OSError, MemoryError, OverflowError, AssertionError)
 
 
 class CheckpointError(RuntimeError):
@@ -40,24 +40,23 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         raise FileNotFoundError(f"no checkpoint at {path}: check MODEL.WEIGHTS, or train or download it first")
     try:
         data = _read_pickle(path) if path.suffix == ".pkl" else _read_torch(path)
-    except CheckpointError:
-        raise
     except MALFORMED as error:
         raise CheckpointError(_unreadable(path, error)) from error
     return _with_model(data, path)
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    refused = re.search(r"Unsupported (?:global|class|operand)[^\n]*", str(error))
+    refused = re.search(r"[Uu]nsupported (?:class|global|GLOBAL):?(?: GLOBAL)? ([\w.]+)", str(error))
     if refused:
         return (
-            f"{path} was refused, for it wants more than arrays, numbers and containers ({refused[0]}): opening it "
-            'could run code. Save its state dict alone: torch.save({"model": state_dict}, path)'
+            f"{path} was refused, for it names {refused[1]}, and only arrays, numbers and containers are taken: more "
+            'could run code. Where you trust its source, save its state dict alone: torch.save({"model": ...}, path)'
         )
+    # torch's first line would advise to open the file unsafely; its last but one tells the reason.
+    reason = re.search(r"WeightsUnpickler error: (.*)", str(error)) or re.match("(.*)", str(error))
     return (
-        f"{path} ({path.stat().st_size} bytes) cannot be read, it may be truncated or no checkpoint at all: "
-        f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. Compare its size and sha256 with its "
-        "source's, delete it and download or save it again"
+        f"{path} ({path.stat().st_size} bytes) cannot be read ({reason[1] or type(error).__name__}): it may be "
+        "truncated or no checkpoint at all. Compare its size and sha256 with its source's, and download or save it again"
     )
 
 
