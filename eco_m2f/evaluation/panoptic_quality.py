@@ -175,7 +175,7 @@ def to_dataset_categories(segments: Sequence[Mapping], dataset_id: Mapping[int, 
         return [{**s, "category_id": dataset_id[s["category_id"]]} for s in segments]
     except KeyError as error:
         raise ValueError(
-            f"category {error.args[0]} is predicted, the dataset has {len(dataset_id)} categories: is NUM_CLASSES right?"
+            f"category {error.args[0]} is predicted, the dataset has {len(dataset_id)} categories: check NUM_CLASSES"
         ) from error
 
 

@@ -1,6 +1,7 @@
 """Per-image and dataset PQ against panopticapi, the official evaluation."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def segments_of(id_map, category_of, **extra):
 
 
 def make_case(seed):
-    """Ground truth with void, crowds, ids in no segment and an odd size; a prediction that is a corrupted copy of it."""
+    """Ground truth with void, crowds, unknown ids and an odd size; a prediction that is a corrupted copy of it."""
     rng = np.random.default_rng(seed)
     height, width = rng.integers(20, 60, size=2)
     big = seed % 2 == 1  # ids of a panoptic PNG, up to 2^24
@@ -195,11 +196,10 @@ def test_unlisted_category_is_refused():
 
 
 def test_contiguous_ids_map_back():
-    class Metadata:
-        thing_dataset_id_to_contiguous_id = {3: 0, 7: 1}
-        stuff_dataset_id_to_contiguous_id = {41: 2}
-
-    dataset_id = contiguous_to_dataset_id(Metadata)
+    metadata = SimpleNamespace(
+        thing_dataset_id_to_contiguous_id={3: 0, 7: 1}, stuff_dataset_id_to_contiguous_id={41: 2}
+    )
+    dataset_id = contiguous_to_dataset_id(metadata)
     segments = [{"id": 1, "isthing": False, "category_id": 2}]
     assert to_dataset_categories(segments, dataset_id) == [{"id": 1, "isthing": False, "category_id": 41}]
     assert segments[0]["category_id"] == 2

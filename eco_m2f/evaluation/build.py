@@ -1,0 +1,54 @@
+"""Which evaluators a dataset gets."""
+
+import importlib.util
+import os
+
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import CityscapesInstanceEvaluator, DatasetEvaluators
+
+from .exit_statistics import ExitStatistics
+from .ground_truth import PanopticGroundTruth
+from .instance import InstanceEvaluator
+from .panoptic import PanopticEvaluator
+from .semantic import SemanticEvaluator
+
+PANOPTIC_TYPES = ("coco_panoptic_seg", "panoptic_like", "cityscapes_panoptic_seg")
+
+
+def evaluators_for(
+    dataset_name: str,
+    output_dir: str | None = None,
+    *,
+    semantic_on: bool = True,
+    instance_on: bool = True,
+    panoptic_on: bool = True,
+    max_detections: int = 100,
+) -> DatasetEvaluators:
+    """PQ, mIoU and AP for the heads that are on, and the statistics of the exits.
+
+    Serves any dataset in COCO's panoptic format; results go to `output_dir/<dataset_name>` where that is given. AP on
+    Cityscapes comes from the official script, as `segm`, where `cityscapesscripts` is installed; else it is COCO's AP
+    of the same objects and is called `segm_coco_style`, since the two are not comparable.
+    Raises ValueError for a dataset of another `evaluator_type`.
+    """
+    kind = getattr(MetadataCatalog.get(dataset_name), "evaluator_type", None)
+    if kind not in PANOPTIC_TYPES:
+        raise ValueError(f"dataset {dataset_name!r} has evaluator_type {kind!r}; known are {list(PANOPTIC_TYPES)}")
+    folder = os.path.join(output_dir, dataset_name) if output_dir else None
+    truth = PanopticGroundTruth(dataset_name)
+    evaluators = [ExitStatistics(folder)]
+    if panoptic_on:
+        evaluators.append(PanopticEvaluator(truth, folder))
+    if semantic_on:
+        evaluators.append(SemanticEvaluator(truth, folder))
+    if instance_on:
+        evaluators.append(_instance_evaluator(kind, truth, folder, max_detections))
+    return DatasetEvaluators(evaluators)
+
+
+def _instance_evaluator(kind: str, truth: PanopticGroundTruth, folder: str | None, max_detections: int):
+    if kind != "cityscapes_panoptic_seg":
+        return InstanceEvaluator(truth, folder, max_detections)
+    if importlib.util.find_spec("cityscapesscripts") is not None:
+        return CityscapesInstanceEvaluator(truth.name)
+    return InstanceEvaluator(truth, folder, max_detections, key="segm_coco_style")

@@ -1,0 +1,71 @@
+"""The panoptic annotation of a registered dataset: one JSON and a folder of PNGs, as COCO defines them."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+from detectron2.data import MetadataCatalog
+from PIL import Image
+
+from .panoptic_quality import contiguous_to_dataset_id, rgb_to_id
+
+logger = logging.getLogger(__name__)
+
+
+class PanopticGroundTruth:
+    """Annotation by image id, in the category ids of the dataset's own files.
+
+    Reads `panoptic_json` of the dataset's metadata at once, a PNG of `panoptic_root` when it is asked for. Raises
+    ValueError where the metadata or a file is missing.
+    """
+
+    def __init__(self, dataset_name: str):
+        self.name = dataset_name
+        self.metadata = MetadataCatalog.get(dataset_name)
+        for key in ("panoptic_json", "panoptic_root"):
+            if not hasattr(self.metadata, key):
+                raise ValueError(f"dataset {dataset_name!r} has no {key} in its metadata: is it a panoptic dataset?")
+        if not Path(self.metadata.panoptic_json).is_file():
+            raise ValueError(
+                f"{self.metadata.panoptic_json} of dataset {dataset_name!r} does not exist: see datasets/README.md"
+            )
+        content = json.loads(Path(self.metadata.panoptic_json).read_text())
+        self.categories = content["categories"]
+        self.dataset_id = contiguous_to_dataset_id(self.metadata)
+        self._annotations = {a["image_id"]: a for a in content["annotations"]}
+
+    def __len__(self) -> int:
+        return len(self._annotations)
+
+    def segments(self, image_id) -> list[dict]:
+        """COCO's `segments_info` of an image."""
+        return self._annotation(image_id)["segments_info"]
+
+    def id_map(self, image_id) -> np.ndarray:
+        """[H, W] int32 segment ids of an image, 0 for void."""
+        path = Path(self.metadata.panoptic_root) / self._annotation(image_id)["file_name"]
+        with Image.open(path) as image:
+            return rgb_to_id(np.asarray(image))
+
+    def warn_if_partial(self, evaluated: int) -> None:
+        """Metrics cover the images seen; say so where those are not all."""
+        if evaluated < len(self):
+            logger.warning("%d of the %d annotated images of %s were evaluated", evaluated, len(self), self.name)
+
+    def _annotation(self, image_id) -> dict:
+        if image_id not in self._annotations:
+            raise ValueError(
+                f"image {image_id!r} is not in {self.metadata.panoptic_json}: is the dataset the right one?"
+            )
+        return self._annotations[image_id]
+
+
+def semantic_map(id_map: np.ndarray, segments: list[dict], contiguous_id: dict[int, int], ignore: int) -> np.ndarray:
+    """[H, W] int64 contiguous classes of a panoptic map; `ignore` for void and for categories outside the mapping.
+
+    A crowd has its category's class, as in the semantic annotation of COCO and Cityscapes, which knows no crowds.
+    """
+    ids, inverse = np.unique(id_map, return_inverse=True)
+    class_of = {s["id"]: contiguous_id.get(s["category_id"], ignore) for s in segments}
+    return np.array([class_of.get(int(i), ignore) for i in ids], dtype=np.int64)[inverse].reshape(id_map.shape)

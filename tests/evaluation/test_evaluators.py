@@ -1,0 +1,246 @@
+"""The evaluators against panopticapi, detectron2's semantic evaluator and plain pycocotools, and across processes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from detectron2.data import DatasetCatalog
+from detectron2.evaluation import SemSegEvaluator, inference_on_dataset
+from panoptic_dataset import CATEGORIES, CONTIGUOUS, make_outputs, register, unregister, write_dataset
+from PIL import Image
+
+from eco_m2f.evaluation import ExitStatistics, InstanceEvaluator, PanopticEvaluator, SemanticEvaluator, evaluators_for
+from eco_m2f.evaluation.ground_truth import PanopticGroundTruth, semantic_map
+from eco_m2f.evaluation.panoptic_quality import rgb_to_id
+
+NAME = "evaluator_test_set"
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    annotations = write_dataset(tmp_path)
+    register(NAME, tmp_path)
+    yield tmp_path, annotations, *make_outputs(tmp_path, annotations)
+    unregister(NAME)
+
+
+def run(evaluator, inputs, outputs):
+    evaluator.reset()
+    evaluator.process(inputs, outputs)
+    return evaluator.evaluate()
+
+
+def test_panoptic_equals_panopticapi(dataset, tmp_path):
+    from panopticapi.evaluation import pq_compute
+
+    root, annotations, inputs, outputs = dataset
+    result = run(PanopticEvaluator(PanopticGroundTruth(NAME), str(tmp_path / "out")), inputs, outputs)["panoptic_seg"]
+    (root / "pred").mkdir()
+    predictions = []
+    for x, y in zip(inputs, outputs):
+        pred_map, segments = y["panoptic_seg"]
+        rgb = np.zeros((*pred_map.shape, 3), dtype=np.uint8)
+        rgb[..., 0] = pred_map.numpy()
+        Image.fromarray(rgb).save(root / "pred" / f"{x['image_id']}.png")
+        segments = [{**s, "category_id": CATEGORIES[s["category_id"]]["id"]} for s in segments]
+        predictions.append({**x, "file_name": f"{x['image_id']}.png", "segments_info": segments})
+    (root / "pred.json").write_text(json.dumps({"annotations": predictions}))
+    expected = pq_compute(str(root / "panoptic.json"), str(root / "pred.json"))
+    for group, suffix in (("All", ""), ("Things", "_th"), ("Stuff", "_st")):
+        for key in ("pq", "sq", "rq"):
+            assert result[key.upper() + suffix] == pytest.approx(100 * expected[group][key], abs=1e-7)
+    written = json.loads((tmp_path / "out" / "panoptic.json").read_text())
+    assert written["All"]["pq"] == pytest.approx(result["PQ"] / 100)
+    assert set(written["per_class"]) == {c["name"] for c in CATEGORIES}
+    assert set(written["per_image_pq"]) == {str(x["image_id"]) for x in inputs}
+
+
+def run_from_png(root, inputs, outputs):
+    register(NAME, root, sem_seg_root=str(root))
+    return run(SemanticEvaluator(PanopticGroundTruth(NAME)), inputs, outputs)["sem_seg"]
+
+
+def load_png(path, dtype):
+    return np.asarray(Image.open(path), dtype=dtype)
+
+
+def test_semantic_equals_detectron2(dataset):
+    """detectron2's evaluator reads PNGs of class ids: written here from the annotation."""
+    root, annotations, inputs, outputs = dataset
+    derived = run(SemanticEvaluator(PanopticGroundTruth(NAME)), inputs, outputs)["sem_seg"]
+    inputs = [{**x, "file_name": str(x["image_id"])} for x in inputs]
+    for x, a in zip(inputs, annotations):
+        id_map = rgb_to_id(np.array(Image.open(root / "panoptic" / a["file_name"])))
+        truth = np.full(id_map.shape, 255, dtype=np.uint8)
+        for s in a["segments_info"]:
+            truth[id_map == s["id"]] = CONTIGUOUS[s["category_id"]]
+        x["sem_seg_file_name"] = str(root / f"{x['image_id']}_semantic.png")
+        Image.fromarray(truth).save(x["sem_seg_file_name"])
+    from_png = run_from_png(root, inputs, outputs)
+    register(NAME, root, stuff_dataset_id_to_contiguous_id=CONTIGUOUS)  # it wants things among the stuff
+    DatasetCatalog.remove(NAME)
+    DatasetCatalog.register(NAME, lambda: inputs)
+    official = SemSegEvaluator(NAME, distributed=False, sem_seg_loading_fn=load_png)  # its own loader: NumPy 1 only
+    expected = run(official, inputs, outputs)["sem_seg"]
+    assert 20 < derived["mIoU"] < 99
+    for key in ("mIoU", "fwIoU", "mACC", "pACC", "IoU-cat", "IoU-grass"):
+        assert derived[key] == pytest.approx(expected[key], abs=1e-4), key  # detectron2 sums in float32
+        assert from_png[key] == derived[key]
+
+
+def test_semantic_refuses_another_number_of_classes(dataset):
+    _, _, inputs, outputs = dataset
+    outputs[0]["sem_seg"] = outputs[0]["sem_seg"][:3]
+    with pytest.raises(ValueError, match="NUM_CLASSES"):
+        run(SemanticEvaluator(PanopticGroundTruth(NAME)), inputs, outputs)
+
+
+def test_instances_equal_pycocotools_on_an_instance_json(dataset):
+    """The same objects through a hand-made COCO JSON and COCOeval's own summary."""
+    from pycocotools import mask as rle
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    root, annotations, inputs, outputs = dataset
+    objects, results = [], []
+    for a, y in zip(annotations, outputs):
+        id_map = rgb_to_id(np.array(Image.open(root / "panoptic" / a["file_name"])))
+        for s in a["segments_info"]:
+            if CONTIGUOUS[s["category_id"]] < 2:
+                code = rle.encode(np.asfortranarray((id_map == s["id"]).astype(np.uint8)))
+                box = rle.toBbox(code).tolist()
+                code["counts"] = code["counts"].decode()
+                row = {"id": len(objects) + 1, "image_id": a["image_id"], "bbox": box, "segmentation": code}
+                objects.append({**row, **{k: s[k] for k in ("category_id", "iscrowd", "area")}})
+        predicted = y["instances"]
+        for m, s, c in zip(predicted.pred_masks, predicted.scores, predicted.pred_classes):
+            code = rle.encode(np.asfortranarray(m.numpy().astype(np.uint8)))
+            row = {"image_id": a["image_id"], "segmentation": code, "score": float(s)}
+            results.append({**row, "category_id": CATEGORIES[int(c)]["id"]})
+    images = [{"id": a["image_id"], "height": 48, "width": 64} for a in annotations]
+    content = {"info": {}, "images": images, "annotations": objects, "categories": CATEGORIES[:2]}
+    (root / "instances.json").write_text(json.dumps(content))
+    truth = COCO(str(root / "instances.json"))
+    reference = COCOeval(truth, truth.loadRes(results), "segm")
+    reference.evaluate(), reference.accumulate(), reference.summarize()
+    expected = [100 * v if v >= 0 else np.nan for v in reference.stats[:6]]
+
+    derived = run(InstanceEvaluator(PanopticGroundTruth(NAME)), inputs, outputs)["segm"]
+    unregister(NAME)
+    register(NAME, root, json_file=str(root / "instances.json"))
+    from_json = run(InstanceEvaluator(PanopticGroundTruth(NAME)), inputs, outputs)["segm"]
+    assert 5 < derived["AP"] < 95
+    for result in (derived, from_json):
+        measured = [result[k] for k in ("AP", "AP50", "AP75", "APs", "APm", "APl")]
+        np.testing.assert_allclose(measured, expected, atol=1e-9)
+    assert derived["AP"] == pytest.approx((derived["AP-cat"] + derived["AP-dog"]) / 2)
+
+
+def test_instances_without_any_prediction_score_zero(dataset):
+    _, _, inputs, outputs = dataset
+    for y in outputs:
+        y["instances"] = y["instances"][:0]
+    assert run(InstanceEvaluator(PanopticGroundTruth(NAME)), inputs, outputs)["segm"]["AP"] == 0.0
+
+
+def test_exit_statistics(dataset, tmp_path):
+    _, _, inputs, outputs = dataset
+    for y, k in zip(outputs, (2, 2, 6, 3, 2)):
+        y["exit"], y["exit_gflops"] = k, {"total": 10.0 * k, "encoder": 1.0 * k}
+    result = run(ExitStatistics(str(tmp_path / "out")), inputs, outputs)["exits"]
+    assert result == {
+        "mean_exit": 3.0, "GFLOPs": 30.0, "encoder_GFLOPs": 3.0, "images@2": 3, "images@3": 1, "images@6": 1
+    }  # fmt: skip
+    written = json.loads((tmp_path / "out" / "exits.json").read_text())
+    assert written["per_image"]["102"] == 6
+    for y in outputs:
+        del y["exit"]
+    assert run(ExitStatistics(), inputs, outputs) == {}
+
+
+class Replay(torch.nn.Module):
+    """A model that has seen the answers."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, batch):
+        return [self.outputs[x["image_id"]] for x in batch]
+
+
+def test_table_in_detectron2s_loop(dataset):
+    _, _, inputs, outputs = dataset
+    model = Replay({x["image_id"]: y for x, y in zip(inputs, outputs)})
+    loader = [[x] for x in inputs]
+    result = inference_on_dataset(model, loader, evaluators_for(NAME))
+    assert set(result) == {"exits", "panoptic_seg", "sem_seg", "segm"}
+    only = inference_on_dataset(model, loader, evaluators_for(NAME, instance_on=False, semantic_on=False))
+    assert set(only) == {"exits", "panoptic_seg"}
+    assert only["panoptic_seg"] == result["panoptic_seg"]
+
+
+def test_table_names_coco_ap_on_cityscapes_as_such(dataset, monkeypatch):
+    root, _, inputs, outputs = dataset
+    unregister(NAME)
+    register(NAME, root, evaluator_type="cityscapes_panoptic_seg")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    evaluators = evaluators_for(NAME)
+    evaluators.reset()
+    evaluators.process(inputs, outputs)
+    assert {"segm_coco_style", "sem_seg"} <= set(evaluators.evaluate())
+
+
+def test_table_refuses_what_it_does_not_know(dataset):
+    root = dataset[0]
+    unregister(NAME)
+    register(NAME, root, evaluator_type="lvis")
+    with pytest.raises(ValueError, match="'lvis'"):
+        evaluators_for(NAME)
+
+
+def test_ground_truth_says_what_is_missing(dataset):
+    root = dataset[0]
+    with pytest.raises(ValueError, match="image 7 "):
+        PanopticGroundTruth(NAME).segments(7)
+    unregister(NAME)
+    register(NAME, root, panoptic_json=str(root / "nothing.json"))
+    with pytest.raises(ValueError, match="nothing.json"):
+        PanopticGroundTruth(NAME)
+    with pytest.raises(ValueError, match="no panoptic_json"):
+        PanopticGroundTruth("a_set_without_metadata")
+
+
+def test_semantic_map_keeps_crowds_and_ignores_the_rest():
+    id_map = np.array([[0, 5], [9, 11]])
+    segments = [{"id": 5, "category_id": 3, "iscrowd": 1}, {"id": 9, "category_id": 77}]
+    np.testing.assert_array_equal(semantic_map(id_map, segments, {3: 0}, 255), [[255, 0], [255, 255]])
+
+
+def _evaluate_on_rank(rank, world_size, root, init_file, result_file):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world_size)
+    register(NAME, root)
+    annotations = json.loads((root / "panoptic.json").read_text())["annotations"]
+    inputs, outputs = make_outputs(root, annotations)
+    evaluators = evaluators_for(NAME)
+    evaluators.reset()
+    # as detectron2's sampler, but interleaved, and with one image on both
+    evaluators.process(inputs[rank::world_size] + inputs[:1], outputs[rank::world_size] + outputs[:1])
+    result = evaluators.evaluate()
+    assert bool(result) == (rank == 0)
+    if rank == 0:
+        result_file.write_text(json.dumps(result))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_equal_one(dataset, tmp_path):
+    _, _, inputs, outputs = dataset
+    evaluators = evaluators_for(NAME)
+    evaluators.reset()
+    evaluators.process(inputs, outputs)
+    expected = json.loads(json.dumps(evaluators.evaluate()))
+    mp.spawn(_evaluate_on_rank, (2, tmp_path, tmp_path / "init", tmp_path / "result"), nprocs=2)
+    result = json.loads((tmp_path / "result").read_text())
+    assert repr(result) == repr(expected)  # to the last bit; repr, since NaN is not equal to itself
