@@ -386,7 +386,9 @@ def _shard_path(directory: Path, shard: int) -> Path:
 def _shard_indices(manifest: Mapping, shard: int) -> range:
     start = shard * manifest["shard_size"]
     if not 0 <= start < manifest["num_images"]:
-        raise ValueError(f"no shard {shard}: there are {manifest['num_images']} images, {manifest['shard_size']} a shard")
+        raise ValueError(
+            f"no shard {shard}: there are {manifest['num_images']} images, {manifest['shard_size']} a shard"
+        )
     return range(start, min(start + manifest["shard_size"], manifest["num_images"]))
 
 
