@@ -1,0 +1,14 @@
+"""Datasets, mappers and the toy set. Importing this package registers the project's datasets with detectron2."""
+
+from . import datasets  # registers toy, nuclei and COCO-with-semantics
+from .datasets import register_coco_panoptic_like, register_from_config
+from .mappers import MAPPERS, PanopticTestMapper, build_train_mapper
+
+__all__ = [
+    "MAPPERS",
+    "PanopticTestMapper",
+    "build_train_mapper",
+    "datasets",
+    "register_coco_panoptic_like",
+    "register_from_config",
+]

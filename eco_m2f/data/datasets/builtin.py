@@ -1,0 +1,69 @@
+"""The names this project adds to detectron2's own: toy, nuclei, and COCO panoptic with semantic class maps.
+
+detectron2 already registers coco_2017_{train,val}_panoptic and cityscapes_fine_panoptic_{train,val}.
+All paths lie under $DETECTRON2_DATASETS (./datasets if unset), read when this package is imported, as detectron2 does.
+"""
+
+import os
+from pathlib import Path
+
+from detectron2.data import MetadataCatalog
+
+from ..toy import CATEGORIES as TOY_CATEGORIES
+from .coco_panoptic_like import register_coco_panoptic_like
+
+NUCLEI_CATEGORIES = [
+    {"id": 1, "name": "nucleus", "isthing": 1, "color": [220, 80, 60]},
+    {"id": 2, "name": "background", "isthing": 0, "color": [60, 70, 110]},
+]
+
+
+def datasets_root() -> Path:
+    """Where datasets lie: $DETECTRON2_DATASETS, or ./datasets."""
+    return Path(os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets")))
+
+
+def register_all(root: Path | None = None) -> None:
+    """Registers every name below `root`. No file need exist yet."""
+    root = root or datasets_root()
+    for split in ("train", "val"):
+        _register_split("toy", split, root, TOY_CATEGORIES)
+        _register_coco_with_sem_seg(split, root / "coco")
+    for split in ("train", "val", "test"):
+        _register_split("nuclei", split, root, NUCLEI_CATEGORIES)
+
+
+def _register_split(dataset: str, split: str, root: Path, categories: list[dict]) -> None:
+    base = root / dataset
+    register_coco_panoptic_like(
+        f"{dataset}_panoptic_{split}",
+        base / split,
+        base / f"panoptic_{split}",
+        base / "annotations" / f"panoptic_{split}.json",
+        categories=categories,
+    )
+
+
+def _register_coco_with_sem_seg(split: str, base: Path) -> None:
+    """COCO with class-map PNGs beside the panoptic ones (datasets/prepare_coco_semantic.py makes them), for mIoU."""
+    register_coco_panoptic_like(
+        f"coco_2017_{split}_panoptic_with_sem_seg",
+        base / f"{split}2017",
+        base / f"panoptic_{split}2017",
+        base / "annotations" / f"panoptic_{split}2017.json",
+        categories=_coco_categories(),
+        sem_seg_root=base / f"panoptic_semseg_{split}2017",
+        instances_json=base / "annotations" / f"instances_{split}2017.json",
+        evaluator_type="coco_panoptic_seg",
+    )
+
+
+def _coco_categories() -> list[dict]:
+    """COCO's 133 categories in contiguous order, from detectron2's own table."""
+    meta = MetadataCatalog.get("coco_2017_val_panoptic")
+    things = {i: c for c, i in meta.thing_dataset_id_to_contiguous_id.items()}
+    ids = things | {i: c for c, i in meta.stuff_dataset_id_to_contiguous_id.items()}
+    return [
+        {"id": ids[i], "name": name, "isthing": int(i in things), "color": color}
+        for i, (name, color) in enumerate(zip(meta.thing_classes, meta.thing_colors, strict=True))
+    ]

@@ -1,0 +1,53 @@
+"""DATASETS.CUSTOM: own datasets from YAML or the command line, e.g. "name=cells,images=a,panoptic=b,json=c.json"."""
+
+from collections.abc import Iterable
+
+from .coco_panoptic_like import register_coco_panoptic_like
+
+REQUIRED = ("name", "images", "panoptic", "json")
+OPTIONAL = ("instances", "sem_seg")
+
+
+def parse_custom(spec: str) -> dict[str, str]:
+    """Splits one "key=value,key=value" description; a comma within a value is not possible.
+
+    Keys: name (to use in DATASETS.TRAIN or TEST), images (folder), panoptic (folder of PNGs), json (panoptic JSON),
+    and optionally instances (COCO instance JSON) and sem_seg (folder of class-map PNGs).
+    Raises ValueError naming the key that is unknown, missing, doubled or empty.
+    """
+    fields: dict[str, str] = {}
+    for part in spec.split(","):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not value:
+            raise ValueError(f"DATASETS.CUSTOM entry {spec!r}: {part.strip()!r} is not of the form key=value")
+        if key not in REQUIRED + OPTIONAL:
+            raise ValueError(
+                f"DATASETS.CUSTOM entry {spec!r}: unknown key {key!r}, use {', '.join(REQUIRED + OPTIONAL)}"
+            )
+        if key in fields:
+            raise ValueError(f"DATASETS.CUSTOM entry {spec!r}: {key!r} is given twice")
+        fields[key] = value
+    missing = [key for key in REQUIRED if key not in fields]
+    if missing:
+        raise ValueError(f"DATASETS.CUSTOM entry {spec!r}: lacks {', '.join(missing)}")
+    return fields
+
+
+def register_from_config(specs: Iterable[str]) -> list[str]:
+    """Registers every dataset that cfg.DATASETS.CUSTOM lists and returns their names, in order.
+
+    Raises ValueError or DataError where a description or its JSON is wrong. Calling it again does nothing new.
+    """
+    if isinstance(specs, str):  # a lone string would be taken letter by letter
+        raise ValueError(f'DATASETS.CUSTOM must be a list of strings, got the string {specs!r}: write ["..."]')
+    parsed = [parse_custom(spec) for spec in specs]
+    for fields in parsed:
+        register_coco_panoptic_like(
+            fields["name"],
+            fields["images"],
+            fields["panoptic"],
+            fields["json"],
+            instances_json=fields.get("instances"),
+            sem_seg_root=fields.get("sem_seg"),
+        )
+    return [fields["name"] for fields in parsed]

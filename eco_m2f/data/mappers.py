@@ -1,0 +1,241 @@
+"""Mappers: a dataset dict with file names -> the tensors a model reads.
+
+Training mappers are named by INPUT.DATASET_MAPPER_NAME, with the names public Mask2Former YAMLs use:
+`coco_panoptic_lsj` (large-scale jittering) and `mask_former_panoptic` (resize, crop, colour, flip).
+"""
+
+import copy
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.data import detection_utils
+from detectron2.data import transforms as T
+from detectron2.structures import Instances
+
+from .panoptic_map import ADVICE, DataError, decode, index_map, masks_of, read_ids
+from .transforms import ColorAugSSD, JitterScale
+
+IMAGE_PAD = 128  # grey
+SEG_PAD = 255  # void
+
+
+class PanopticTrainMapper:
+    """Reads image and panoptic PNG, augments both, and makes one mask per segment that is still visible.
+
+    Subclasses say in `from_config` which augmentations. Input: a dict with file_name, pan_seg_file_name and
+    segments_info (contiguous category ids). Output, a dict with image (uint8 [3, H, W]), height and width (of the
+    original, pixels), image_id, file_name, and instances with gt_classes (int64 [N]) and gt_masks (bool [N, H, W]).
+    Crowd segments, and segments that the crop cut away, are left out. Raises DataError naming the offending file.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        is_train: bool = True,
+        *,
+        augmentations: list,
+        image_format: str,
+        size_divisibility: int = -1,
+        needs_sem_seg: bool = False,
+        ignore_label: int = 255,
+    ):
+        """Args: size_divisibility: pad right and bottom to the next multiple (pixels; < 1: no padding);
+        needs_sem_seg: an augmentation looks at the class map; ignore_label: its void value."""
+        if not is_train:
+            raise ValueError(f"{type(self).__name__} is for training only; use PanopticTestMapper to evaluate")
+        self.augmentations = T.AugmentationList(augmentations)
+        self.image_format = image_format
+        self.size_divisibility = size_divisibility
+        self.needs_sem_seg = needs_sem_seg
+        self.ignore_label = ignore_label
+
+    def __call__(self, dataset_dict: dict) -> dict:
+        record = dict(dataset_dict)
+        image = read_image(record, self.image_format)
+        segments, planes = _read_segments(record, image)
+        sem_seg = _class_map(planes, segments, self.ignore_label) if self.needs_sem_seg else None
+        aug_input = T.AugInput(image, sem_seg=sem_seg)
+        transforms = self.augmentations(aug_input)
+        image, planes = self._pad(aug_input.image, transforms.apply_segmentation(planes))
+        output = {key: record[key] for key in ("file_name", "image_id", "height", "width")}
+        output["image"] = _to_tensor(image)
+        output["instances"] = _instances(planes, segments)
+        return output
+
+    def _pad(self, image: np.ndarray, planes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if self.size_divisibility < 1:
+            return image, planes
+        bottom, right = (-side % self.size_divisibility for side in image.shape[:2])
+        pad = T.PadTransform(0, 0, right, bottom, pad_value=IMAGE_PAD, seg_pad_value=SEG_PAD)
+        return pad.apply_image(image), pad.apply_segmentation(planes)
+
+
+class COCOPanopticLSJMapper(PanopticTrainMapper):
+    """Large-scale jittering: flip, scale by INPUT.MIN_SCALE..MAX_SCALE, crop or pad to an INPUT.IMAGE_SIZE square."""
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
+        side = cfg.INPUT.IMAGE_SIZE
+        augmentations = _flip(cfg) + [
+            JitterScale(cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE, target_height=side, target_width=side),
+            T.FixedSizeCrop((side, side), pad_value=IMAGE_PAD, seg_pad_value=SEG_PAD),
+        ]
+        return {**_common(cfg, is_train), "augmentations": augmentations}
+
+
+class MaskFormerPanopticMapper(PanopticTrainMapper):
+    """The Cityscapes recipe: resize the shortest edge, crop, distort colours, flip; each as INPUT says."""
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
+        augmentations = [
+            T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING)
+        ]
+        constrained = cfg.INPUT.CROP.ENABLED and cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA < 1.0
+        if cfg.INPUT.CROP.ENABLED:
+            augmentations.append(_crop(cfg, constrained))
+        if cfg.INPUT.COLOR_AUG_SSD:
+            augmentations.append(ColorAugSSD(cfg.INPUT.FORMAT))
+        return {
+            **_common(cfg, is_train),
+            "augmentations": augmentations + _flip(cfg),
+            "needs_sem_seg": constrained,
+            "ignore_label": cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+        }
+
+
+MAPPERS = {
+    "coco_panoptic_lsj": COCOPanopticLSJMapper,
+    "mask_former_panoptic": MaskFormerPanopticMapper,
+}
+
+
+def build_train_mapper(cfg: CfgNode) -> PanopticTrainMapper:
+    """The training mapper that INPUT.DATASET_MAPPER_NAME asks for. Raises ValueError for a name it does not know."""
+    name = cfg.INPUT.DATASET_MAPPER_NAME
+    if name not in MAPPERS:
+        raise ValueError(
+            f"INPUT.DATASET_MAPPER_NAME is {name!r}, which is none of {sorted(MAPPERS)}: set it to one of these"
+        )
+    return MAPPERS[name](cfg, True)
+
+
+class PanopticTestMapper:
+    """Test-time mapper: the image after INPUT's test transforms, and the panoptic ground truth's names as they were.
+
+    Output: image (uint8 [3, H, W]), height and width (of the original), image_id, file_name, and, where the dataset
+    has them, pan_seg_file_name and segments_info, so that a per-image quality can be computed.
+    """
+
+    KEPT = ("file_name", "image_id", "height", "width", "pan_seg_file_name", "segments_info", "sem_seg_file_name")
+
+    @configurable
+    def __init__(self, is_train: bool = False, *, augmentations: list, image_format: str):
+        if is_train:
+            raise ValueError("PanopticTestMapper is for evaluation only; use build_train_mapper(cfg) to train")
+        self.augmentations = T.AugmentationList(augmentations)
+        self.image_format = image_format
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = False) -> dict:
+        return {
+            "is_train": is_train,
+            "augmentations": detection_utils.build_augmentation(cfg, is_train=False),
+            "image_format": cfg.INPUT.FORMAT,
+        }
+
+    def __call__(self, dataset_dict: dict) -> dict:
+        record = dict(dataset_dict)
+        aug_input = T.AugInput(read_image(record, self.image_format))
+        self.augmentations(aug_input)
+        output = copy.deepcopy({key: record[key] for key in self.KEPT if key in record})
+        return {**output, "image": _to_tensor(aug_input.image)}
+
+
+def read_image(record: dict, image_format: str) -> np.ndarray:
+    """Reads record["file_name"] as uint8 [H, W, C] and fills in height and width (and image_id) where absent.
+
+    Raises DataError if the file is missing, unreadable, of another size than the record says, or one pixel wide.
+    """
+    name = record["file_name"]
+    try:
+        image = detection_utils.read_image(name, format=image_format)
+        detection_utils.check_image_size(record, image)
+    except detection_utils.SizeMismatchError as error:
+        raise DataError(f"{error} Or restore the file; {ADVICE}") from error
+    except FileNotFoundError as error:
+        raise DataError(f"{name}: image not found; restore it or drop it from the annotations; {ADVICE}") from error
+    except (OSError, SyntaxError) as error:
+        raise DataError(f"{name}: image cannot be read ({error}); restore it or drop it; {ADVICE}") from error
+    if min(image.shape[:2]) < 2:
+        raise DataError(
+            f"{name}: the image is {image.shape[1]}x{image.shape[0]} pixels, too thin to train or test on; "
+            f"drop it from the annotations; {ADVICE}"
+        )
+    record.setdefault("image_id", name)
+    return image
+
+
+def _read_segments(record: dict, image: np.ndarray) -> tuple[list[dict], np.ndarray]:
+    """The segments, crowds among them, and the index planes of the panoptic PNG."""
+    if "pan_seg_file_name" not in record:
+        raise DataError(
+            f"{record['file_name']}: the dataset has no panoptic annotation; train on a panoptic dataset, "
+            "e.g. one registered with register_coco_panoptic_like"
+        )
+    source = record["pan_seg_file_name"]
+    ids = read_ids(source)
+    if ids.shape != image.shape[:2]:
+        raise DataError(
+            f"{source}: the panoptic PNG is {ids.shape[1]}x{ids.shape[0]} pixels but its image "
+            f"{record['file_name']} is {image.shape[1]}x{image.shape[0]}; one of them is wrong; {ADVICE}"
+        )
+    segments = record["segments_info"]
+    return segments, index_map(ids, [s["id"] for s in segments], source)
+
+
+def _class_map(planes: np.ndarray, segments: list[dict], ignore_label: int) -> np.ndarray:
+    """Contiguous class of each pixel, uint8 [H, W]; void and crowds get ignore_label."""
+    classes = [ignore_label if s.get("iscrowd", 0) else s["category_id"] for s in segments]
+    if max(classes, default=0) > 255:
+        raise ValueError(f"INPUT.CROP.SINGLE_CATEGORY_MAX_AREA needs class ids below 256, got {max(classes)}")
+    table = np.asarray([*classes, ignore_label], dtype=np.uint8)
+    return table[np.minimum(decode(planes), len(segments))]
+
+
+def _instances(planes: np.ndarray, segments: list[dict]) -> Instances:
+    wanted = np.flatnonzero([not s.get("iscrowd", 0) for s in segments])
+    left, masks = masks_of(planes, wanted)
+    instances = Instances(planes.shape[:2])
+    instances.gt_classes = torch.tensor([segments[i]["category_id"] for i in left], dtype=torch.int64)
+    instances.gt_masks = torch.from_numpy(masks)
+    return instances
+
+
+def _common(cfg: CfgNode, is_train: bool) -> dict:
+    return {
+        "is_train": is_train,
+        "image_format": cfg.INPUT.FORMAT,
+        "size_divisibility": cfg.INPUT.SIZE_DIVISIBILITY,
+    }
+
+
+def _flip(cfg: CfgNode) -> list:
+    choice = cfg.INPUT.RANDOM_FLIP
+    if choice == "none":
+        return []
+    return [T.RandomFlip(horizontal=choice == "horizontal", vertical=choice == "vertical")]
+
+
+def _crop(cfg: CfgNode, constrained: bool) -> T.Augmentation:
+    crop = cfg.INPUT.CROP
+    if not constrained:
+        return T.RandomCrop(crop.TYPE, crop.SIZE)
+    return T.RandomCrop_CategoryAreaConstraint(
+        crop.TYPE, crop.SIZE, crop.SINGLE_CATEGORY_MAX_AREA, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+    )
+
+
+def _to_tensor(image: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))

@@ -1,0 +1,108 @@
+"""Panoptic PNGs: reading them, and turning segment ids into masks quickly.
+
+A COCO-format panoptic PNG stores at each pixel the id of its segment, R + 256 G + 65536 B; id 0 is void.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+VOID = 0  # segment id of an unlabelled pixel, in the PNG
+ADVICE = "run tools/check_dataset.py on the dataset to list every such file"
+
+
+class DataError(ValueError):
+    """A file of a dataset is missing, unreadable or contradicts another; the message names it and the remedy."""
+
+
+def read_ids(file_name: str | Path) -> np.ndarray:
+    """Reads a panoptic PNG into segment ids, int32 [H, W]. Raises DataError if it is missing or unreadable."""
+    try:
+        with Image.open(file_name) as png:
+            if png.mode not in ("RGB", "RGBA", "P"):
+                raise DataError(
+                    f"{file_name}: a panoptic PNG must be RGB (segment id = R + 256 G + 65536 B), got mode {png.mode}; "
+                    f"convert it with panopticapi.utils.id2rgb, and {ADVICE}"
+                )
+            rgb = np.asarray(png.convert("RGB"))
+    except FileNotFoundError as error:
+        raise DataError(f"{file_name}: panoptic PNG not found; restore it, or {ADVICE}") from error
+    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG chunk
+        raise DataError(f"{file_name}: panoptic PNG cannot be read ({error}); restore it, or {ADVICE}") from error
+    return rgb[..., 0] + rgb[..., 1] * np.int32(256) + rgb[..., 2] * np.int32(65536)
+
+
+def ids_to_rgb(ids: np.ndarray) -> np.ndarray:
+    """Segment ids [H, W] -> the uint8 [H, W, 3] that a panoptic PNG holds."""
+    if ids.min() < 0 or ids.max() >= 1 << 24:
+        raise ValueError(f"segment ids must lie in 0..{(1 << 24) - 1}, got {ids.min()}..{ids.max()}")
+    return np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], axis=-1).astype(np.uint8)
+
+
+def index_map(ids: np.ndarray, segment_ids: list[int], source: str | Path = "panoptic map") -> np.ndarray:
+    """Replaces segment ids by positions in `segment_ids`.
+
+    Returns uint8 planes that survive any nearest-neighbour transform and whose padding value 255 means void:
+    [H, W] where fewer than 255 segments exist, else [H, W, 3] with the low byte first. `decode` undoes it.
+    Raises DataError where the map and the list disagree, either way; `source` names the file in the message.
+    """
+    values, lengths = _runs(ids)
+    known = np.asarray([VOID, *segment_ids], dtype=np.int64)
+    order = np.argsort(known)
+    place = np.searchsorted(known[order], values).clip(max=len(known) - 1)
+    _raise_unless_listed(values, known[order][place], source)
+    position = order[place] - 1  # -1: void
+    _raise_unless_drawn(segment_ids, position, source)
+    index = np.repeat(position, lengths).reshape(ids.shape)
+    if len(segment_ids) < 255:
+        return np.where(index < 0, 255, index).astype(np.uint8)
+    return ids_to_rgb(np.where(index < 0, (1 << 24) - 1, index))
+
+
+def decode(planes: np.ndarray) -> np.ndarray:
+    """Planes of `index_map`, transformed or not -> positions, [H, W] uint8 (void 255) or int32 (void 2**24 - 1)."""
+    if planes.ndim == 2:
+        return planes
+    wide = planes.astype(np.int32)
+    return wide[..., 0] + wide[..., 1] * 256 + wide[..., 2] * 65536
+
+
+def masks_of(planes: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The masks of those `wanted` positions that still own a pixel: (positions [N], bool [N, H, W]), one comparison."""
+    positions = decode(planes)
+    # The void value may be far beyond the number of segments: fold it into one slot before counting.
+    count = int(wanted.max(initial=-1)) + 1
+    pixels = np.bincount(np.minimum(positions, count).ravel(), minlength=count + 1)
+    left = wanted[pixels[wanted] > 0]
+    return left, positions[None] == left.astype(positions.dtype)[:, None, None]
+
+
+def _runs(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values and lengths of the runs of equal pixels, row-major: far fewer look-ups than pixels."""
+    flat = ids.ravel()
+    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+    return flat[starts], np.diff(starts, append=flat.size)
+
+
+def _raise_unless_listed(values: np.ndarray, matched: np.ndarray, source: str | Path) -> None:
+    stray = np.unique(values[values != matched])
+    if stray.size:
+        raise DataError(
+            f"{source}: the PNG holds segment id(s) {_some(stray)} that its segments_info does not list; "
+            f"correct the JSON or set those pixels to 0 (void), and {ADVICE}"
+        )
+
+
+def _raise_unless_drawn(segment_ids: list[int], position: np.ndarray, source: str | Path) -> None:
+    absent = np.setdiff1d(np.arange(len(segment_ids)), position)
+    if absent.size:
+        raise DataError(
+            f"{source}: segments_info lists id(s) {_some(np.asarray(segment_ids)[absent])} that own no pixel of the "
+            f"PNG; delete them from the JSON, and {ADVICE}"
+        )
+
+
+def _some(ids: np.ndarray) -> str:
+    """At most five ids, for a message."""
+    return ", ".join(str(i) for i in ids[:5]) + (f", ... ({len(ids)} in all)" if len(ids) > 5 else "")

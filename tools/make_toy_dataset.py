@@ -1,0 +1,24 @@
+"""Generates the toy set in COCO panoptic format; a second run with the same parameters does nothing."""
+
+import argparse
+
+from eco_m2f.data.datasets.builtin import datasets_root
+from eco_m2f.data.toy import ToySpec, make_toy_dataset
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--output", default=str(datasets_root() / "toy"), help="folder to write")
+    parser.add_argument("--num-train", type=int, default=ToySpec.num_train, help="training images")
+    parser.add_argument("--num-val", type=int, default=ToySpec.num_val, help="validation images")
+    parser.add_argument("--size", type=int, default=ToySpec.size, help="side of the images, pixels")
+    parser.add_argument("--seed", type=int, default=ToySpec.seed, help="of everything drawn")
+    parser.add_argument("--overwrite", action="store_true", help="replace a toy set made with other parameters")
+    args = parser.parse_args()
+    spec = ToySpec(args.num_train, args.num_val, args.size, args.seed)
+    written = make_toy_dataset(args.output, spec, args.overwrite)
+    print(f"{args.output}: {'written' if written else 'already there with these parameters'}")
+
+
+if __name__ == "__main__":
+    main()
