@@ -1,9 +1,8 @@
 // Kernels in plain C++: any number of channels, levels and points, any float type; sums in T = float or double.
-// S is the type in which value, weights and output are stored.
+// S is the type in which value is stored. Reads value where it lies: the better way when few queries look at large maps.
 #pragma once
 
 #include <limits>
-#include <vector>
 
 #include "point.h"
 
@@ -13,19 +12,20 @@ template <typename S, typename T>
 struct ForwardArguments {
   const S* value;
   const T* locations;
-  const S* weights;
-  S* output;
+  const T* weights;
+  T* output;
 };
 
-// One query: all heads. `sum` has room for the channels of one head.
+// One query: all heads.
 template <typename S, typename T>
-void portable_forward_query(const Problem& p, const ForwardArguments<S, T>& a, int64_t image, int64_t query, T* sum) {
+void portable_forward_query(const Problem& p, const ForwardArguments<S, T>& a, int64_t image, int64_t query) {
   const int64_t row_stride = p.heads * p.channels, samples = p.levels * p.points;
   const int64_t first = (image * p.queries + query) * p.heads;
   for (int64_t head = 0; head < p.heads; ++head) {
     const S* value = a.value + (image * p.tokens * p.heads + head) * p.channels;
     const T* location = a.locations + (first + head) * samples * 2;
-    const S* weight = a.weights + (first + head) * samples;
+    const T* weight = a.weights + (first + head) * samples;
+    T* sum = a.output + (first + head) * p.channels;
     for (int64_t c = 0; c < p.channels; ++c) sum[c] = 0;
     for (int64_t i = 0; i < samples; ++i) {
       Corners<T> corners;
@@ -37,26 +37,24 @@ void portable_forward_query(const Problem& p, const ForwardArguments<S, T>& a, i
       }
       for (int k = 0; k < 4; ++k) {
         const S* row = value + corners.token[k] * row_stride;
-        const T scale = corners.weight[k] * T(weight[i]);
+        const T scale = corners.weight[k] * weight[i];
         if (scale != 0) {
           for (int64_t c = 0; c < p.channels; ++c) sum[c] += scale * T(row[c]);
         }
       }
     }
-    S* output = a.output + (first + head) * p.channels;
-    for (int64_t c = 0; c < p.channels; ++c) output[c] = S(sum[c]);
   }
 }
 
 template <typename S, typename T>
 struct BackwardArguments {
-  const S* grad_output;
+  const T* grad_output;
   const S* value;
   const T* locations;
-  const S* weights;
-  T* grad_value;  // zeroed, in the type of the sums
+  const T* weights;
+  T* grad_value;  // zeroed
   T* grad_locations;
-  S* grad_weights;
+  T* grad_weights;
 };
 
 // All queries of one head of one image, so that no two threads add to the same row of grad_value.
@@ -67,12 +65,12 @@ void portable_backward_head(const Problem& p, const BackwardArguments<S, T>& a, 
   T* grad_value = a.grad_value + (image * p.tokens * p.heads + head) * p.channels;
   for (int64_t query = 0; query < p.queries; ++query) {
     const int64_t unit = (image * p.queries + query) * p.heads + head;
-    const S* grad = a.grad_output + unit * p.channels;
+    const T* grad = a.grad_output + unit * p.channels;
     for (int64_t i = 0; i < samples; ++i) {
       const Level& level = p.level[i / p.points];
       const T* location = a.locations + (unit * samples + i) * 2;
       T* grad_location = a.grad_locations + (unit * samples + i) * 2;
-      const T weight = T(a.weights[unit * samples + i]);
+      const T weight = a.weights[unit * samples + i];
       Corners<T> corners;
       const Place place = locate(level, location[0], location[1], corners);
       const T none = place == Place::kNotFinite ? std::numeric_limits<T>::quiet_NaN() : T(0);
@@ -82,11 +80,11 @@ void portable_backward_head(const Problem& p, const BackwardArguments<S, T>& a, 
         T* grad_row = grad_value + corners.token[k] * row_stride;
         const T scale = corners.weight[k] * weight;
         T dot = 0;
-        for (int64_t c = 0; c < p.channels; ++c) dot += T(grad[c]) * T(row[c]);
-        for (int64_t c = 0; c < p.channels; ++c) grad_row[c] += scale * T(grad[c]);
+        for (int64_t c = 0; c < p.channels; ++c) dot += grad[c] * T(row[c]);
+        for (int64_t c = 0; c < p.channels; ++c) grad_row[c] += scale * grad[c];
         along += corners.weight[k] * dot, dx += corners.dx[k] * dot, dy += corners.dy[k] * dot;
       }
-      a.grad_weights[unit * samples + i] = S(along);
+      a.grad_weights[unit * samples + i] = along;
       grad_location[0] = dx * weight * T(level.width);
       grad_location[1] = dy * weight * T(level.height);
     }

@@ -1,0 +1,71 @@
+// What the vectorised samplers do, and which of them this processor can run.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "staging.h"
+
+namespace eco_m2f {
+
+// Per sample of a head, padded to whole vectors: the size and place of its level.
+template <typename T>
+struct SampleTable {
+  std::vector<T> width, height;
+  std::vector<int32_t> origin, row_cells, outside;
+
+  SampleTable(const Problem& p, const StagedLayout& layout, int64_t vector_lanes) {
+    const int64_t samples = p.levels * p.points, padded = (samples + vector_lanes - 1) / vector_lanes * vector_lanes;
+    for (int64_t i = 0; i < padded; ++i) {
+      const int64_t level = i < samples ? i / p.points : 0;
+      width.push_back(T(p.level[level].width));
+      height.push_back(T(p.level[level].height));
+      origin.push_back(int32_t(layout.origin[level]));
+      row_cells.push_back(int32_t(layout.row_cells[level]));
+      outside.push_back(int32_t(layout.outside(p, level)));
+    }
+  }
+};
+
+// The work of one head of one image; pointers are those of its first query.
+template <typename T>
+struct HeadTask {
+  int64_t channels, samples;            // channels without padding; samples = levels * points
+  int64_t query_rows, query_samples;    // from one query to the next: heads * channels, heads * samples
+  int64_t staged_channels;              // channels with padding
+  const SampleTable<T>* table;
+  const T* map;                         // staged
+  const T* locations;
+  const T* locations_end;               // of the whole tensor: a vector may read beyond its head, but not beyond this
+  const T* weights;
+  const T* weights_end;                 // likewise
+  T* output;                            // forward
+  const T* grad_output;                 // backward, as all below
+  T* grad_map;                          // staged, added to
+  T* grad_locations;
+  T* grad_weights;
+};
+
+// One instruction set's kernels, for the queries [begin, end).
+template <typename T>
+struct Sampler {
+  const char* name;
+  int64_t lanes;         // of a vector
+  int64_t max_channels;  // more are left to the portable kernels
+  void (*forward)(const HeadTask<T>&, int64_t begin, int64_t end);
+  void (*backward)(const HeadTask<T>&, int64_t begin, int64_t end);
+};
+
+template <typename T>
+Sampler<T> avx512_sampler();
+template <typename T>
+Sampler<T> avx2_sampler();
+template <typename T>
+Sampler<T> baseline_sampler();
+
+// The best of these that the processor runs, unless limited to a lesser one by name; null where limited to "portable".
+template <typename T>
+const Sampler<T>* choose_sampler(const std::string& limit);
+
+}  // namespace eco_m2f

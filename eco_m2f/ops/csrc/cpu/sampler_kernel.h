@@ -1,0 +1,253 @@
+// The vectorised sampler, written once with GCC's vector types. A file per instruction set defines ECO_ISA (its
+// namespace) and ECO_VECTOR_BYTES, switches the compiler to that instruction set, and includes this file inside. So it
+// must include nothing and use no function that other files could share: the linker would keep one copy for all.
+
+namespace eco_m2f {
+namespace ECO_ISA {
+
+#define ECO_INLINE static inline __attribute__((always_inline))
+
+template <typename T>
+struct Vectors {
+  static constexpr int kLanes = ECO_VECTOR_BYTES / sizeof(T);
+  typedef T Real __attribute__((vector_size(ECO_VECTOR_BYTES)));
+  typedef int32_t Int __attribute__((vector_size(kLanes * sizeof(int32_t))));
+};
+
+template <typename V, typename T>
+ECO_INLINE V load(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <typename V, typename T>
+ECO_INLINE void store(T* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+template <typename V, typename T>
+ECO_INLINE V broadcast(T x) {
+  return x - V{};
+}
+
+// Lane i of the result is the sum of all lanes of v[i]; v is overwritten.
+template <typename T, typename V = typename Vectors<T>::Real>
+ECO_INLINE V sum_each(V* v) {
+  constexpr int kLanes = Vectors<T>::kLanes;
+  using Mask = decltype(V{} < V{});
+#pragma GCC unroll 5
+  for (int d = kLanes / 2; d > 0; d /= 2) {
+    Mask here, across;
+#pragma GCC unroll 16
+    for (int j = 0; j < kLanes; ++j) {
+      here[j] = j + (j & d ? kLanes : 0);
+      across[j] = (j ^ d) + (j & d ? kLanes : 0);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < d; ++i) {
+      v[i] = __builtin_shuffle(v[i], v[i + d], here) + __builtin_shuffle(v[i], v[i + d], across);
+    }
+  }
+  return v[0];
+}
+
+// Up to a vector of samples of one query and head, located.
+template <typename T>
+struct Located {
+  static constexpr int kLanes = Vectors<T>::kLanes;
+  int32_t cell[kLanes];   // of the upper left corner
+  T weight[4][kLanes];    // attention * bilinear, corners (y0, x0), (y0, x1), (y1, x0), (y1, x1)
+  T fx[kLanes], fy[kLanes], attention[kLanes];
+};
+
+// Reads a whole vector at p, or where that would pass `end` only `count` numbers, the rest zeros.
+template <typename V, typename T>
+ECO_INLINE V load_guarded(const T* p, const T* end, int64_t count) {
+  constexpr int64_t kLanes = sizeof(V) / sizeof(T);
+  if (__builtin_expect(end - p >= kLanes, 1)) return load<V>(p);
+  T padded[kLanes] = {};
+  for (int64_t i = 0; i < count && i < kLanes; ++i) padded[i] = p[i];
+  return load<V>(padded);
+}
+
+// Samples [first, first + count) of a query. The pixel is a product and then a difference, never fused: all backends
+// must pick the same cell.
+template <typename T>
+ECO_INLINE void locate(const HeadTask<T>& task, int64_t query, int64_t first, int64_t count, Located<T>& out) {
+  using V = typename Vectors<T>::Real;
+  using I = typename Vectors<T>::Int;
+  constexpr int kLanes = Vectors<T>::kLanes;
+  using Mask = decltype(V{} < V{});
+  const int64_t at = query * task.query_samples + first;
+  const T* location = task.locations + 2 * at;
+  const V front = load_guarded<V>(location, task.locations_end, 2 * count);
+  const V back = load_guarded<V>(location + kLanes, task.locations_end, 2 * count - kLanes);
+  Mask even, odd;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
+  const SampleTable<T>& table = *task.table;
+  const V width = load<V>(table.width.data() + first), height = load<V>(table.height.data() + first);
+  V x = __builtin_shuffle(front, back, even) * width - T(0.5);
+  V y = __builtin_shuffle(front, back, odd) * height - T(0.5);
+  const V poison = (x - x) + (y - y);  // 0, or NaN where a coordinate is not finite
+  const Mask inside = (x >= T(-1)) & (x < width) & (y >= T(-1)) & (y < height);
+  x = inside ? x : V{}, y = inside ? y : V{};
+  I x0 = __builtin_convertvector(x, I), y0 = __builtin_convertvector(y, I);  // towards zero; only -1..0 differs
+  V fx = x - __builtin_convertvector(x0, V), fy = y - __builtin_convertvector(y0, V);
+  const Mask left = fx < 0, above = fy < 0;
+  x0 += __builtin_convertvector(left, I), y0 += __builtin_convertvector(above, I);
+  fx = left ? fx + 1 : fx, fy = above ? fy + 1 : fy;
+  fx += poison, fy += poison;
+  const I cell = load<I>(table.origin.data() + first) + y0 * load<I>(table.row_cells.data() + first) + x0;
+  const I inside_int = __builtin_convertvector(inside, I);
+  store(out.cell, inside_int ? cell : load<I>(table.outside.data() + first));
+  const V attention = load_guarded<V>(task.weights + at, task.weights_end, count);
+  const V lower = attention * fy, upper = attention * (1 - fy);
+  store(out.weight[0], V(upper * (1 - fx))), store(out.weight[1], V(upper * fx));
+  store(out.weight[2], V(lower * (1 - fx))), store(out.weight[3], V(lower * fx));
+  store(out.fx, fx), store(out.fy, fy), store(out.attention, attention);
+}
+
+// kVectors vectors make up the channels of a cell. Several sums per channel hide the latency of the additions.
+template <typename T, int kVectors>
+void forward_queries(const HeadTask<T>& task, int64_t begin, int64_t end) {
+  using V = typename Vectors<T>::Real;
+  constexpr int kLanes = Vectors<T>::kLanes, kSums = kVectors <= 2 ? 4 : kVectors <= 4 ? 2 : 1;
+  const int64_t cell_size = kVectors * kLanes;
+  for (int64_t query = begin; query < end; ++query) {
+    V sum[kSums][kVectors] = {};
+    for (int64_t first = 0; first < task.samples; first += kLanes) {
+      const int64_t count = task.samples - first < kLanes ? task.samples - first : kLanes;
+      Located<T> at;
+      locate(task, query, first, count, at);
+      for (int64_t i = 0; i < count; ++i) {
+        const T* upper = task.map + int64_t(at.cell[i]) * cell_size;
+        const T* lower = upper + task.table->row_cells[first + i] * cell_size;
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) {
+          const T* cell = (k < 2 ? upper : lower) + (k & 1) * cell_size;
+          const V weight = broadcast<V>(at.weight[k][i]);
+#pragma GCC unroll 8
+          for (int j = 0; j < kVectors; ++j) {
+            sum[k % kSums][j] = multiply_add(weight, load<V>(cell + j * kLanes), sum[k % kSums][j]);
+          }
+        }
+      }
+    }
+    T* output = task.output + query * task.query_rows;
+    T row[kVectors * kLanes];
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) {
+      V total = sum[0][j];
+#pragma GCC unroll 4
+      for (int k = 1; k < kSums; ++k) total += sum[k][j];
+      store(row + j * kLanes, total);
+    }
+    if (task.channels == cell_size) {
+      __builtin_memcpy(output, row, sizeof(row));
+    } else {
+      for (int64_t c = 0; c < task.channels; ++c) output[c] = row[c];
+    }
+  }
+}
+
+// Gradients of the samples from dots[corner][sample] = <value at the corner, grad_output>.
+template <typename T>
+ECO_INLINE void finish_backward(const HeadTask<T>& task, int64_t query, int64_t first, int64_t count,
+                                const Located<T>& at, const T (*dots)[Vectors<T>::kLanes]) {
+  using V = typename Vectors<T>::Real;
+  constexpr int kLanes = Vectors<T>::kLanes;
+  const V d00 = load<V>(dots[0]), d01 = load<V>(dots[1]), d10 = load<V>(dots[2]), d11 = load<V>(dots[3]);
+  const V fx = load<V>(at.fx), fy = load<V>(at.fy), attention = load<V>(at.attention);
+  const V upper = d00 + fx * (d01 - d00), lower = d10 + fx * (d11 - d10);
+  const V dx = (d01 - d00) + fy * ((d11 - d10) - (d01 - d00));
+  T along[kLanes], slope_x[kLanes], slope_y[kLanes];
+  store(along, V(upper + fy * (lower - upper)));
+  store(slope_x, V(dx * attention * load<V>(task.table->width.data() + first)));
+  store(slope_y, V((lower - upper) * attention * load<V>(task.table->height.data() + first)));
+  const int64_t to = query * task.query_samples + first;
+  for (int64_t i = 0; i < count; ++i) {
+    task.grad_weights[to + i] = along[i];
+    task.grad_locations[2 * (to + i)] = slope_x[i];
+    task.grad_locations[2 * (to + i) + 1] = slope_y[i];
+  }
+}
+
+template <typename T, int kVectors>
+void backward_queries(const HeadTask<T>& task, int64_t begin, int64_t end) {
+  using V = typename Vectors<T>::Real;
+  constexpr int kLanes = Vectors<T>::kLanes, kGroup = kLanes / 4;  // samples whose dot products are summed together
+  const int64_t cell_size = kVectors * kLanes;
+  for (int64_t query = begin; query < end; ++query) {
+    T row[kVectors * kLanes] = {};
+    const T* grad_output = task.grad_output + query * task.query_rows;
+    for (int64_t c = 0; c < task.channels; ++c) row[c] = grad_output[c];
+    V grad[kVectors];
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) grad[j] = load<V>(row + j * kLanes);
+    for (int64_t first = 0; first < task.samples; first += kLanes) {
+      const int64_t count = task.samples - first < kLanes ? task.samples - first : kLanes;
+      Located<T> at;
+      locate(task, query, first, count, at);
+      T dots[4][kLanes] = {};
+      for (int64_t group = 0; group < count; group += kGroup) {
+        V partial[kLanes] = {};
+#pragma GCC unroll 4
+        for (int i = 0; i < kGroup; ++i) {
+          if (group + i >= count) break;
+          const int64_t upper = int64_t(at.cell[group + i]) * cell_size;
+          const int64_t lower = upper + task.table->row_cells[first + group + i] * cell_size;
+#pragma GCC unroll 4
+          for (int k = 0; k < 4; ++k) {
+            const int64_t cell = (k < 2 ? upper : lower) + (k & 1) * cell_size;
+            const V weight = broadcast<V>(at.weight[k][group + i]);
+            V dot = {};
+#pragma GCC unroll 8
+            for (int j = 0; j < kVectors; ++j) {
+              dot = multiply_add(grad[j], load<V>(task.map + cell + j * kLanes), dot);
+              T* target = task.grad_map + cell + j * kLanes;
+              store(target, multiply_add(weight, grad[j], load<V>(target)));
+            }
+            partial[k * kGroup + i] = dot;
+          }
+        }
+        T sums[kLanes];
+        store(sums, sum_each<T>(partial));
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) __builtin_memcpy(&dots[k][group], sums + k * kGroup, sizeof(T) * kGroup);
+      }
+      finish_backward(task, query, first, count, at, dots);
+    }
+  }
+}
+
+// Picks the kernel for the number of vectors per cell.
+template <typename T>
+void forward(const HeadTask<T>& task, int64_t begin, int64_t end) {
+  switch (task.staged_channels / Vectors<T>::kLanes) {
+    case 1: return forward_queries<T, 1>(task, begin, end);
+    case 2: return forward_queries<T, 2>(task, begin, end);
+    case 4: return forward_queries<T, 4>(task, begin, end);
+    case 8: return forward_queries<T, 8>(task, begin, end);
+  }
+}
+
+template <typename T>
+void backward(const HeadTask<T>& task, int64_t begin, int64_t end) {
+  switch (task.staged_channels / Vectors<T>::kLanes) {
+    case 1: return backward_queries<T, 1>(task, begin, end);
+    case 2: return backward_queries<T, 2>(task, begin, end);
+    case 4: return backward_queries<T, 4>(task, begin, end);
+    case 8: return backward_queries<T, 8>(task, begin, end);
+  }
+}
+
+template <typename T>
+Sampler<T> sampler(const char* name) {
+  constexpr int kLanes = Vectors<T>::kLanes;
+  return {name, kLanes, 8 * kLanes, &forward<T>, &backward<T>};
+}
+
+}  // namespace ECO_ISA
+}  // namespace eco_m2f
