@@ -56,7 +56,7 @@ def _unreadable(path: Path, error: Exception) -> str:
     reason = re.search(r"WeightsUnpickler error: (.*)", str(error)) or re.match("(.*)", str(error))
     return (
         f"{path} ({path.stat().st_size} bytes) cannot be read ({reason[1] or type(error).__name__}): it may be "
-        "truncated or no checkpoint at all. Compare its size and sha256 with its source's, and download or save it again"
+        "truncated or no checkpoint at all. Compare its size and sha256 with its source's, and save or fetch it again"
     )
 
 

@@ -1,0 +1,83 @@
+"""The package imports and runs where what only parts of it need is missing."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eco_m2f.requirements import HOW_TO_INSTALL, require
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIONAL = ("cv2", "panopticapi", "timm")
+BLOCK = f"""
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {OPTIONAL}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Missing())
+"""
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> Path:
+    """A copy of the package's Python files alone, as a checkout is in which nothing was compiled."""
+    folder = tmp_path_factory.mktemp("bare")
+    shutil.copytree(ROOT / "eco_m2f", folder / "eco_m2f", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
+    return folder
+
+
+def run_bare(bare: Path, code: str) -> subprocess.CompletedProcess:
+    """Run code over that copy, without a GPU and without the optional packages."""
+    environment = os.environ | {"PYTHONPATH": str(bare), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", BLOCK + code]
+    return subprocess.run(command, env=environment, cwd=bare, capture_output=True, text=True)
+
+
+COMPUTE = """
+import eco_m2f, torch
+import eco_m2f.budget, eco_m2f.config, eco_m2f.derived, eco_m2f.exits, eco_m2f.modeling
+from eco_m2f.ops import ms_deform_attn
+from eco_m2f.ops.extension import compiled_backends
+assert compiled_backends() == (), compiled_backends()
+locations, weights = torch.full((1, 5, 2, 1, 4, 2), 0.5), torch.full((1, 5, 2, 1, 4), 0.25)
+out = ms_deform_attn(torch.ones(1, 4, 2, 3), [(2, 2)], locations, weights)
+assert torch.allclose(out, torch.ones(1, 5, 6)), out
+print("computed in", eco_m2f.__file__)
+"""
+
+
+def test_imports_and_computes_without_extension_gpu_and_optional_packages(bare):
+    done = run_bare(bare, COMPUTE)
+    assert done.returncode == 0, done.stderr
+    assert f"computed in {bare}" in done.stdout
+
+
+DISTORT = """
+import numpy
+from eco_m2f.data.transforms import ColorDistortion
+ColorDistortion(saturation=1.2).apply_image(numpy.zeros((4, 4, 3), numpy.uint8))
+"""
+
+
+def test_colour_distortion_says_that_it_needs_opencv(bare):
+    done = run_bare(bare, DISTORT)
+    assert done.returncode == 1
+    assert "needs cv2: pip install opencv-python" in done.stderr
+
+
+@pytest.mark.parametrize("package", HOW_TO_INSTALL)
+def test_require_names_what_is_missing_and_how_to_get_it(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)  # makes the import fail
+    with pytest.raises(ImportError) as error:
+        require(package, "this test")
+    assert str(error.value).startswith(f"this test needs {package}: {HOW_TO_INSTALL[package]} (")
+
+
+def test_require_returns_the_module():
+    assert require("json", "this test").loads("[1]") == [1]
