@@ -1,6 +1,7 @@
 """Datasets, mappers and the toy set. Importing this package registers the project's datasets with detectron2."""
 
 from . import datasets  # registers toy, nuclei and COCO-with-semantics
+from .check import check_class_count, check_dataset
 from .datasets import register_coco_panoptic_like, register_from_config
 from .mappers import MAPPERS, PanopticTestMapper, build_train_mapper
 
@@ -8,6 +9,8 @@ __all__ = [
     "MAPPERS",
     "PanopticTestMapper",
     "build_train_mapper",
+    "check_class_count",
+    "check_dataset",
     "datasets",
     "register_coco_panoptic_like",
     "register_from_config",

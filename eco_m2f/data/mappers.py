@@ -147,10 +147,22 @@ class PanopticTestMapper:
 
     def __call__(self, dataset_dict: dict) -> dict:
         record = dict(dataset_dict)
-        aug_input = T.AugInput(read_image(record, self.image_format))
-        self.augmentations(aug_input)
+        image = read_image(record, self.image_format)
         output = copy.deepcopy({key: record[key] for key in self.KEPT if key in record})
-        return {**output, "image": _to_tensor(aug_input.image)}
+        return {**output, "image": self._resized(image)}
+
+    def to_tensor(self, image: np.ndarray) -> torch.Tensor:
+        """An image from memory (uint8 RGB [H, W, 3]) as the model's input, uint8 [3, h, w] in INPUT.FORMAT."""
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"expected a uint8 RGB image [H, W, 3], got {image.dtype} {list(image.shape)}")
+        if self.image_format not in ("RGB", "BGR"):
+            raise ValueError(f"INPUT.FORMAT must be RGB or BGR to take an image from memory, got {self.image_format}")
+        return self._resized(image if self.image_format == "RGB" else image[:, :, ::-1])
+
+    def _resized(self, image: np.ndarray) -> torch.Tensor:
+        aug_input = T.AugInput(image)
+        self.augmentations(aug_input)
+        return _to_tensor(aug_input.image)
 
 
 def read_image(record: dict, image_format: str) -> np.ndarray:

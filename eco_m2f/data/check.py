@@ -1,0 +1,249 @@
+"""Finds what is wrong with a registered panoptic dataset before a training run does.
+
+Works on any dataset whose metadata names a panoptic_json: COCO, Cityscapes, and all that this project registers.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from tqdm import tqdm
+
+from .datasets.coco_panoptic_like import read_panoptic_json
+from .panoptic_map import VOID, DataError, read_ids
+
+CITYSCAPES = "cityscapes_panoptic_seg"  # detectron2's evaluator_type
+
+
+@dataclass(frozen=True, order=True)
+class Finding:
+    """One thing wrong: its kind (a short constant phrase), the file or id it concerns, and what to do."""
+
+    kind: str
+    where: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.where}; {self.remedy}"
+
+
+def check_class_count(dataset_name: str, num_classes: int) -> None:
+    """Raises ValueError unless MODEL.SEM_SEG_HEAD.NUM_CLASSES is the dataset's number of categories (thing + stuff)."""
+    meta = _metadata(dataset_name)
+    count = len(meta.thing_dataset_id_to_contiguous_id) + len(meta.stuff_dataset_id_to_contiguous_id)
+    if count != num_classes:
+        raise ValueError(
+            f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}, but dataset {dataset_name!r} has {count} categories: "
+            f"set it to {count}, or choose another dataset"
+        )
+
+
+def check_dataset(
+    name: str, num_classes: int | None = None, sample: int | None = None, seed: int = 0, workers: int = 1
+) -> list[Finding]:
+    """Lists what is wrong with a dataset, sorted; an empty list means nothing was found.
+
+    Args: num_classes: the model's, compared if given; sample: look into the files of that many images drawn with
+    `seed` (None: all; the JSON is always checked whole); workers: processes that read files.
+    Raises ValueError if the name is not registered or is not a panoptic dataset.
+    """
+    meta = _metadata(name)
+    findings = [] if num_classes is None else list(_check_classes(name, num_classes))
+    try:
+        content = read_panoptic_json(meta.panoptic_json)
+    except DataError as error:
+        return [*findings, Finding("unusable JSON", str(error), "restore it")]
+    findings += check_json(content, meta)
+    jobs = list(_jobs(content, meta))
+    if sample is not None and sample < len(jobs):
+        jobs = random.Random(seed).sample(jobs, sample)
+    for found in tqdm(_map(check_files, jobs, workers), total=len(jobs), desc=name, unit="image", disable=None):
+        findings += found
+    return sorted(findings)
+
+
+def check_json(content: dict, meta) -> list[Finding]:
+    """What a panoptic JSON alone reveals: ids declared twice or never, categories, and images without a usable mask."""
+    findings = list(_check_categories(content["categories"], meta))
+    images = [image["id"] for image in content["images"]]
+    annotated = [annotation["image_id"] for annotation in content["annotations"]]
+    findings += _repeated(images, "duplicate image id", "keep one of the `images` entries")
+    findings += _repeated(annotated, "image annotated twice", "merge or delete one annotation")
+    findings += _repeated(
+        [a["file_name"] for a in content["annotations"]], "panoptic PNG used twice", "give each image its own PNG"
+    )
+    for i in sorted(set(images) - set(annotated), key=str):
+        findings.append(Finding("image without annotation", f"image id {i}", "annotate it, or remove it from `images`"))
+    for i in sorted(set(annotated) - set(images), key=str):
+        findings.append(Finding("annotation without image", f"image id {i}", "add it to `images`, or delete it"))
+    known = {category["id"] for category in content["categories"]}
+    for annotation in content["annotations"]:
+        findings += _check_segments(annotation, known)
+    return findings
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One image's files and what the JSON says of them."""
+
+    image: str
+    panoptic: str
+    sem_seg: str | None
+    size: tuple[int, int] | None  # (height, width) in the JSON
+    areas: dict[int, int | None]  # segment id -> area in the JSON
+
+
+def check_files(job: _Job) -> list[Finding]:
+    """What one image's files reveal: missing, unreadable, thin, of unequal sizes, or drawn otherwise than listed."""
+    found: list[Finding] = []
+    image = _image_size(job.image, found)
+    if image is not None and job.size is not None and image != job.size:
+        told = f"{job.image} is {_by(image)} pixels, the JSON says {_by(job.size)}"
+        found.append(Finding("image size differs from JSON", told, "correct width and height in the JSON"))
+    if image is not None and min(image) < 2:
+        found.append(Finding("image one pixel thin", f"{job.image} ({_by(image)})", "remove it from the dataset"))
+    for path, kind in ((job.panoptic, "panoptic PNG"), (job.sem_seg, "semantic PNG")):
+        if path is not None and not Path(path).is_file():
+            found.append(Finding(f"missing {kind}", path, "restore it; datasets/README.md tells how it is made"))
+    if not Path(job.panoptic).is_file():
+        return found
+    try:
+        ids = read_ids(job.panoptic)
+    except DataError as error:
+        return [*found, Finding("unreadable panoptic PNG", str(error), "restore it")]
+    if image is not None and ids.shape != image:
+        told = f"{job.panoptic} is {_by(ids.shape)} pixels, its image {_by(image)}"
+        found.append(Finding("PNG size differs from image", told, "make the PNG again at the image's size"))
+    return found + list(_compare(job, ids))
+
+
+def summary(findings: Iterable[Finding], limit: int = 10) -> str:
+    """Findings as text: per kind how many, then the first `limit` of it."""
+    findings = list(findings)
+    lines = []
+    for kind, count in sorted(Counter(f.kind for f in findings).items()):
+        of_kind = [f for f in findings if f.kind == kind]
+        lines.append(f"{kind}: {count}")
+        lines += [f"  {f.where}; {f.remedy}" for f in of_kind[:limit]]
+        if count > limit:
+            lines.append(f"  ... and {count - limit} more")
+    return "\n".join(lines)
+
+
+def _metadata(name: str):
+    if name not in DatasetCatalog.list():
+        alike = sorted(
+            n for n in DatasetCatalog.list() if "panoptic" in n and not n.endswith(("_separated", "_stuffonly"))
+        )
+        raise ValueError(
+            f"dataset {name!r} is not registered; choose one of {alike}, or register your own by DATASETS.CUSTOM"
+        )
+    meta = MetadataCatalog.get(name)
+    if not getattr(meta, "panoptic_json", None):
+        raise ValueError(f"dataset {name!r} has no panoptic annotation (its metadata lacks panoptic_json)")
+    return meta
+
+
+def _check_classes(name: str, num_classes: int) -> Iterator[Finding]:
+    try:
+        check_class_count(name, num_classes)
+    except ValueError as error:
+        yield Finding("class count", str(error), "the model and the dataset must agree")
+
+
+def _check_categories(categories: list[dict], meta) -> Iterator[Finding]:
+    yield from _repeated([c["id"] for c in categories], "duplicate category id", "ids must be unique")
+    yield from _repeated([c["name"] for c in categories], "duplicate category name", "names must be unique")
+    things, stuff = set(meta.thing_dataset_id_to_contiguous_id), set(meta.stuff_dataset_id_to_contiguous_id)
+    for category in categories:
+        expected = things if category["isthing"] else stuff
+        if category["id"] not in expected:
+            told = f"category {category['id']} ({category['name']}) of the JSON"
+            yield Finding("category not registered as such", told, "register the dataset from this JSON")
+    for i in sorted((things | stuff) - {c["id"] for c in categories}):
+        yield Finding("category missing in JSON", f"category {i}", "add it to the JSON's categories")
+
+
+def _check_segments(annotation: dict, known: set[int]) -> Iterator[Finding]:
+    name, segments = annotation["file_name"], annotation["segments_info"]
+    yield from _repeated([s["id"] for s in segments], "duplicate segment id", "give each its own id", f"{name}: ")
+    for segment in segments:
+        if segment["category_id"] not in known:
+            told = f"{name}: segment {segment['id']} has category {segment['category_id']}"
+            yield Finding("unknown category", told, "declare it in `categories`")
+        if not 0 < segment["id"] < 1 << 24:
+            yield Finding("segment id out of range", f"{name}: {segment['id']}", "ids are 1..16777215; 0 is void")
+    if not segments:
+        yield Finding("empty annotation", name, "annotate the image, or remove it")
+    elif all(s.get("iscrowd", 0) for s in segments):
+        yield Finding("crowd-only annotation", name, "nothing can be learned from it: remove it from a training set")
+
+
+def _repeated(values: list, kind: str, remedy: str, prefix: str = "") -> list[Finding]:
+    return [Finding(kind, f"{prefix}{v} ({n} times)", remedy) for v, n in Counter(values).items() if n > 1]
+
+
+def _jobs(content: dict, meta) -> Iterator[_Job]:
+    images = {image["id"]: image for image in content["images"]}
+    for annotation in content["annotations"]:
+        image = images.get(annotation["image_id"])
+        if image is None:
+            continue  # check_json reports it
+        path, sem_seg = _image_paths(image, annotation, meta)
+        size = (image["height"], image["width"]) if {"height", "width"} <= image.keys() else None
+        areas = {s["id"]: s.get("area") for s in annotation["segments_info"]}
+        yield _Job(path, str(Path(meta.panoptic_root) / annotation["file_name"]), sem_seg, size, areas)
+
+
+def _image_paths(image: dict, annotation: dict, meta) -> tuple[str, str | None]:
+    """The image's file and its class-map PNG, if the dataset has one. Cityscapes keeps both in a folder per city."""
+    if meta.evaluator_type == CITYSCAPES:
+        city = image["id"].split("_")[0]
+        labels = Path(meta.gt_dir) / city / f"{image['id']}_gtFine_labelTrainIds.png"
+        return str(Path(meta.image_root) / city / f"{image['id']}_leftImg8bit.png"), str(labels)
+    sem_seg_root = getattr(meta, "sem_seg_root", None)
+    sem_seg = str(Path(sem_seg_root) / annotation["file_name"]) if sem_seg_root else None
+    return str(Path(meta.image_root) / image["file_name"]), sem_seg
+
+
+def _image_size(path: str, found: list[Finding]) -> tuple[int, int] | None:
+    """(height, width) of an image that can be decoded whole; else None, and a finding."""
+    if not Path(path).is_file():
+        found.append(Finding("missing image", path, "restore it, or remove it from the JSON"))
+        return None
+    try:
+        return read_image(path, format="RGB").shape[:2]  # the very call the mappers make
+    except (OSError, SyntaxError, ValueError) as error:
+        found.append(Finding("unreadable image", f"{path} ({error})", "restore it, or remove it from the JSON"))
+        return None
+
+
+def _compare(job: _Job, ids: np.ndarray) -> Iterator[Finding]:
+    """The PNG's segments against the JSON's."""
+    drawn = {int(i): int(n) for i, n in zip(*np.unique(ids, return_counts=True), strict=True) if i != VOID}
+    for i in sorted(drawn.keys() - job.areas.keys()):
+        yield Finding("segment in PNG, not in JSON", f"{job.panoptic}: id {i}", "list it, or set its pixels to 0")
+    for i in sorted(job.areas.keys() - drawn.keys()):
+        yield Finding("segment in JSON, not in PNG", f"{job.panoptic}: id {i}", "delete it from the JSON")
+    for i, area in job.areas.items():
+        if i in drawn and area is not None and area != drawn[i]:
+            told = f"{job.panoptic}: id {i} owns {drawn[i]} pixels, the JSON says {area}"
+            yield Finding("area off", told, "correct the area in the JSON")
+
+
+def _by(size: tuple[int, ...]) -> str:
+    return f"{size[1]}x{size[0]}"
+
+
+def _map(function, jobs: list, workers: int) -> Iterator:
+    if workers < 2:
+        yield from map(function, jobs)
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        yield from pool.map(function, jobs, chunksize=16)
