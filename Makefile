@@ -9,7 +9,6 @@ endif
 
 DATA ?= toy
 OUTPUT ?= output/$(DATA)
-export OMP_NUM_THREADS ?= 1
 export MPLBACKEND ?= Agg
 
 .PHONY: help env recipe test lint format clean distclean
@@ -24,6 +23,7 @@ env:  ## complete .venv: pinned packages, detectron2, this package with its exte
 recipe: $(ENV)  ## train, derive, fit and evaluate: DATA=toy|nuclei, NUCLEI_RAW=<folder>, OUTPUT=<folder>, ARGS=...
 	$(PY) tools/recipe.py --data $(DATA) $(if $(NUCLEI_RAW),--nuclei-raw "$(NUCLEI_RAW)") --output "$(OUTPUT)" $(ARGS)
 
+test: export OMP_NUM_THREADS ?= 2
 test: $(ENV)  ## all tests, the style checks among them: ARGS="-k word" to choose
 	$(PY) -m pytest $(ARGS)
 

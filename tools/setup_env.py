@@ -17,6 +17,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,11 +126,22 @@ def install_project() -> None:
     run(PYTHON, "-c", "import eco_m2f")
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Wait until no other run sets up: two at once would install over each other."""
+    with open(__file__) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting for another run that is setting up")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     tools = ROOT / "tools"
-    with open(__file__) as lock:  # two runs at once would install over each other
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone():
         make_venv()
         packages = fingerprint(sys.version, CONSTRAINTS, tools / "install_detectron2.py", tools / "setup_env.py")
         step("packages", packages, install_packages)
