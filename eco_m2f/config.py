@@ -1,8 +1,8 @@
 """Every config key of the project and its default.
 
 The keys of the parent carry their official Mask2Former names, so that official YAML files merge unchanged. Keys of
-this project are those under MODEL.ECO, MODEL.SEM_SEG_HEAD.TRANSFORMER_ENCODER_NAME, SOLVER.AMP.PRECISION and
-DATASETS.CUSTOM. Each key is read somewhere; tests/test_config.py proves it.
+this project are those under MODEL.ECO, MODEL.SEM_SEG_HEAD.TRANSFORMER_ENCODER_NAME, SOLVER.AMP.PRECISION,
+SOLVER.ACCUMULATION_STEPS, TEST.AMP and DATASETS.CUSTOM. Each key is read somewhere; tests/test_config.py proves it.
 """
 
 from detectron2.config import CfgNode
@@ -36,7 +36,8 @@ def _add_solver(cfg: CfgNode) -> None:
     cfg.SOLVER.WEIGHT_DECAY_EMBED = 0.0
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
     cfg.SOLVER.ACCUMULATION_STEPS = 1  # batches of IMS_PER_BATCH whose gradients make one optimizer step
-    cfg.SOLVER.AMP.PRECISION = "float16"  # or "bfloat16"; used where SOLVER.AMP.ENABLED
+    cfg.SOLVER.AMP.PRECISION = "float16"  # or "bfloat16"; of training where SOLVER.AMP.ENABLED, of evaluation where..
+    cfg.TEST.AMP = False  # ..this is set
 
 
 def _add_mask_former(cfg: CfgNode) -> None:

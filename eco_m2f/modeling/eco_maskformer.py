@@ -5,6 +5,7 @@ linear weights it is bit-equal to the parent.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from detectron2.config import configurable
@@ -13,7 +14,6 @@ from detectron2.structures import ImageList
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from ..derived import parent_sha256
 from ..evaluation.flops import ExitCosts
 from ..exits import ExitSampler, combine_exit_losses, exit_weights
 from .exit_policy import build_exit_policy
@@ -65,7 +65,8 @@ class EcoMaskFormer(MaskFormer):
     def inference(self, features: dict[str, Tensor], images: ImageList, batched_inputs: list[dict]) -> list[dict]:
         """As the parent, plus `exit` (int) and `exit_gflops` ({total, encoder}) of every image."""
         ids = [x.get("image_id") for x in batched_inputs]
-        exits = self.exit_policy(self.policy_features(features), images.image_sizes, image_ids=ids)
+        source = getattr(self.exit_policy, "feature_source", "res5")
+        exits = self.exit_policy(self.policy_features(features, source), images.image_sizes, image_ids=ids)
         chosen = exits.tolist()
         results = self.postprocess(self.predict(features, chosen), images, batched_inputs)
         costs = self.costs(images.tensor.shape[-2:])
@@ -88,13 +89,21 @@ class EcoMaskFormer(MaskFormer):
                 merged[name][rows] = pred[name]
         return merged
 
-    def policy_features(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What a policy may read: the backbone's maps, and `projected`, the coarsest after input_proj, if it asks."""
-        if getattr(self.exit_policy, "feature_source", "res5") != "projected":
+    def policy_features(self, features: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+        """What a policy reads: the backbone's maps, and for "projected" also the coarsest after input_proj."""
+        if source != "projected":
             return features
         pixel_decoder = self.sem_seg_head.pixel_decoder
         coarsest = pixel_decoder.encoder_in_features[0]
         return {**features, "projected": pixel_decoder.input_proj[0](features[coarsest].float())}
+
+    def panoptic(self, pred: dict, images: ImageList, x: dict) -> tuple[Tensor, list[dict]]:
+        """The panoptic map and segments of a batch of one image, whatever else the config turns on."""
+        only = replace(self.postprocessor, semantic_on=False, instance_on=False, panoptic_on=True, resize_first=True)
+        size = images.image_sizes[0]
+        wanted = (x.get("height", size[0]), x.get("width", size[1]))
+        padded = tuple(images.tensor.shape[-2:])
+        return only(pred["pred_logits"][0], pred["pred_masks"][0], padded, size, wanted)["panoptic_seg"]
 
     def costs(self, padded_size: Sequence[int]) -> dict[int, dict[str, float]]:
         """{exit: {"total", "encoder"}} GFLOPs of one image of this padded size, paper convention."""
@@ -104,4 +113,6 @@ class EcoMaskFormer(MaskFormer):
 
     def load_gate(self, path: str) -> None:
         """Loads the weights of a learned policy; the gate must have been fitted for exactly these parent weights."""
+        from ..derived import parent_sha256  # needs pyarrow, which a model without a gate does not
+
         self.exit_policy.load_gate(path, parent_sha256(self.state_dict()))

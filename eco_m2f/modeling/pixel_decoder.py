@@ -105,11 +105,11 @@ class MSDeformAttnPixelDecoder(nn.Module):
             features: backbone maps by name, [B, C_i, H / stride, W / stride].
 
         Returns:
-            {exit: (mask_features [B, mask_dim, H/4, W/4], maps [B, conv_dim, h, w] at strides 32, 16, 8)}, float32
-            whatever the autocast: the encoder's coordinates do not bear half precision.
+            {exit: (mask_features [B, mask_dim, H/4, W/4], maps [B, conv_dim, h, w] at strides 32, 16, 8)}, float32 at
+            least whatever the autocast: the encoder's coordinates do not bear half precision.
         """
         with torch.autocast(next(iter(features.values())).device.type, enabled=False):
-            features = {name: f.float() for name, f in features.items()}
+            features = {name: f.to(torch.promote_types(f.dtype, torch.float32)) for name, f in features.items()}
             projected = self.project(features)
             pos = [sine_position(*m.shape[-2:], m.shape[1], m.device).to(m.dtype) for m in projected]
             maps = self.transformer(projected, pos, exits)

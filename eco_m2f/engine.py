@@ -1,0 +1,363 @@
+"""Config, training and evaluation: what the tools call. Beside `from_config`, this is the only reader of cfg."""
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.engine import DefaultTrainer, SimpleTrainer, default_setup, hooks
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.modeling import build_model
+from detectron2.projects.deeplab import build_lr_scheduler
+from detectron2.solver.build import reduce_param_groups
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .checkpoint import CheckpointError, Checkpointer
+from .config import add_eco_config
+from .data import PanopticTestMapper, build_train_mapper, check_class_count, register_from_config
+from .evaluation import evaluators_for
+from .modeling import EcoMaskFormer
+
+logger = logging.getLogger(__name__)
+
+
+def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """A frozen config from a YAML file and KEY VALUE pairs; its custom datasets are registered.
+
+    Without a GPU MODEL.DEVICE becomes cpu, unless the options name a device.
+    """
+    if not os.path.isfile(config_file):
+        raise FileNotFoundError(f"config file {config_file!r} does not exist: see the folder configs/")
+    cfg = get_cfg()
+    add_eco_config(cfg)
+    cfg.merge_from_file(config_file)
+    try:
+        cfg.merge_from_list(list(opts))
+    except (KeyError, AssertionError) as error:
+        raise ValueError(f"the options {list(opts)} do not fit the config: {error}") from error
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    if cfg.MODEL.DEVICE == "cpu" and cfg.MODEL.RESNETS.NORM == "SyncBN":
+        cfg.MODEL.RESNETS.NORM = "BN"  # SyncBN's kernels exist on GPUs alone; the parameters are the same
+    register_from_config(cfg.DATASETS.CUSTOM)
+    cfg.freeze()
+    return cfg
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Config of the command line, output folder, loggers, seeds."""
+    cfg = load_cfg(args.config_file, args.opts)
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="eco_m2f")
+    return cfg
+
+
+# --- optimisation ----------------------------------------------------------------------------------------------------
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW (or SGD) with Mask2Former's parameter groups, clipping the gradient before each step."""
+    kinds = {"ADAMW": torch.optim.AdamW, "SGD": torch.optim.SGD}
+    if cfg.SOLVER.OPTIMIZER not in kinds:
+        raise ValueError(f"SOLVER.OPTIMIZER {cfg.SOLVER.OPTIMIZER!r} is unknown; there are {sorted(kinds)}")
+    options = {"momentum": cfg.SOLVER.MOMENTUM} if cfg.SOLVER.OPTIMIZER == "SGD" else {}
+    optimizer = kinds[cfg.SOLVER.OPTIMIZER](parameter_groups(cfg, model), lr=cfg.SOLVER.BASE_LR, **options)
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    if clip.ENABLED:
+        optimizer.register_step_pre_hook(gradient_clipper(clip.CLIP_TYPE, clip.CLIP_VALUE, clip.NORM_TYPE))
+    return optimizer
+
+
+def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
+    """Learning rate and weight decay of every parameter.
+
+    The backbone learns BACKBONE_MULTIPLIER times slower; norms, embeddings and the backbone's position tables have
+    decays of their own (0 in the published configs).
+    """
+    norms = (
+        nn.modules.batchnorm._BatchNorm,
+        nn.modules.instancenorm._NormBase,
+        nn.GroupNorm,
+        nn.LayerNorm,
+        nn.LocalResponseNorm,
+    )
+    groups, seen = [], set()
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad or parameter in seen:
+                continue
+            seen.add(parameter)
+            lr, decay = cfg.SOLVER.BASE_LR, cfg.SOLVER.WEIGHT_DECAY
+            if "backbone" in module_name:
+                lr *= cfg.SOLVER.BACKBONE_MULTIPLIER
+            if "relative_position_bias_table" in name or "absolute_pos_embed" in name:
+                decay = 0.0
+            if isinstance(module, norms):
+                decay = cfg.SOLVER.WEIGHT_DECAY_NORM
+            if isinstance(module, nn.Embedding):
+                decay = cfg.SOLVER.WEIGHT_DECAY_EMBED
+            groups.append({"params": [parameter], "lr": lr, "weight_decay": decay})
+    return reduce_param_groups(groups)
+
+
+def gradient_clipper(kind: str, limit: float, norm_type: float) -> Callable:
+    """A hook that clips gradients before an optimizer's step: of the "full_model", or per parameter by norm or value."""
+
+    def clip(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if kind == "full_model":
+            nn.utils.clip_grad_norm_(parameters, limit, norm_type)
+        elif kind == "norm":
+            for p in parameters:
+                nn.utils.clip_grad_norm_(p, limit, norm_type)
+        else:
+            nn.utils.clip_grad_value_(parameters, limit)
+
+    if kind not in ("full_model", "norm", "value"):
+        raise ValueError(f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE {kind!r} is unknown; use full_model, norm or value")
+    return clip
+
+
+def autocast(cfg: CfgNode, device_type: str, enabled: bool) -> torch.autocast:
+    """Mixed precision of SOLVER.AMP.PRECISION; does nothing where it is off."""
+    dtypes = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+    precision = cfg.SOLVER.AMP.PRECISION
+    if precision not in dtypes:
+        raise ValueError(f"SOLVER.AMP.PRECISION {precision!r} is unknown; use {' or '.join(dtypes)}")
+    return torch.autocast(device_type, dtypes[precision], enabled=enabled)
+
+
+class Step(SimpleTrainer):
+    """One optimizer step: mixed precision on any device, gradient accumulation, and losses that must be finite."""
+
+    def __init__(self, model, data_loader, optimizer, *, precision: torch.autocast, accumulation_steps: int = 1):
+        """
+        Args:
+            precision: the context of the forward pass.
+            accumulation_steps: batches whose mean gradient makes one step.
+        """
+        super().__init__(model, data_loader, optimizer)
+        if accumulation_steps < 1:
+            raise ValueError(f"SOLVER.ACCUMULATION_STEPS must be at least 1, got {accumulation_steps}")
+        self.accumulation_steps = accumulation_steps
+        self.precision = precision
+        # bfloat16 has the range of float32, so only float16 gradients need scaling.
+        scales = precision._enabled and precision.fast_dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(precision.device, enabled=scales)
+
+    def run_step(self) -> None:
+        self.optimizer.zero_grad()
+        total, data_time = {}, 0.0
+        for i in range(self.accumulation_steps):
+            start = time.perf_counter()
+            batch = next(self._data_loader_iter)
+            data_time += time.perf_counter() - start
+            last = i + 1 == self.accumulation_steps
+            waits = isinstance(self.model, DistributedDataParallel) and not last
+            with self.model.no_sync() if waits else contextlib.nullcontext():
+                losses = self._backward(batch)
+            total = {name: total.get(name, 0) + loss / self.accumulation_steps for name, loss in losses.items()}
+        self.after_backward()
+        self._write_metrics(total, data_time)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def _backward(self, batch: list[dict]) -> dict[str, Tensor]:
+        with self.precision:
+            losses = self.model(batch)
+            loss = sum(losses.values())
+        check_finite(losses, self.iter, batch)
+        self.scaler.scale(loss / self.accumulation_steps).backward()
+        return {name: value.detach() for name, value in losses.items()}
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "grad_scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.scaler.load_state_dict(state.get("grad_scaler", {}))
+
+
+def check_finite(losses: dict[str, Tensor], iteration: int, batch: list[dict]) -> None:
+    """Raises FloatingPointError, naming iteration, losses and images, if a loss is NaN or infinite."""
+    values = torch.stack([v.detach() for v in losses.values()]).tolist()  # one transfer for all losses
+    broken = {name: v for name, v in zip(losses, values) if v != v or abs(v) == float("inf")}
+    if broken:
+        images = [x.get("image_id", x.get("file_name", "?")) for x in batch]
+        names = ", ".join(f"{n} = {v}" for n, v in list(broken.items())[:4])
+        raise FloatingPointError(
+            f"at iteration {iteration} the loss is not finite ({names}) on images {images}: look at these images and "
+            "their annotation, lower SOLVER.BASE_LR, or turn SOLVER.AMP.ENABLED off"
+        )
+
+
+class Trainer(DefaultTrainer):
+    """detectron2's trainer, for the parent and for Step A."""
+
+    def __init__(self, cfg: CfgNode):
+        super(DefaultTrainer, self).__init__()
+        check_datasets(cfg, cfg.DATASETS.TRAIN + cfg.DATASETS.TEST)
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        self._trainer = Step(
+            distributed(model, unused=trains_some_exits(model)),
+            loader,
+            optimizer,
+            precision=autocast(cfg, model.device.type, cfg.SOLVER.AMP.ENABLED),
+            accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=self, save_to_disk=comm.is_main_process())
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Goes on from OUTPUT_DIR's last checkpoint if asked and there is one; else loads MODEL.WEIGHTS."""
+        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if resume and self.checkpointer.has_checkpoint():
+            self.start_iter = self.iter + 1
+
+    def build_hooks(self) -> list:
+        return [h for h in super().build_hooks() if not isinstance(h, hooks.PreciseBN)]
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
+        return build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        return build_detection_train_loader(cfg, mapper=build_train_mapper(cfg))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        return build_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict:
+        return evaluate(cfg, model)
+
+
+def trains_some_exits(model: nn.Module) -> bool:
+    """Whether a step may leave parameters without gradient: the layers beyond the deepest exit drawn."""
+    return isinstance(model, EcoMaskFormer) and (
+        model.sampler.exits_per_step < len(model.exits) or model.exits[-1] < model.sem_seg_head.exits[-1]
+    )
+
+
+def distributed(model: nn.Module, unused: bool) -> nn.Module:
+    """The model under DistributedDataParallel where there are several processes."""
+    if comm.get_world_size() == 1:
+        return model
+    devices = None if model.device.type == "cpu" else [comm.get_local_rank()]
+    return DistributedDataParallel(
+        model, device_ids=devices, broadcast_buffers=False, find_unused_parameters=unused
+    )
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def check_datasets(cfg: CfgNode, names: Sequence[str]) -> None:
+    """Stops early on a dataset whose classes are not as many as the model's."""
+    for name in dict.fromkeys(names):
+        check_class_count(name, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
+
+
+def build_test_loader(cfg: CfgNode, dataset_name: str):
+    """Images one by one at test size, each rank its share."""
+    return build_detection_test_loader(cfg, dataset_name, mapper=PanopticTestMapper(cfg))
+
+
+def build_trained(cfg: CfgNode, with_gate: bool = True) -> nn.Module:
+    """The model of a config in eval mode, MODEL.WEIGHTS loaded strictly; with its gate where the policy is learned."""
+    model = build_model(cfg)
+    Checkpointer(model).load_for_evaluation(cfg.MODEL.WEIGHTS)
+    if with_gate and isinstance(model, EcoMaskFormer) and cfg.MODEL.ECO.POLICY == "LinearGate":
+        model.load_gate(cfg.MODEL.ECO.GATE)
+    return model.eval()
+
+
+def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
+    """Accuracy and, where images choose exits, exit statistics on every DATASETS.TEST; empty on ranks but the first."""
+    check_datasets(cfg, cfg.DATASETS.TEST)
+    results = {}
+    test = cfg.MODEL.MASK_FORMER.TEST
+    for name in cfg.DATASETS.TEST:
+        evaluator = evaluators_for(
+            name,
+            os.path.join(cfg.OUTPUT_DIR, "inference"),
+            semantic_on=test.SEMANTIC_ON,
+            instance_on=test.INSTANCE_ON,
+            panoptic_on=test.PANOPTIC_ON,
+            max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+        )
+        with autocast(cfg, model.device.type, cfg.TEST.AMP):
+            results[name] = inference_on_dataset(model, build_test_loader(cfg, name), evaluator) or {}
+        if comm.is_main_process():
+            logger.info("results on %s:", name)
+            print_csv_format(results[name])
+    return next(iter(results.values())) if len(results) == 1 else results
+
+
+def load_predictor(config_file: str, opts: Sequence[str] = ()) -> Callable:
+    """A function from an image (uint8 RGB, [H, W, 3]) to the model's result for it, at the image's size.
+
+    Example: `load_predictor("configs/toy/eco.yaml", ["MODEL.WEIGHTS", "model.pth"])(image)["panoptic_seg"]`.
+    """
+    cfg = load_cfg(config_file, opts)
+    model = build_trained(cfg)
+    mapper = PanopticTestMapper(cfg)
+
+    def predict(image) -> dict:
+        height, width = image.shape[:2]
+        with torch.no_grad():
+            return model([{"image": mapper.to_tensor(image), "height": height, "width": width}])[0]
+
+    return predict
+
+
+# --- command lines ---------------------------------------------------------------------------------------------------
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the description, and shows defaults."""
+
+
+def run(function: Callable, *args) -> int:
+    """Calls a tool's work and returns its exit status: mistakes of input end in one message, not in a stack trace.
+
+    The trace goes to the log at level DEBUG, which detectron2 writes to OUTPUT_DIR/log.txt.
+    """
+    try:
+        function(*args)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again (train_net.py: with --resume) to go on", file=sys.stderr)
+        return 130
+    except torch.multiprocessing.ProcessRaisedException as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        print(f"error in a worker process: {lines[-1]}", file=sys.stderr)
+        logger.debug("%s", error)
+        return 1
+    except (ValueError, KeyError, OSError, ImportError, FloatingPointError, CheckpointError) as error:
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"error: {message}", file=sys.stderr)
+        logging.getLogger("detectron2").debug("stopped by", exc_info=True)
+        return 1
+    return 0

@@ -1,0 +1,121 @@
+"""Matcher costs and losses against numbers recorded with the reference implementation."""
+
+import numpy as np
+import pytest
+import torch
+
+from eco_m2f.modeling.criterion import SetCriterion, dice_loss, mask_loss, uncertain_points
+from eco_m2f.modeling.matcher import (
+    HungarianMatcher,
+    class_cost,
+    pairwise_dice_cost,
+    pairwise_mask_cost,
+    point_sample,
+)
+
+
+@pytest.fixture(scope="module")
+def recorded(assets):
+    data = {k: torch.from_numpy(v) for k, v in np.load(assets / "criterion.npz").items()}
+    for i in (0, 1):
+        size = data["mask_size"].tolist()
+        count = size[0] * size[1]
+        bits = np.unpackbits(data[f"target{i}.bits"].numpy(), axis=1)[:, :count]
+        data[f"target{i}.masks"] = torch.from_numpy(bits).reshape(-1, *size).bool()
+    return data
+
+
+def make_criterion(num_points=256, num_aux=0):
+    matcher = HungarianMatcher(2.0, 5.0, 5.0, num_points)
+    weights = {"loss_ce": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}
+    return SetCriterion(
+        7,
+        matcher=matcher,
+        weights=weights,
+        no_object_weight=0.1,
+        num_points=num_points,
+        oversample_ratio=3.0,
+        importance_sample_ratio=0.75,
+        num_aux=num_aux,
+    )
+
+
+@pytest.mark.parametrize("i", [0, 1])
+def test_costs_and_losses_at_given_points(recorded, i):
+    logits = point_sample(recorded["pred_masks"][i][None], recorded["points"])[0]
+    targets = point_sample(recorded[f"target{i}.masks"][None].float(), recorded["points"])[0]
+    labels = recorded[f"target{i}.labels"]
+    close = lambda a, b: torch.testing.assert_close(a, recorded[b], atol=1e-5, rtol=1e-5)  # noqa: E731
+    close(pairwise_mask_cost(logits, targets), f"cost{i}.mask")
+    close(pairwise_dice_cost(logits, targets), f"cost{i}.dice")
+    close(class_cost(recorded["pred_logits"][i], labels), f"cost{i}.class")
+    matched = logits[: len(targets)]
+    close(mask_loss(matched, targets, len(targets)), f"loss{i}.mask")
+    close(dice_loss(matched, targets, len(targets)), f"loss{i}.dice")
+    whole = HungarianMatcher(2.0, 5.0, 5.0, 1).cost(
+        recorded["pred_logits"][i], recorded["pred_masks"][i], labels, recorded[f"target{i}.masks"], recorded["points"]
+    )
+    parts = 2 * recorded[f"cost{i}.class"] + 5 * recorded[f"cost{i}.mask"] + 5 * recorded[f"cost{i}.dice"]
+    torch.testing.assert_close(whole, parts, atol=1e-4, rtol=1e-5)
+
+
+def test_the_whole_criterion_has_the_recorded_means(recorded):
+    """Points are random: the means over seeds agree within 4 standard errors of the two samples."""
+    criterion, seeds, recorded_seeds = make_criterion(), 60, 300
+    pred = {"pred_logits": recorded["pred_logits"], "pred_masks": recorded["pred_masks"]}
+    targets = [{"labels": recorded[f"target{i}.labels"], "masks": recorded[f"target{i}.masks"]} for i in (0, 1)]
+    samples = {}
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        for name, loss in criterion(pred, targets, 8).items():
+            samples.setdefault(name, []).append(loss.item())
+    for name, values in samples.items():
+        mean, std = recorded[f"mean.{name}"].item(), recorded[f"std.{name}"].item()
+        assert abs(np.mean(values) - mean) <= 4 * std * (1 / seeds + 1 / recorded_seeds) ** 0.5, name
+
+
+def test_uncertain_points_prefer_small_logits():
+    ramp = torch.linspace(-8, 8, 64).expand(1, 1, 32, 64)
+    torch.manual_seed(0)
+    points = uncertain_points(ramp, 1000, 3.0, 0.75)
+    assert points.shape == (1, 1000, 2)
+    near = (points[0, :750, 0] - 0.5).abs()
+    # Of 3000 uniform points the nearest 750 fill a quarter of the width; the zeros beyond the border draw in a few more.
+    assert near.quantile(0.95) < 0.14
+    assert (points[0, 750:, 0] - 0.5).abs().max() > 0.4  # the rest are uniform
+
+
+def test_images_without_targets_keep_the_graph():
+    pred = {
+        "pred_logits": torch.randn(2, 5, 8, requires_grad=True),
+        "pred_masks": torch.randn(2, 5, 8, 8, requires_grad=True),
+    }
+    empty = {"labels": torch.zeros(0, dtype=torch.int64), "masks": torch.zeros(0, 32, 32, dtype=torch.bool)}
+    losses = make_criterion(64)(pred, [empty, empty], 1.0)
+    assert losses["loss_mask"] == 0 and losses["loss_dice"] == 0
+    sum(losses.values()).backward()
+    assert pred["pred_masks"].grad is not None and not pred["pred_masks"].grad.any()
+    assert pred["pred_logits"].grad.any()
+
+
+def test_more_targets_than_queries():
+    torch.manual_seed(0)
+    pred = {"pred_logits": torch.randn(1, 2, 8), "pred_masks": torch.randn(1, 2, 8, 8)}
+    target = {"labels": torch.arange(5), "masks": torch.rand(5, 32, 32) > 0.5}
+    ((query, gt),) = make_criterion(64).matcher(pred, [target])
+    assert sorted(query.tolist()) == [0, 1] and len(set(gt.tolist())) == 2
+
+
+def test_nan_predictions_give_a_nan_loss_not_a_crash():
+    pred = {"pred_logits": torch.full((1, 3, 8), float("nan")), "pred_masks": torch.full((1, 3, 8, 8), float("nan"))}
+    target = {"labels": torch.tensor([1]), "masks": torch.ones(1, 32, 32, dtype=torch.bool)}
+    assert make_criterion(64)(pred, [target], 1.0)["loss_mask"].isnan()
+
+
+def test_deep_supervision_names(recorded):
+    criterion = make_criterion(num_aux=2)
+    output = {"pred_logits": recorded["pred_logits"], "pred_masks": recorded["pred_masks"]}
+    targets = [{"labels": recorded[f"target{i}.labels"], "masks": recorded[f"target{i}.masks"]} for i in (0, 1)]
+    losses = criterion({**output, "aux_outputs": [output, output]}, targets, 8)
+    assert losses.keys() == criterion.weight_dict.keys()
+    assert {"loss_ce", "loss_mask_0", "loss_dice_1"} <= losses.keys() and len(losses) == 9

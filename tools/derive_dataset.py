@@ -1,0 +1,29 @@
+#!/usr/bin/env python
+"""Step B: the panoptic quality of every image of a split at every exit, with what a gate needs to learn from it.
+
+    tools/derive_dataset.py --config-file configs/toy/eco_maskformer2_toy.yaml --dataset toy_panoptic_train \\
+        --output output/derived/train MODEL.WEIGHTS output/toy/eco/model_final.pth
+
+Killed and started again, also with another --num-gpus, it goes on with the shards that are missing.
+"""
+
+import sys
+
+from detectron2.engine import default_argument_parser, launch
+
+from eco_m2f import derive, engine
+
+
+def main(args) -> None:
+    cfg = engine.setup(args)
+    derive.derive(cfg, engine.build_trained(cfg, with_gate=False), args.dataset, args.output, args.shard_size)
+
+
+if __name__ == "__main__":
+    parser = default_argument_parser(__doc__)
+    parser.formatter_class = engine.HelpFormatter
+    parser.add_argument("--dataset", required=True, help="registered name of the split, e.g. coco_2017_train_panoptic")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the derived dataset")
+    parser.add_argument("--shard-size", type=int, default=256, help="images per file, hence at most repeated (256)")
+    args = parser.parse_args()
+    sys.exit(engine.run(launch, main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,)))
