@@ -15,8 +15,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=ToySpec.seed, help="of everything drawn")
     parser.add_argument("--overwrite", action="store_true", help="replace a toy set made with other parameters")
     args = parser.parse_args()
-    spec = ToySpec(args.num_train, args.num_val, args.size, args.seed)
-    written = make_toy_dataset(args.output, spec, args.overwrite)
+    try:
+        spec = ToySpec(args.num_train, args.num_val, args.size, args.seed)
+        written = make_toy_dataset(args.output, spec, args.overwrite)
+    except (ValueError, FileExistsError) as error:
+        parser.error(str(error))
     print(f"{args.output}: {'written' if written else 'already there with these parameters'}")
 
 

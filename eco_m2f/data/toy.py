@@ -8,9 +8,6 @@ clutter and warping, and lowers size and contrast: easy images need little conte
 Every image is drawn from its own seed (seed, split, index), so image i does not depend on how many are made.
 """
 
-import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .panoptic_map import ids_to_rgb
+from .writing import already_made, describe_segments, whole_folder, write_json, write_panoptic
 
 VERSION = 1  # of the scenes: raise it whenever the same seed would draw other pixels
 SPLITS = ("train", "val")
@@ -77,27 +74,12 @@ def make_toy_dataset(output: str | Path, spec: ToySpec | None = None, overwrite:
     The folder appears whole or not at all. Returns False, doing nothing, if a set of the same spec is there already.
     Raises FileExistsError if `output` holds something else, unless it is a toy set and overwrite is set.
     """
-    spec, output = spec or ToySpec(), Path(output)
-    if output.exists() and any(output.iterdir()):
-        present = _spec_of(output)
-        if present == asdict(spec):
-            return False
-        if present is None or not overwrite:
-            raise FileExistsError(
-                f"{output} holds {'a toy set of ' + str(present) if present else 'files that are no toy set'}; "
-                + ("overwrite it with --overwrite or choose another folder" if present else "choose another folder")
-            )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    draft = output.parent / f".{output.name}.{os.getpid()}.tmp"
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
+    spec = spec or ToySpec()
+    if already_made(output, _made_from(spec), SPLITS, overwrite):
+        return False
+    with whole_folder(output) as draft:
         for split in SPLITS:
             _write_split(draft, split, spec)
-        if output.exists():
-            shutil.rmtree(output)
-        os.replace(draft, output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return True
 
 
@@ -115,32 +97,23 @@ def draw_scene(size: int, seed: int, split: str, index: int, difficulty: float |
     return canvas.finish()
 
 
-def _spec_of(output: Path) -> dict | None:
-    """The spec a folder's JSON files were made from; None if they are not a complete toy set."""
-    specs = []
-    for split in SPLITS:
-        path = output / "annotations" / f"panoptic_{split}.json"
-        if not path.is_file():
-            return None
-        specs.append(json.loads(path.read_text()).get("info", {}).get("toy"))
-    return specs[0] if specs[0] == specs[1] else None
+def _made_from(spec: ToySpec) -> dict:
+    return {"toy": asdict(spec)}
 
 
 def _write_split(base: Path, split: str, spec: ToySpec) -> None:
-    for folder in (split, f"panoptic_{split}", "annotations"):
-        (base / folder).mkdir(parents=True, exist_ok=True)
+    for folder in (split, f"panoptic_{split}"):
+        (base / folder).mkdir()
     count = spec.num_train if split == "train" else spec.num_val
     images, annotations = [], []
     for i in tqdm(range(count), desc=f"toy {split}", unit="image", disable=None):
         scene, name = draw_scene(spec.size, spec.seed, split, i), f"{i:06d}.png"
         Image.fromarray(scene.image).save(base / split / name, compress_level=1)
-        Image.fromarray(ids_to_rgb(scene.ids)).save(base / f"panoptic_{split}" / name, compress_level=1)
+        write_panoptic(base / f"panoptic_{split}" / name, scene.ids)
         size = {"width": spec.size, "height": spec.size}
         images.append({"id": i, "file_name": name, **size, "difficulty": round(scene.difficulty, 6)})
         annotations.append({"image_id": i, "file_name": name, "segments_info": scene.segments})
-    info = {"description": "generated toy scenes", "toy": asdict(spec)}
-    content = {"info": info, "images": images, "annotations": annotations, "categories": CATEGORIES}
-    (base / "annotations" / f"panoptic_{split}.json").write_text(json.dumps(content))
+    write_json(base / "annotations" / f"panoptic_{split}.json", _made_from(spec), images, annotations, CATEGORIES)
 
 
 class _Canvas:
@@ -307,20 +280,7 @@ class _Canvas:
         light = 1 + self._between(0.02, 0.12) * self._smooth(1, cells=2)
         noise = self.rng.normal(0, self._between(0.008, 0.07), self.image.shape)
         pixels = np.clip((self.image * light + noise) * 255 + 0.5, 0, 255).astype(np.uint8)
-        segments = [self._segment_info(s) for s in self.category if (self.ids == s).any()]
-        return Scene(pixels, self.ids, segments, self.difficulty)
-
-    def _segment_info(self, segment: int) -> dict:
-        mask = self.ids == segment
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        x, y = int(columns[0]), int(rows[0])
-        return {
-            "id": segment,
-            "category_id": self.category[segment],
-            "iscrowd": int(segment in self.crowds),
-            "area": int(mask.sum()),
-            "bbox": [x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1],
-        }
+        return Scene(pixels, self.ids, describe_segments(self.ids, self.category, self.crowds), self.difficulty)
 
 
 # Shapes: radius -> a function of (x, y) giving the signed distance to the outline, in pixels, negative inside.

@@ -1,0 +1,96 @@
+"""Makes class-map PNGs from COCO panoptic annotation, for mIoU: panoptic_semseg_<split>2017 beside the panoptic PNGs.
+
+datasets/prepare_coco_semantic.py [COCO] [--splits val train]     (COCO: $DETECTRON2_DATASETS/coco by default)
+
+Each pixel gets the contiguous class id 0..132 of its segment, crowds included; void becomes 255.
+Also works for other folders in COCO panoptic format: --json, --panoptic and --output name the paths.
+"""
+
+import argparse
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from eco_m2f.data.datasets.builtin import datasets_root
+from eco_m2f.data.datasets.coco_panoptic_like import read_categories, read_panoptic_json
+from eco_m2f.data.panoptic_map import DataError, decode, index_map, read_ids
+from eco_m2f.data.writing import whole_folder
+
+VOID_CLASS = 255
+
+
+def prepare(panoptic_json: Path, panoptic_root: Path, output: Path, workers: int = 1, overwrite: bool = False) -> bool:
+    """Writes one PNG per annotation; returns False, doing nothing, if all are there. Raises DataError, FileExistsError."""
+    categories = read_categories(panoptic_json)
+    if len(categories) > VOID_CLASS:
+        raise DataError(f"{panoptic_json}: {len(categories)} classes do not fit the 8 bits of a class map")
+    classes = {category["id"]: i for i, category in enumerate(categories)}
+    annotations = read_panoptic_json(panoptic_json)["annotations"]
+    if _complete(output, annotations) and not overwrite:
+        return False
+    if output.exists() and any(output.iterdir()) and not overwrite:
+        raise FileExistsError(f"{output} holds other files: replace them with --overwrite, or move them away")
+    with whole_folder(output) as draft, ProcessPoolExecutor(workers) as pool:
+        convert = partial(_convert, panoptic_root=panoptic_root, output=draft, classes=classes)
+        written = pool.map(convert, annotations, chunksize=16)
+        for _ in tqdm(written, total=len(annotations), desc=output.name, unit="image", disable=None):
+            pass
+    return True
+
+
+def class_map(ids: np.ndarray, segments: list[dict], classes: dict[int, int], source: Path | str) -> np.ndarray:
+    """Segment ids [H, W] -> contiguous classes, uint8 [H, W], void 255. Raises DataError on an unknown category."""
+    unknown = sorted({s["category_id"] for s in segments} - classes.keys())
+    if unknown:
+        raise DataError(f"{source}: category_id {unknown} is not among the JSON's categories; declare it")
+    table = np.array([*(classes[s["category_id"]] for s in segments), VOID_CLASS], dtype=np.uint8)
+    positions = decode(index_map(ids, [s["id"] for s in segments], source))
+    return table[np.minimum(positions, len(segments))]
+
+
+def _complete(output: Path, annotations: list[dict]) -> bool:
+    return bool(annotations) and all((output / a["file_name"]).is_file() for a in annotations)
+
+
+def _convert(annotation: dict, panoptic_root: Path, output: Path, classes: dict[int, int]) -> None:
+    path = panoptic_root / annotation["file_name"]
+    semantic = class_map(read_ids(path), annotation["segments_info"], classes, path)
+    Image.fromarray(semantic).save(output / annotation["file_name"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("coco", type=Path, nargs="?", default=datasets_root() / "coco", help="folder of COCO")
+    parser.add_argument("--splits", nargs="+", choices=("train", "val"), default=["val"], help="of COCO 2017")
+    parser.add_argument("--json", type=Path, help="another panoptic JSON, with --panoptic and --output")
+    parser.add_argument("--panoptic", type=Path, help="its folder of panoptic PNGs")
+    parser.add_argument("--output", type=Path, help="folder to write")
+    parser.add_argument("--workers", type=int, default=4, help="processes")
+    parser.add_argument("--overwrite", action="store_true", help="make the class maps again")
+    args = parser.parse_args()
+    own = (args.json, args.panoptic, args.output)
+    if any(own) and not all(own):
+        parser.error("--json, --panoptic and --output go together")
+    jobs = [own] if all(own) else [_coco_paths(args.coco, split) for split in args.splits]
+    try:
+        for panoptic_json, panoptic_root, output in jobs:
+            written = prepare(panoptic_json, panoptic_root, output, args.workers, args.overwrite)
+            print(f"{output}: {'written' if written else 'already there'}")
+    except (DataError, FileExistsError) as error:
+        parser.error(str(error))
+
+
+def _coco_paths(coco: Path, split: str) -> tuple[Path, Path, Path]:
+    return (
+        coco / "annotations" / f"panoptic_{split}2017.json",
+        coco / f"panoptic_{split}2017",
+        coco / f"panoptic_semseg_{split}2017",
+    )
+
+
+if __name__ == "__main__":
+    main()
