@@ -98,7 +98,8 @@ def _is_optional(key: str) -> bool:
 
 
 def _misshapen(weights: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor]) -> list[str]:
-    pairs = ((k, tuple(weights[k].shape), tuple(model[k].shape)) for k in model if k in weights)
+    shared = (k for k in model if k in weights and not _is_optional(k))
+    pairs = ((k, tuple(weights[k].shape), tuple(model[k].shape)) for k in shared)
     return [f"{k}: {found} in the checkpoint, {wanted} in the model" for k, found, wanted in pairs if found != wanted]
 
 

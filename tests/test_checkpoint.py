@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2.engine import SimpleTrainer, hooks
+from detectron2.solver import LRMultiplier, WarmupParamScheduler
+from fvcore.common.param_scheduler import MultiStepParamScheduler
 from torch import nn
 
 from eco_m2f import files
@@ -159,6 +162,7 @@ def test_strict_lets_exit_policy_and_step_counters_go(weights):
     counter = {"backbone.stem.conv1.norm.num_batches_tracked": torch.tensor(3)}
     check_fits(weights, weights | gate | counter, "m.pth")
     check_fits(weights | gate | counter, weights, "m.pth")
+    check_fits(weights | gate, weights | {"exit_policy.gate.weight": torch.zeros(3)}, "m.pth")
     with pytest.raises(CheckpointError, match="not in the model"):
         check_fits(weights | {"exit_policies": torch.zeros(1)}, weights, "m.pth")
 
@@ -317,6 +321,7 @@ def test_pickle_that_runs_code_is_refused_by_name(tmp_path, model, attack, suffi
     assert not trace.exists()
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_storage_bytes_inside_a_pickle_are_no_way_in(tmp_path):
     """torch pickles a tensor's bytes as a pickle of their own, which must be opened as carefully."""
     trace = tmp_path / "ran"
@@ -405,6 +410,40 @@ def test_resume_restores_the_optimizer_exactly(tmp_path, model):
     step(model, optimizer, scheduler)
     step(other, *other_parts)
     assert_loaded(other, model.state_dict())
+
+
+class OneWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, batch):
+        return {"loss": (self.weight * batch).pow(2).sum()}
+
+
+def train(folder: Path, start: int, stop: int, resume: bool) -> OneWeight:
+    """A few iterations with detectron2's loop, hooks and schedule; saves every second one."""
+    model = OneWeight()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    multiplier = WarmupParamScheduler(MultiStepParamScheduler([1.0, 0.1], milestones=[5], num_updates=8), 0.1, 0.25)
+    scheduler = LRMultiplier(optimizer, multiplier, max_iter=8)
+    trainer = SimpleTrainer(model, [torch.tensor([1.0, 2.0, 3.0])] * 8, optimizer)
+    checkpointer = Checkpointer(model, str(folder), trainer=trainer)
+    trainer.register_hooks([hooks.LRScheduler(optimizer, scheduler), hooks.PeriodicCheckpointer(checkpointer, 2)])
+    checkpointer.resume_or_load("", resume=resume)
+    assert not resume or trainer.iter + 1 == start
+    trainer.train(start, stop)
+    return model
+
+
+def test_a_detectron2_run_in_two_parts_equals_one_in_one_part(tmp_path):
+    for name in ("parts", "whole"):
+        (tmp_path / name).mkdir()
+    train(tmp_path / "parts", 0, 4, resume=False)
+    resumed = train(tmp_path / "parts", 4, 8, resume=True)
+    whole = train(tmp_path / "whole", 0, 8, resume=False)
+    assert torch.equal(resumed.weight, whole.weight)
+    assert not torch.equal(resumed.weight, OneWeight().weight)
 
 
 def test_without_resume_only_weights_are_loaded(tmp_path, model):
