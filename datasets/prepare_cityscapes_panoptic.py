@@ -53,7 +53,7 @@ def prepare(cityscapes: Path, split: str, workers: int = 1, overwrite: bool = Fa
 
 
 def convert(source: Path, output: Path) -> tuple[dict, dict]:
-    """One *_instanceIds.png: writes its panoptic PNG to `output`, its labelTrainIds PNG beside it; returns JSON entries."""
+    """Writes the panoptic PNG of an *_instanceIds.png and, beside that, labelTrainIds; returns the JSON entries."""
     instance_ids = _read(source)
     labels = np.where(instance_ids >= INSTANCES, instance_ids // INSTANCES, instance_ids)
     ids = np.where(np.isin(labels, list(EVALUATED)), instance_ids, VOID)

@@ -24,7 +24,7 @@ VOID_CLASS = 255
 
 
 def prepare(panoptic_json: Path, panoptic_root: Path, output: Path, workers: int = 1, overwrite: bool = False) -> bool:
-    """Writes one PNG per annotation; returns False, doing nothing, if all are there. Raises DataError, FileExistsError."""
+    """Writes one PNG per annotation; False, doing nothing, if all are there. Raises DataError, FileExistsError."""
     categories = read_categories(panoptic_json)
     if len(categories) > VOID_CLASS:
         raise DataError(f"{panoptic_json}: {len(categories)} classes do not fit the 8 bits of a class map")

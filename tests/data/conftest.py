@@ -1,0 +1,116 @@
+"""Small panoptic datasets to test on, written fresh for each test."""
+
+import importlib.util
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from eco_m2f.config import add_eco_config
+from eco_m2f.data.panoptic_map import ids_to_rgb
+
+ROOT = Path(__file__).resolve().parents[2]
+CATEGORIES = [  # ids with gaps and out of order: contiguous ids must follow the list
+    {"id": 7, "name": "car", "isthing": 1, "color": [255, 0, 0]},
+    {"id": 3, "name": "sky", "isthing": 0, "color": [0, 0, 255]},
+    {"id": 90, "name": "dog", "isthing": 1},
+]
+
+
+@dataclass
+class Tree:
+    """A dataset on disk, and its JSON content to spoil before `save`."""
+
+    base: Path
+    content: dict = field(default_factory=lambda: {"images": [], "annotations": [], "categories": CATEGORIES})
+
+    @property
+    def json(self) -> Path:
+        return self.base / "pan.json"
+
+    def image(self, i: int) -> Path:
+        return self.base / "images" / f"{i}.png"
+
+    def panoptic(self, i: int) -> Path:
+        return self.base / "panoptic" / f"{i}.png"
+
+    def add(self, i: int, ids: np.ndarray, categories: dict[int, int], crowds: tuple = ()) -> None:
+        """Writes an image whose colour is its segment's id, the panoptic PNG, and both JSON entries."""
+        for folder in ("images", "panoptic"):
+            (self.base / folder).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(ids_to_rgb(ids)).save(self.image(i))
+        Image.fromarray(ids_to_rgb(ids)).save(self.panoptic(i))
+        height, width = ids.shape
+        self.content["images"].append({"id": i, "file_name": f"{i}.png", "width": width, "height": height})
+        segments = [
+            {"id": s, "category_id": c, "iscrowd": int(s in crowds), "area": int((ids == s).sum())}
+            for s, c in categories.items()
+        ]
+        self.content["annotations"].append({"image_id": i, "file_name": f"{i}.png", "segments_info": segments})
+
+    def save(self) -> "Tree":
+        self.json.write_text(json.dumps(self.content))
+        return self
+
+    @property
+    def spec(self) -> str:
+        return f"images={self.base / 'images'},panoptic={self.base / 'panoptic'},json={self.json}"
+
+
+def blocks(height: int = 40, width: int = 60) -> np.ndarray:
+    """Segments 300 (upper left), 70000 (upper right), 9 (below) and a strip of void at the bottom."""
+    ids = np.full((height, width), 9, dtype=np.int32)
+    ids[: height // 2, : width // 3] = 300
+    ids[: height // 2, width // 3 :] = 70000
+    ids[-4:] = 0
+    return ids
+
+
+@pytest.fixture
+def tree(tmp_path) -> Tree:
+    """Two good images: cars 300 and 70000 (a crowd in image 2), sky 9."""
+    made = Tree(tmp_path / "own")
+    made.add(1, blocks(), {300: 7, 70000: 90, 9: 3})
+    made.add(2, blocks(50, 30), {300: 7, 70000: 7, 9: 3}, crowds=(70000,))
+    return made.save()
+
+
+@pytest.fixture
+def forget():
+    """Removes from detectron2's catalogs whatever the test registers."""
+    before = set(DatasetCatalog.list())
+    yield
+    for name in set(DatasetCatalog.list()) - before:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name, None)
+
+
+@pytest.fixture
+def cfg() -> CfgNode:
+    """The project's config with the geometry of the mappers switched off: an image comes out as it is."""
+    cfg = get_cfg()
+    add_eco_config(cfg)
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.INPUT.RANDOM_FLIP = "none"
+    cfg.INPUT.DATASET_MAPPER_NAME = "coco_panoptic_lsj"
+    cfg.INPUT.MIN_SCALE = cfg.INPUT.MAX_SCALE = 1.0
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (40,), 4096
+    return cfg
+
+
+@pytest.fixture(scope="session")
+def script():
+    """Imports one of the scripts in datasets/ by its name."""
+
+    def load(name: str):
+        spec = importlib.util.spec_from_file_location(name, ROOT / "datasets" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
