@@ -93,7 +93,7 @@ def make_venv() -> None:
     if UNFINISHED.exists():
         say(f"{VENV} was left half installed; starting it anew")
         shutil.rmtree(VENV)
-    if not PYTHON.exists():
+    if not (PYTHON.exists() and (VENV / "bin" / "pip").exists()):  # pip comes last
         if sys.version_info < OLDEST_PYTHON:
             raise SetupError(f"Python {sys.version.split()[0]} is too old: make PYTHON=/path/to/python3.11")
         say(f"making {VENV}")
@@ -113,7 +113,7 @@ def install_packages() -> None:
     opencv = opencv_flavour()
     drop_other_opencv(opencv)
     requirements = pinned_requirements(opencv)
-    say(f"installing {len(requirements)} pinned packages, PyTorch with CUDA among them (some GB; minutes)")
+    say(f"installing {len(requirements)} pinned packages, PyTorch with CUDA among them (2.9 GB, minutes)")
     pip("install", *requirements)
     run(PYTHON, "-c", "import cv2, torch, torchvision")
     run(PYTHON, ROOT / "tools" / "install_detectron2.py")

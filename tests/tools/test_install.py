@@ -32,8 +32,9 @@ def env(tmp_path, monkeypatch):
         words = [str(word) for word in command]
         module.commands.append(words)
         if "venv" in words:
-            (venv / "bin").mkdir(parents=True)
+            (venv / "bin").mkdir(parents=True, exist_ok=True)
             (venv / "bin/python").touch()
+            (venv / "bin/pip").touch()
 
     monkeypatch.setattr(module, "run", record)
     return module
@@ -158,6 +159,14 @@ def test_an_environment_left_half_installed_is_thrown_away(env, monkeypatch):
     env.make_venv()
     assert not (env.VENV / "half").exists()
     assert env.PYTHON.exists() and not env.UNFINISHED.exists()
+
+
+def test_an_environment_without_pip_is_made_again(env):
+    env.make_venv()
+    (env.VENV / "bin/pip").unlink()
+    env.make_venv()
+    env.make_venv()
+    assert [("--clear" in command) for command in env.commands] == [True, True]
 
 
 def test_a_failing_command_is_named(tmp_path):
