@@ -14,6 +14,7 @@ import torch
 from detectron2.engine import SimpleTrainer, hooks
 from detectron2.solver import LRMultiplier, WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
+from safetensors.torch import load_file
 from torch import nn
 
 from eco_m2f import files
@@ -143,6 +144,27 @@ def test_pkl_loads_strictly(tmp_path, model, weights, style, protocol, as_numpy)
     path = write_pkl(tmp_path / "m.pkl", {"model": data, "__author__": "zoo"}, protocol)
     Checkpointer(model).load_for_evaluation(path)
     assert_loaded(model, weights)
+
+
+@pytest.mark.parametrize("case", ["m2f_mini_r50", "m2f_mini_swin"])
+@pytest.mark.parametrize("style", STYLES)
+def test_reference_weights_load_into_the_real_model(tmp_path, shared, build_mini, case, style):
+    folder = shared / "oracle" / case
+    reference = load_file(folder / "weights.safetensors")
+    config = json.loads((folder / "case.json").read_text())
+    model = build_mini(config["base_config"], *config["opts"], mini=False)
+    data = {k: v.numpy() for k, v in STYLES[style](reference).items()}
+    path = write_pkl(tmp_path / "m.pkl", {"model": data, "__author__": "zoo"})
+    Checkpointer(model).load_for_evaluation(path)
+    assert_loaded(model, reference)
+
+
+def test_a_real_model_comes_back_from_its_own_checkpoint(tmp_path, build_mini, fill_weights):
+    model = fill_weights(build_mini())
+    Checkpointer(model, str(tmp_path)).save("model_final")
+    other = build_mini()
+    Checkpointer(other).load_for_evaluation(str(tmp_path / "model_final.pth"))
+    assert_loaded(other, model.state_dict())
 
 
 def test_strict_names_what_is_missing_and_unexpected_and_leaves_the_model(tmp_path, model, weights):
@@ -541,6 +563,28 @@ def test_converted_swin_loads_into_the_backbone(tmp_path, convert_swin, capsys):
     Checkpointer(model).load(str(tmp_path / "swin.pkl"))
     assert torch.equal(model.backbone.patch_embed.proj.weight, original["patch_embed.proj.weight"])
     assert torch.equal(model.sem_seg_head.predictor.norm.weight, before)
+
+
+def test_converted_swin_fills_the_whole_real_backbone(tmp_path, shared, build_mini, convert_swin, caplog):
+    """An ImageNet Swin has one norm at its end, where the backbone has one for each map."""
+    folder = shared / "oracle" / "m2f_mini_swin"
+    reference = load_file(folder / "weights.safetensors")
+    original = {k.removeprefix("backbone."): v for k, v in reference.items() if k.startswith("backbone.")}
+    original = {k: v for k, v in original.items() if not k.startswith("norm")}
+    last = [v.shape[0] for k, v in reference.items() if k == "backbone.norm3.weight"][0]
+    original |= {"norm.weight": torch.zeros(last), "norm.bias": torch.zeros(last), "head.weight": torch.zeros(9, last)}
+    torch.save({"model": original}, tmp_path / "swin.pth")
+    convert_swin(tmp_path / "swin.pth", tmp_path / "swin.pkl")
+    config = json.loads((folder / "case.json").read_text())
+    model = build_mini(config["base_config"], *config["opts"], mini=False)
+    heads = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("backbone.")}
+    Checkpointer(model).load(str(tmp_path / "swin.pkl"))
+    loaded = {"backbone." + k: v for k, v in original.items() if not k.startswith(("norm", "head"))}
+    norms = {f"backbone.norm{i}.{n}": v for i in range(4) for n, v in (("weight", 1.0), ("bias", 0.0))}
+    for name, value in model.state_dict().items():
+        expected = loaded.get(name, heads.get(name))
+        assert torch.all(value == norms[name]) if expected is None else torch.equal(value, expected), name
+    assert "8 backbone tensors keep their initial values" in caplog.text
 
 
 def test_convert_swin_refuses_what_it_cannot_convert(tmp_path, convert_swin):
