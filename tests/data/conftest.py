@@ -53,6 +53,15 @@ class Tree:
         ]
         self.content["annotations"].append({"image_id": i, "file_name": f"{i}.png", "segments_info": segments})
 
+    @staticmethod
+    def blocks(height: int = 40, width: int = 60) -> np.ndarray:
+        """Segments 300 (upper left), 70000 (upper right), 9 (below) and a strip of void at the bottom."""
+        ids = np.full((height, width), 9, dtype=np.int32)
+        ids[: height // 2, : width // 3] = 300
+        ids[: height // 2, width // 3 :] = 70000
+        ids[-4:] = 0
+        return ids
+
     def save(self) -> "Tree":
         self.json.write_text(json.dumps(self.content))
         return self
@@ -62,21 +71,12 @@ class Tree:
         return f"images={self.base / 'images'},panoptic={self.base / 'panoptic'},json={self.json}"
 
 
-def blocks(height: int = 40, width: int = 60) -> np.ndarray:
-    """Segments 300 (upper left), 70000 (upper right), 9 (below) and a strip of void at the bottom."""
-    ids = np.full((height, width), 9, dtype=np.int32)
-    ids[: height // 2, : width // 3] = 300
-    ids[: height // 2, width // 3 :] = 70000
-    ids[-4:] = 0
-    return ids
-
-
 @pytest.fixture
 def tree(tmp_path) -> Tree:
     """Two good images: cars 300 and 70000 (a crowd in image 2), sky 9."""
     made = Tree(tmp_path / "own")
-    made.add(1, blocks(), {300: 7, 70000: 90, 9: 3})
-    made.add(2, blocks(50, 30), {300: 7, 70000: 7, 9: 3}, crowds=(70000,))
+    made.add(1, made.blocks(), {300: 7, 70000: 90, 9: 3})
+    made.add(2, made.blocks(50, 30), {300: 7, 70000: 7, 9: 3}, crowds=(70000,))
     return made.save()
 
 
@@ -105,10 +105,10 @@ def cfg() -> CfgNode:
 
 @pytest.fixture(scope="session")
 def script():
-    """Imports one of the scripts in datasets/ by its name."""
+    """Imports a script by its path in the checkout, without the ending."""
 
     def load(name: str):
-        spec = importlib.util.spec_from_file_location(name, ROOT / "datasets" / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(Path(name).name, ROOT / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module

@@ -1,0 +1,194 @@
+"""The checker: silent on good data, and each kind of fault found, named and counted."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from eco_m2f.data import check_class_count, check_dataset, register_from_config
+from eco_m2f.data.check import summary
+
+
+@pytest.fixture
+def found(tree, forget):
+    """Saves the tree, registers it and returns {kind: [where]}."""
+
+    def check(**options) -> dict[str, list[str]]:
+        register_from_config([f"name=own,{tree.save().spec}"])
+        kinds: dict[str, list[str]] = {}
+        for finding in check_dataset("own", **options):
+            kinds.setdefault(finding.kind, []).append(finding.where)
+        return kinds
+
+    return check
+
+
+def test_good_data_has_no_findings(found):
+    assert found(num_classes=3) == {}
+
+
+def test_the_real_sample_has_no_findings(shared, forget):
+    base = shared / "data" / "coco_panoptic_sample" / "sample_data"
+    spec = (
+        f"images={base / 'input_images'},panoptic={base / 'panoptic_examples'},json={base / 'panoptic_examples.json'}"
+    )
+    register_from_config([f"name=sample,{spec}"])
+    assert check_dataset("sample", num_classes=133) == []
+
+
+def _segments(tree, i=0):
+    return tree.content["annotations"][i]["segments_info"]
+
+
+def _paint(path, value, where):
+    pixels = np.array(Image.open(path))
+    pixels[where] = value
+    Image.fromarray(pixels).save(path)
+
+
+FAULTS = {
+    "missing image": lambda t: t.image(1).unlink(),
+    "unreadable image": lambda t: t.image(1).write_bytes(t.image(1).read_bytes()[:70]),
+    "image size differs from JSON": lambda t: t.content["images"][0].update(width=61),
+    "missing panoptic PNG": lambda t: t.panoptic(1).unlink(),
+    "unreadable panoptic PNG": lambda t: t.panoptic(1).write_text("no image"),
+    "PNG size differs from image": lambda t: Image.open(t.panoptic(1)).crop((0, 0, 59, 40)).save(t.panoptic(1)),
+    "segment in PNG, not in JSON": lambda t: _segments(t).pop(0),
+    "segment in JSON, not in PNG": lambda t: _segments(t).append({"id": 4, "category_id": 3, "iscrowd": 0}),
+    "area off": lambda t: _paint(t.panoptic(1), 0, (0, 0)),
+    "unknown category": lambda t: _segments(t)[0].update(category_id=5),
+    "duplicate segment id": lambda t: _segments(t).append(dict(_segments(t)[0])),
+    "segment id out of range": lambda t: _segments(t).append({"id": 0, "category_id": 3}),
+    "duplicate image id": lambda t: t.content["images"].append(t.content["images"][0]),
+    "image annotated twice": lambda t: t.content["annotations"].append(
+        {**t.content["annotations"][0], "file_name": "2.png"}
+    ),
+    "panoptic PNG used twice": lambda t: t.content["annotations"][1].update(file_name="1.png"),
+    "image without annotation": lambda t: t.content["annotations"].pop(0),
+    "annotation without image": lambda t: t.content["images"].pop(0),
+    "empty annotation": lambda t: _segments(t).clear(),
+    "crowd-only annotation": lambda t: [s.update(iscrowd=1) for s in _segments(t)],
+    "duplicate category name": lambda t: t.content.update(
+        categories=[t.content["categories"][0], *({**c, "name": "x"} for c in t.content["categories"][1:])]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(FAULTS))
+def test_each_fault_is_found(tree, found, kind):
+    FAULTS[kind](tree)
+    assert len(found()[kind]) == 1
+
+
+def test_the_file_is_named(tree, found):
+    tree.image(2).unlink()
+    assert found() == {"missing image": [str(tree.image(2))]}
+
+
+def test_one_pixel_thin_image(tree, found):
+    tree.add(3, np.full((1, 30), 5, dtype=np.int32), {5: 7})
+    assert list(found()) == ["image one pixel thin"]
+
+
+def test_categories_registered_otherwise(tree, found):
+    found()
+    content = json.loads(tree.json.read_text())
+    content["categories"][0]["isthing"] = 0
+    del content["categories"][2]
+    tree.json.write_text(json.dumps(content))
+    kinds = {f.kind for f in check_dataset("own")}
+    assert {"category not registered as such", "category missing in JSON"} <= kinds
+
+
+def test_class_count(found, forget):
+    assert len(found(num_classes=4)["class count"]) == 1
+    check_class_count("own", 3)
+    with pytest.raises(ValueError, match="NUM_CLASSES is 4, but dataset 'own' has 3 categories: set it to 3"):
+        check_class_count("own", 4)
+
+
+def test_vanished_json_is_one_finding(tree, found):
+    found()
+    tree.json.unlink()
+    assert [f.kind for f in check_dataset("own")] == ["unusable JSON"]
+
+
+def test_names_that_cannot_be_checked():
+    with pytest.raises(ValueError, match="'nope' is not registered; choose one of .*toy_panoptic_train"):
+        check_dataset("nope")
+    with pytest.raises(ValueError, match="has no panoptic annotation"):
+        check_dataset("coco_2017_train")
+
+
+def test_sample_looks_at_some_files_but_at_the_whole_json(tree, found):
+    for i in range(3, 13):
+        tree.add(i, tree.blocks(), {300: 7, 70000: 90, 9: 3})
+        tree.image(i).unlink()
+    _segments(tree, 1)[0]["category_id"] = 5
+    kinds = found(sample=4)
+    assert 1 <= len(kinds["missing image"]) <= 4 and len(kinds["unknown category"]) == 1
+    assert [str(f) for f in check_dataset("own", sample=4)] == [str(f) for f in check_dataset("own", sample=4)]
+    assert len([f for f in check_dataset("own") if f.kind == "missing image"]) == 10
+
+
+def test_workers_find_the_same(tree, found):
+    tree.image(2).unlink()
+    assert found(workers=2) == {"missing image": [str(tree.image(2))]}
+
+
+def test_summary_counts_and_limits(tree, found, forget):
+    for i in range(3, 8):
+        tree.add(i, tree.blocks(), {300: 7, 70000: 90, 9: 3})
+        tree.image(i).unlink()
+    found()
+    lines = summary(check_dataset("own"), limit=2).splitlines()
+    assert lines[0] == "missing image: 5" and lines[-1].strip() == "... and 3 more" and len(lines) == 4
+
+
+@pytest.fixture
+def run(script, monkeypatch, capsys):
+    """Runs tools/check_dataset.py: (exit code, what it printed)."""
+    tool = script("tools/check_dataset")
+
+    def run(*arguments) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["check_dataset.py", *arguments, "--workers", "1"])
+        try:
+            code = tool.main()
+        except SystemExit as error:
+            code = error.code
+        out, err = capsys.readouterr()
+        return code, out + err
+
+    return run
+
+
+def test_command_line(tree, forget, run):
+    custom = f"name=own,{tree.spec}"
+    code, told = run("--custom", custom, "--num-classes", "3")
+    assert code == 0 and "own: 0 finding(s)" in told
+    tree.image(1).unlink()
+    code, told = run("own", "--custom", custom)
+    assert code == 1 and told.count(str(tree.image(1))) == 1
+
+
+def test_command_line_errors_are_one_message(tree, forget, run):
+    for arguments, message in (
+        (["nope"], "'nope' is not registered"),
+        ([], "no dataset"),
+        (["--custom", "name=x"], "lacks images, panoptic, json"),
+        (["--config-file", "none.yaml"], "none.yaml"),
+    ):
+        code, told = run(*arguments)
+        assert code == 2 and message in told
+
+
+def test_command_line_takes_everything_from_a_config(tree, forget, run):
+    config = tree.base / "own.yaml"
+    config.write_text(
+        f'MODEL: {{SEM_SEG_HEAD: {{NUM_CLASSES: 4}}}}\nDATASETS: {{CUSTOM: ["name=own,{tree.spec}"], '
+        'TRAIN: ["own"], TEST: ["own"]}\n'
+    )
+    code, told = run("--config-file", str(config))
+    assert code == 1 and told.count("own: 1 finding(s)") == 1 and "NUM_CLASSES is 4" in told
