@@ -18,6 +18,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -33,13 +34,14 @@ HEAD = "sem_seg_head."
 EXIT_POLICY = "exit_policy."  # a gate is a file of its own, so a parent may lack it
 SHOWN = 5  # names listed in a message before "..."
 
+T = TypeVar("T")  # a tensor, an array or a shape
 logger = logging.getLogger(__name__)
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
-def upgrade_keys(state_dict: Mapping[str, object]) -> dict[str, object]:
+def upgrade_keys(state_dict: Mapping[str, T]) -> dict[str, T]:
     """A state dict under Mask2Former's current names, from any of the styles in which it was published.
 
     `module.` of a distributed run goes; under `sem_seg_head.`, what is neither in `pixel_decoder.` nor in
@@ -51,7 +53,7 @@ def upgrade_keys(state_dict: Mapping[str, object]) -> dict[str, object]:
         CheckpointError: two keys become the same one.
     """
     distributed = bool(state_dict) and all(key.startswith("module.") for key in state_dict)
-    upgraded: dict[str, object] = {}
+    upgraded: dict[str, T] = {}
     origin: dict[str, str] = {}
     for key, value in state_dict.items():
         new = _current_name(key.removeprefix("module.") if distributed else key)

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 # What a cut, overwritten or hostile file makes the two readers raise.
-MALFORMED = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, LookupError)
-MALFORMED += (OSError, MemoryError, OverflowError, AssertionError)
+MALFORMED: tuple[type[Exception], ...] = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError)
+MALFORMED += (AttributeError, LookupError, OSError, MemoryError, OverflowError, AssertionError)
 
 
 class CheckpointError(RuntimeError):
@@ -53,9 +53,10 @@ def _unreadable(path: Path, error: Exception) -> str:
             'could run code. Where you trust its source, save its state dict alone: torch.save({"model": ...}, path)'
         )
     # torch's first line would advise to open the file unsafely; its last but one tells the reason.
-    reason = re.search(r"WeightsUnpickler error: (.*)", str(error)) or re.match("(.*)", str(error))
+    detail = re.search(r"WeightsUnpickler error: (.*)", str(error))
+    reason = detail[1] if detail else str(error).partition("\n")[0] or type(error).__name__
     return (
-        f"{path} ({path.stat().st_size} bytes) cannot be read ({reason[1] or type(error).__name__}): it may be "
+        f"{path} ({path.stat().st_size} bytes) cannot be read ({reason}): it may be "
         "truncated or no checkpoint at all. Compare its size and sha256 with its source's, and save or fetch it again"
     )
 
@@ -116,7 +117,7 @@ def _load_storage(data: bytes) -> torch.TypedStorage:
 def _plain_constructors() -> dict[tuple[str, str], object]:
     """What a .pkl may call: makers of builtin containers, of arrays, and of tensors (a converted Swin's)."""
     reconstruct, frombuffer, scalar = _numpy_functions()
-    allowed = {("builtins", t.__name__): t for t in (set, frozenset, bytearray, complex)}
+    allowed: dict[tuple[str, str], object] = {("builtins", t.__name__): t for t in (set, frozenset, bytearray, complex)}
     for core in ("numpy.core", "numpy._core"):  # numpy 1's name and numpy 2's
         allowed[core + ".multiarray", "_reconstruct"] = reconstruct
         allowed[core + ".multiarray", "scalar"] = scalar

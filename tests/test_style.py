@@ -1,4 +1,4 @@
-"""The checks that `make format` can mostly mend: lint and format of Python and C++."""
+"""Lint, format of Python and C++, and types of the modules that pyproject.toml lists for mypy."""
 
 import shutil
 import subprocess
@@ -13,7 +13,7 @@ SUFFIXES = {".cpp", ".cu", ".cuh", ".h"}
 
 def assert_passes(*command: str) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, f"{done.stdout}{done.stderr}\nmake format mends most of this"
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}\n`make format` mends what is lint or format"
 
 
 def tool(name: str) -> str:
@@ -36,3 +36,7 @@ def test_cpp_format():
     sources = [str(p) for p in sorted((ROOT / "eco_m2f").rglob("*")) if p.suffix in SUFFIXES]
     assert sources, "no C++ sources found"
     assert_passes(tool("clang-format"), "--dry-run", "-Werror", *sources)
+
+
+def test_types():
+    assert_passes(tool("mypy"))
