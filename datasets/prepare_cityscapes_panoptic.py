@@ -10,18 +10,16 @@ evaluated labels become segments; a thing without an instance number is a crowd.
 """
 
 import argparse
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from detectron2.data.datasets.builtin_meta import CITYSCAPES_CATEGORIES
 from PIL import Image
-from tqdm import tqdm
 
 from eco_m2f.data.datasets.builtin import datasets_root
 from eco_m2f.data.panoptic_map import VOID, DataError
+from eco_m2f.data.parallel import each
 from eco_m2f.data.writing import describe_segments, whole_folder, write_json, write_panoptic
 
 SUFFIX = "_gtFine_instanceIds.png"
@@ -46,7 +44,7 @@ def prepare(cityscapes: Path, split: str, workers: int = 1, overwrite: bool = Fa
         raise DataError(f"{missing[0]} is missing ({len(missing)} in all); unpack leftImg8bit_trainvaltest.zip")
     target.unlink(missing_ok=True)  # the JSON stands for a finished split
     with whole_folder(gt / f"cityscapes_panoptic_{split}") as draft:
-        entries = _each(partial(convert, output=draft), sources, workers, f"cityscapes {split}")
+        entries = list(each(partial(convert, output=draft), sources, workers, title=f"cityscapes {split}"))
     made_from = {"cityscapes": split}
     write_json(target, made_from, [image for image, _ in entries], [a for _, a in entries], CATEGORIES)
     return True
@@ -94,11 +92,6 @@ def _write_train_ids(path: Path, labels: np.ndarray) -> None:
 
 def _image_of(images: Path, source: Path) -> Path:
     return images / source.parent.name / (source.name.removesuffix(SUFFIX) + "_leftImg8bit.png")
-
-
-def _each(function: Callable, sources: list[Path], workers: int, title: str) -> list:
-    with ProcessPoolExecutor(workers) as pool:
-        return list(tqdm(pool.map(function, sources), total=len(sources), desc=title, unit="image", disable=None))
 
 
 def main() -> None:

@@ -7,17 +7,16 @@ Also works for other folders in COCO panoptic format: --json, --panoptic and --o
 """
 
 import argparse
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from eco_m2f.data.datasets.builtin import datasets_root
 from eco_m2f.data.datasets.coco_panoptic_like import read_categories, read_panoptic_json
 from eco_m2f.data.panoptic_map import DataError, decode, index_map, read_ids
+from eco_m2f.data.parallel import each
 from eco_m2f.data.writing import whole_folder
 
 VOID_CLASS = 255
@@ -34,10 +33,9 @@ def prepare(panoptic_json: Path, panoptic_root: Path, output: Path, workers: int
         return False
     if output.exists() and any(output.iterdir()) and not overwrite:
         raise FileExistsError(f"{output} holds other files: replace them with --overwrite, or move them away")
-    with whole_folder(output) as draft, ProcessPoolExecutor(workers) as pool:
+    with whole_folder(output) as draft:
         convert = partial(_convert, panoptic_root=panoptic_root, output=draft, classes=classes)
-        written = pool.map(convert, annotations, chunksize=16)
-        for _ in tqdm(written, total=len(annotations), desc=output.name, unit="image", disable=None):
+        for _ in each(convert, annotations, workers, title=output.name):
             pass
     return True
 

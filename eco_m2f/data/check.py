@@ -6,17 +6,16 @@ Works on any dataset whose metadata names a panoptic_json: COCO, Cityscapes, and
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
-from tqdm import tqdm
 
 from .datasets.coco_panoptic_like import read_panoptic_json
 from .panoptic_map import VOID, DataError, read_ids
+from .parallel import each
 
 CITYSCAPES = "cityscapes_panoptic_seg"  # detectron2's evaluator_type
 
@@ -63,7 +62,7 @@ def check_dataset(
     jobs = list(_jobs(content, meta))
     if sample is not None and sample < len(jobs):
         jobs = random.Random(seed).sample(jobs, sample)
-    for found in tqdm(_map(check_files, jobs, workers), total=len(jobs), desc=name, unit="image", disable=None):
+    for found in each(check_files, jobs, workers, title=name):
         findings += found
     return sorted(findings)
 
@@ -239,11 +238,3 @@ def _compare(job: _Job, ids: np.ndarray) -> Iterator[Finding]:
 
 def _by(size: tuple[int, ...]) -> str:
     return f"{size[1]}x{size[0]}"
-
-
-def _map(function, jobs: list, workers: int) -> Iterator:
-    if workers < 2:
-        yield from map(function, jobs)
-        return
-    with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(function, jobs, chunksize=16)

@@ -1,9 +1,9 @@
 """The toy set: generated scenes in COCO panoptic format, made to separate easy images from hard ones.
 
-Things are outlines that only their global shape tells apart (disk, ring, triangle, square, star); colour and texture
-say nothing. Stuff is woven texture whose class is the orientation of the waves, not their colour. Each image draws a
-difficulty in [0, 1] that continuously raises the number of objects, occlusion, touching twins of one class, noise,
-clutter and warping, and lowers size and contrast: easy images need little context, hard ones much.
+Things are shapes (disk, ring, triangle, square, star), stuff is texture whose class is the orientation of its waves.
+Each image draws a difficulty in [0, 1] that continuously raises the number of objects, occlusion, touching twins of
+one class, noise, clutter and warping, and lowers size, contrast and what colour betrays: in an easy image every class
+has its colour and little context is needed; in a hard one only the global shape and the weave tell classes apart.
 
 Every image is drawn from its own seed (seed, split, index), so image i does not depend on how many are made.
 """
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .writing import already_made, describe_segments, whole_folder, write_json, write_panoptic
 
-VERSION = 1  # of the scenes: raise it whenever the same seed would draw other pixels
+VERSION = 2  # of the scenes: raise it whenever the same seed would draw other pixels
 SPLITS = ("train", "val")
 THINGS = ("disk", "ring", "triangle", "square", "star")
 STUFF = ("waves", "bars", "weave", "mottle")  # level crests, upright crests, both, neither
@@ -37,6 +37,24 @@ CATEGORIES = [
 CATEGORY_ID = {c["name"]: c["id"] for c in CATEGORIES}
 MIN_PIXELS = 16  # an object that would show less is not drawn
 MIN_VISIBLE = 0.35  # nor one that would leave an earlier object less than this part of itself
+
+
+def _unit(vector) -> np.ndarray:
+    return np.asarray(vector, dtype=float) / np.linalg.norm(vector)
+
+
+# Directions in RGB space, far from each other among things and among stuff.
+HUES = {
+    "disk": _unit([1, -0.6, -0.6]),
+    "ring": _unit([-0.6, 1, -0.6]),
+    "triangle": _unit([-0.6, -0.6, 1]),
+    "square": _unit([1, 1, -0.3]),
+    "star": _unit([-0.8, -0.8, -0.8]),
+    "waves": _unit([1, 0, -1]),
+    "bars": _unit([-1, 0, 1]),
+    "weave": _unit([-1, 1, 0]),
+    "mottle": _unit([1, -1, 0]),
+}
 
 
 @dataclass(frozen=True)
@@ -147,7 +165,7 @@ class _Canvas:
         contrast = self._between(0.22, 0.09)
         for kind in np.unique(kinds):
             where = np.isin(cell, np.flatnonzero(kinds == kind))
-            tint = self.base + rng.normal(0, 0.04, 3)
+            tint = self.base + rng.normal(0, 0.04, 3) + self._hint() * 0.2 * HUES[STUFF[kind]]
             self.image[where] = (tint + contrast * self._texture(STUFF[kind])[..., None])[where]
             self.ids[where] = self._new_segment(STUFF[kind])
 
@@ -199,7 +217,7 @@ class _Canvas:
         name = THINGS[self.rng.integers(len(THINGS))]
         low, high = self._between(0.14, 0.045), self._between(0.24, 0.2)
         radius = self.size * np.exp(self.rng.uniform(np.log(low), np.log(high)))
-        return name, self._color(), self._anywhere(), max(radius, 3.0)
+        return name, self._color(name), self._anywhere(), max(radius, 3.0)
 
     def _wants_twin(self) -> bool:
         return self.last is not None and self.rng.random() < 0.35 * self.difficulty
@@ -256,10 +274,17 @@ class _Canvas:
         waves = np.sin(x * np.cos(turn) + y * np.sin(turn))
         return color + self._between(0.0, 0.09) * waves[..., None]
 
-    def _color(self) -> np.ndarray:
-        """A random direction in colour space away from the background, as far as the contrast allows."""
-        direction = self.rng.standard_normal(3)
-        return self.base + direction / np.linalg.norm(direction) * self._between(0.55, 0.22)
+    def _color(self, name: str | None = None) -> np.ndarray:
+        """A direction in colour space away from the background, as far as the contrast allows: random, but drawn
+        towards the hue of the class `name` in an easy image."""
+        direction = _unit(self.rng.standard_normal(3))
+        if name is not None:
+            direction = _unit((1 - self._hint()) * direction + self._hint() * HUES[name])
+        return self.base + direction * self._between(0.55, 0.22)
+
+    def _hint(self) -> float:
+        """How much of a class's hue shows, from 1 to 0."""
+        return self._between(1.0, 0.0)
 
     def _anywhere(self) -> np.ndarray:
         return self.rng.uniform(0.06, 0.94, 2) * self.size

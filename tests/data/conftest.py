@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,6 +111,7 @@ def script():
     def load(name: str):
         spec = importlib.util.spec_from_file_location(Path(name).name, ROOT / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # worker processes look their function up by name
         spec.loader.exec_module(module)
         return module
 

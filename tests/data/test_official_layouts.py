@@ -1,0 +1,189 @@
+"""Generated COCO, Cityscapes, nuclei and toy trees in their official places, read through their registered names.
+
+Names resolve $DETECTRON2_DATASETS when detectron2 is imported, so all of it runs in one fresh process.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detectron2.data import MetadataCatalog
+from PIL import Image
+
+from eco_m2f.data.panoptic_map import ids_to_rgb
+from eco_m2f.data.toy import ToySpec, draw_scene, make_toy_dataset
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = {
+    "coco_2017_train_panoptic": 133,
+    "coco_2017_val_panoptic": 133,
+    "coco_2017_val_panoptic_with_sem_seg": 133,
+    "cityscapes_fine_panoptic_train": 19,
+    "cityscapes_fine_panoptic_val": 19,
+    "nuclei_panoptic_train": 2,
+    "nuclei_panoptic_val": 2,
+    "nuclei_panoptic_test": 2,
+    "toy_panoptic_train": 9,
+    "toy_panoptic_val": 9,
+}
+PROGRAM = """
+import hashlib, json, sys
+import numpy as np, torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOPanopticEvaluator
+from eco_m2f.config import add_eco_config
+from detectron2.config import get_cfg
+from eco_m2f.data import PanopticTestMapper, build_train_mapper, check_class_count, check_dataset
+from eco_m2f.data.panoptic_map import read_ids
+from eco_m2f.data.toy import draw_scene
+from PIL import Image
+
+cfg = get_cfg()
+add_eco_config(cfg)
+cfg.INPUT.FORMAT, cfg.INPUT.IMAGE_SIZE, cfg.INPUT.MIN_SIZE_TEST = "RGB", 64, 64
+cfg.INPUT.DATASET_MAPPER_NAME, cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE = "coco_panoptic_lsj", 1.0, 1.0
+results = {}
+for name, classes in json.loads(sys.argv[1]).items():
+    check_class_count(name, classes)
+    evaluator = COCOPanopticEvaluator(name)
+    evaluator.reset()
+    train, test, counts = build_train_mapper(cfg), PanopticTestMapper(cfg), []
+    for record in DatasetCatalog.get(name):
+        counts.append(len(train(record)["instances"]))
+        inputs = test(record)
+        things = set(MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id.values())
+        perfect = [
+            {"id": s["id"], "category_id": s["category_id"], "isthing": s["category_id"] in things}
+            for s in inputs["segments_info"] if not s["iscrowd"]
+        ]
+        ids = read_ids(inputs["pan_seg_file_name"])
+        ids[~np.isin(ids, [s["id"] for s in perfect])] = 0
+        evaluator.process([inputs], [{"panoptic_seg": (torch.from_numpy(ids), perfect)}])
+    semantic = [np.unique(np.asarray(Image.open(r["sem_seg_file_name"]))).tolist()
+                for r in DatasetCatalog.get(name) if "sem_seg_file_name" in r]
+    results[name] = {
+        "counts": counts, "pq": evaluator.evaluate()["panoptic_seg"]["PQ"], "semantic": semantic,
+        "findings": [str(f) for f in check_dataset(name, classes)],
+    }
+s = draw_scene(64, 1, "val", 2)
+results["digest"] = hashlib.sha256(s.image.tobytes() + s.ids.tobytes()).hexdigest()
+print(json.dumps(results))
+"""
+
+
+def _write_coco(base: Path) -> None:
+    """One image a split, as JPEG: a person (1), a crowd of persons, sky (187) and some void."""
+    meta = MetadataCatalog.get("coco_2017_val_panoptic")
+    things = meta.thing_dataset_id_to_contiguous_id
+    ids_of = {i: c for table in (things, meta.stuff_dataset_id_to_contiguous_id) for c, i in table.items()}
+    categories = [
+        {"id": ids_of[i], "name": n, "isthing": int(ids_of[i] in things)} for i, n in enumerate(meta.thing_classes)
+    ]
+    ids = np.full((48, 64), 5000, dtype=np.int32)
+    ids[10:30, 10:20], ids[10:30, 30:50], ids[40:] = 300, 77777, 0
+    segments = [
+        {"id": i, "category_id": c, "iscrowd": int(i == 77777), "area": int((ids == i).sum())}
+        for i, c in ((300, 1), (77777, 1), (5000, 187))
+    ]
+    (base / "annotations").mkdir(parents=True)
+    for split, number in (("train", 9), ("val", 139)):
+        stem = f"{number:012d}"
+        for folder in (f"{split}2017", f"panoptic_{split}2017"):
+            (base / folder).mkdir()
+        Image.new("RGB", (64, 48), (9, 99, 199)).save(base / f"{split}2017" / f"{stem}.jpg")
+        Image.fromarray(ids_to_rgb(ids)).save(base / f"panoptic_{split}2017" / f"{stem}.png")
+        content = {
+            "images": [{"id": number, "file_name": f"{stem}.jpg", "height": 48, "width": 64}],
+            "annotations": [{"image_id": number, "file_name": f"{stem}.png", "segments_info": segments}],
+            "categories": categories,
+        }
+        (base / "annotations" / f"panoptic_{split}2017.json").write_text(json.dumps(content))
+
+
+def _write_cityscapes(base: Path) -> None:
+    ids = np.full((32, 64), 7, dtype=np.uint16)
+    ids[:10], ids[8:16, 10:20], ids[8:16, 30:40], ids[30:] = 23, 26001, 24, 1
+    for split, city in (("train", "aachen"), ("val", "munster")):
+        for kind in ("gtFine", "leftImg8bit"):
+            (base / kind / split / city).mkdir(parents=True)
+        stem = f"{city}_000003_000019"
+        Image.fromarray(ids).save(base / "gtFine" / split / city / f"{stem}_gtFine_instanceIds.png")
+        Image.new("RGB", (64, 32)).save(base / "leftImg8bit" / split / city / f"{stem}_leftImg8bit.png")
+
+
+def _write_nuclei(raw: Path) -> None:
+    for folder in ("images", "instance_ids"):
+        (raw / folder).mkdir(parents=True)
+    rows = [("image_id", "width", "height", "num_nuclei")]
+    for name in "abcd":
+        ids = np.zeros((30, 30), dtype=np.uint16)
+        ids[3:9, 3:9], ids[9:20, 9:15] = 1, 2
+        Image.fromarray(ids).save(raw / "instance_ids" / f"{name}.png")
+        Image.new("RGB", (30, 30)).save(raw / "images" / f"{name}.png")
+        rows.append((name, 30, 30, 2))
+    with (raw / "index.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, script) -> dict:
+    root = tmp_path_factory.mktemp("datasets")
+    _write_coco(root / "coco")
+    coco = root / "coco"
+    script("datasets/prepare_coco_semantic").prepare(
+        coco / "annotations" / "panoptic_val2017.json", coco / "panoptic_val2017", coco / "panoptic_semseg_val2017"
+    )
+    _write_cityscapes(root / "cityscapes")
+    for split in ("train", "val"):
+        script("datasets/prepare_cityscapes_panoptic").prepare(root / "cityscapes", split)
+    _write_nuclei(root / "raw")
+    script("datasets/prepare_nuclei").prepare(root / "raw", root / "nuclei")
+    make_toy_dataset(root / "toy", ToySpec(num_train=2, num_val=1, size=64))
+    environment = {**os.environ, "DETECTRON2_DATASETS": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(NAMES)], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_perfect_prediction_scores_100(results, name):
+    """Read by name, mapped, and judged by detectron2's panoptic evaluator against the registered ground truth."""
+    assert results[name]["pq"] == pytest.approx(100.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_the_checker_accepts_the_official_layout(results, name):
+    assert results[name]["findings"] == []
+
+
+@pytest.mark.slow
+def test_instances_of_the_training_mapper(results):
+    """One per segment, crowds left out."""
+    counts = {name: results[name]["counts"] for name in NAMES}
+    assert counts["coco_2017_train_panoptic"] == counts["coco_2017_val_panoptic_with_sem_seg"] == [2]
+    assert counts["cityscapes_fine_panoptic_train"] == counts["cityscapes_fine_panoptic_val"] == [3]
+    assert counts["nuclei_panoptic_train"] == [3, 3] and counts["nuclei_panoptic_test"] == [3]
+    segments = draw_scene(64, 0, "val", 0).segments
+    assert counts["toy_panoptic_val"] == [sum(not s["iscrowd"] for s in segments)]
+
+
+@pytest.mark.slow
+def test_semantic_maps_hold_contiguous_classes(results):
+    assert results["coco_2017_val_panoptic_with_sem_seg"]["semantic"] == [[0, 119, 255]]  # person, sky, void
+    assert results["cityscapes_fine_panoptic_val"]["semantic"] == [[0, 10, 11, 13, 255]]
+
+
+@pytest.mark.slow
+def test_another_process_draws_the_same_toy_scene(results):
+    scene = draw_scene(64, 1, "val", 2)
+    assert results["digest"] == hashlib.sha256(scene.image.tobytes() + scene.ids.tobytes()).hexdigest()
