@@ -199,7 +199,7 @@ class Checkpointer(DetectionCheckpointer):
                 f"{path} holds no state of {', '.join(absent)}: it holds weights, but no training run"
             )
         self._load_weights(checkpoint, path, strict)
-        for name in set(names) - set(absent):
+        for name in (name for name in names if name in checkpoint):
             self.checkpointables[name].load_state_dict(checkpoint.pop(name))
         return checkpoint
 

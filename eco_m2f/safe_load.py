@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +40,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: check MODEL.WEIGHTS, or train or download it first")
     try:
-        data = _read_pickle(path) if path.suffix == ".pkl" else _read_torch(path)
+        bare_pickle = path.suffix == ".pkl" and not zipfile.is_zipfile(path)  # an archive is torch.save's
+        data = _read_pickle(path) if bare_pickle else _read_torch(path)
     except MALFORMED as error:
         raise CheckpointError(_unreadable(path, error)) from error
     return _with_model(data, path)

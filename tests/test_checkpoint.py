@@ -284,6 +284,11 @@ def test_empty_path_trains_from_scratch_but_does_not_evaluate(model):
         Checkpointer(model).load_for_evaluation("")
 
 
+def test_a_torch_file_under_a_pickles_name_is_read_as_what_it_is(tmp_path, model, weights):
+    Checkpointer(model).load_for_evaluation(write_pth(tmp_path / "m.pkl", {"model": weights}))
+    assert_loaded(model, weights)
+
+
 # --- broken and hostile files
 
 
