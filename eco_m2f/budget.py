@@ -1,74 +1,237 @@
-"""A budget (beta, K, loss) becomes a gate: one linear layer from pooled backbone features to exits (Eq. 6)."""
+"""A budget (beta, K, loss) becomes a gate with its measured PQ and GFLOPs: frontiers, and the search for a budget.
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+Measuring needs no images and no parent: PQ and GFLOPs of any choice of exits are sums over a derived dataset's rows.
+A frontier over beta and K is therefore a matter of seconds per gate.
+"""
+
+import csv
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from .exits import GATE_LOSSES, check_beta, check_exits
+from .derived import DerivedDataset
+from .exits import check_beta, exit_targets, exits_up_to
 from .files import atomic_write
-
-GATE_FORMAT = "eco_m2f.gate.v1"
+from .gate import Gate, Scaling, fit_gate
 
 
 @dataclass
-class Gate:
-    """A fitted gate g = W z + b, saved alone beside the parent it was fitted for.
+class Row:
+    """One way to choose exits, measured on a derived dataset. What the frontier's table shows.
 
-    weight: [E', C] float32; bias: [E']; exits: the E' layer numbers it chooses from, the largest being K = max_exit.
-    feature_source: the map that z is pooled from, "res5" or "projected". parent_sha256: see `derived.parent_sha256`.
-    fit: how it was fitted (optimizer, seed, ...). results: what was measured with it, such as PQ and GFLOPs.
+    policy: "fixed" (everyone leaves at max_exit), "oracle" (the targets of Eq. 5), or "gate". pq, pq_things, pq_stuff:
+    of the whole dataset, exact, in points of 100; NaN where the dataset has no statistics. quality: the mean over the
+    images, in points. gflops: means over the images. images: {exit: number of images leaving there}.
     """
 
-    weight: Tensor
-    bias: Tensor
-    exits: tuple[int, ...]
-    beta: float
-    loss: str
-    feature_source: str
-    parent_sha256: str
-    fit: dict = field(default_factory=dict)
-    results: dict = field(default_factory=dict)
-
-    def __post_init__(self):
-        self.exits = check_exits(self.exits)
-        check_beta(self.beta)
-        if self.loss not in GATE_LOSSES:
-            raise ValueError(f"unknown gate loss {self.loss!r}: choose one of {', '.join(GATE_LOSSES)}")
-        shapes = list(self.weight.shape), list(self.bias.shape)
-        if self.weight.dim() != 2 or self.weight.shape[0] != len(self.exits) or shapes[1] != [len(self.exits)]:
-            raise ValueError(f"a gate over exits {self.exits} needs weight [E, C] and bias [E], not {shapes}")
-        if not (self.weight.isfinite().all() and self.bias.isfinite().all()):
-            raise ValueError("the gate's weights are not finite: its fit diverged; lower the learning rate or raise l2")
+    policy: str
+    beta: float | None
+    max_exit: int
+    loss: str | None
+    pq: float
+    pq_things: float
+    pq_stuff: float
+    quality: float
+    mean_exit: float
+    total_gflops: float
+    encoder_gflops: float
+    images: dict[int, int]
+    gate: Gate | None = None
 
     @property
-    def max_exit(self) -> int:
-        """The paper's K."""
-        return self.exits[-1]
+    def score(self) -> float:
+        """PQ where there is one, else the mean quality."""
+        return self.quality if math.isnan(self.pq) else self.pq
 
-    def logits(self, z: Tensor) -> Tensor:
-        """z [B, C] -> [B, E']."""
-        return torch.nn.functional.linear(z, self.weight.to(z), self.bias.to(z))
+    def numbers(self) -> dict:
+        """All but the gate, flat, as it stands in the CSV."""
+        flat = {key: value for key, value in asdict(self).items() if key not in ("images", "gate")}
+        return {**flat, **{f"images_exit{k}": n for k, n in self.images.items()}}
 
-    def choose(self, z: Tensor) -> Tensor:
-        """z [B, C] -> exits (layer numbers), int64 [B]; ties go to the smaller exit."""
-        return torch.tensor(self.exits, device=z.device)[self.logits(z).argmax(dim=1)]
 
-    def save(self, path: str | Path) -> None:
-        """Writes the gate whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            torch.save({"format": GATE_FORMAT, **asdict(self)}, file)
+def measure(dataset: DerivedDataset, choice, **about) -> Row:
+    """The exact PQ, quality and cost when image i of the dataset leaves at exit choice[i]; about: the other fields."""
+    choice = np.asarray(choice)
+    pq = dataset.dataset_pq(choice) if dataset.has_statistics else dict.fromkeys(("All", "Things", "Stuff"), math.nan)
+    gflops = dataset.mean_gflops(choice)
+    return Row(
+        pq=100 * pq["All"],
+        pq_things=100 * pq["Things"],
+        pq_stuff=100 * pq["Stuff"],
+        quality=100 * dataset.mean_quality(choice),
+        mean_exit=dataset.mean_exit(choice),
+        total_gflops=gflops["total"],
+        encoder_gflops=gflops["encoder"],
+        images={k: int(np.sum(choice == k)) for k in dataset.exits},
+        **about,
+    )
 
-    @classmethod
-    def load(cls, path: str | Path) -> "Gate":
-        """Raises FileNotFoundError, or ValueError for a file that is not a gate."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no gate at {str(path)!r}: fit one with tools/train_gate.py")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, Mapping) or content.get("format") != GATE_FORMAT:
-            raise ValueError(f"{path} is not a gate file of format {GATE_FORMAT}: fit one with tools/train_gate.py")
-        return cls(**{name: value for name, value in content.items() if name != "format"})
+
+class GateFitter:
+    """Fits gates of several budgets on one derived dataset, and measures each on another."""
+
+    def __init__(self, train: DerivedDataset, val: DerivedDataset, optimizer: str = "lbfgs", l2=None, seed: int = 0):
+        """Raises ValueError if the two were not derived from one parent with the same exits and features."""
+        for dataset in (train, val):
+            if dataset.features is None:
+                raise ValueError(f"{dataset.provenance['dataset']} was loaded without features: a gate needs them")
+        for key in ("parent_sha256", "exits", "feature_source"):
+            if train.provenance[key] != val.provenance[key]:
+                ours, theirs = train.provenance[key], val.provenance[key]
+                raise ValueError(f"{key} is {ours} for training, {theirs} for validation: derive both with one parent")
+        self.train, self.val, self.optimizer, self.seed = train, val, optimizer, seed
+        self.features, self.val_features = torch.from_numpy(train.features), torch.from_numpy(val.features)
+        self.l2 = self.features.shape[1] / len(self.features) if l2 is None else l2
+        self.scaling = Scaling.of(self.features, self.l2, seed)
+
+    def fit(self, beta: float, max_exit: int, loss: str = "hard_ce") -> Row:
+        """The row of the gate, which holds the gate, which holds the row's numbers as its results."""
+        source = self.train.provenance
+        gate = fit_gate(
+            self.features,
+            self.train.quality,
+            self.train.exits,
+            beta,
+            max_exit,
+            loss,
+            feature_source=source["feature_source"],
+            parent_sha256=source["parent_sha256"],
+            optimizer=self.optimizer,
+            l2=self.l2,
+            seed=self.seed,
+            scaling=self.scaling,
+        )
+        about = {"policy": "gate", "beta": beta, "max_exit": max_exit, "loss": loss}
+        row = measure(self.val, gate.choose(self.val_features), **about)
+        gate.results = {**row.numbers(), "measured_on": self.val.provenance["dataset"], "num_images": len(self.val)}
+        row.gate = gate
+        return row
+
+
+def fixed_rows(dataset: DerivedDataset) -> list[Row]:
+    """Everyone at the same exit, for each exit."""
+    about = {"policy": "fixed", "beta": None, "loss": None}
+    return [measure(dataset, np.full(len(dataset), k), max_exit=k, **about) for k in dataset.exits]
+
+
+def oracle_row(dataset: DerivedDataset, beta: float, max_exit: int) -> Row:
+    """Everyone at the target of Eq. 5: the utility that no gate can surpass."""
+    targets = exit_targets(dataset.quality, dataset.exits, beta, max_exit)
+    return measure(dataset, targets, policy="oracle", beta=beta, max_exit=max_exit, loss=None)
+
+
+def frontier(
+    train: DerivedDataset,
+    val: DerivedDataset,
+    betas: Sequence[float],
+    max_exits: Sequence[int],
+    losses: Sequence[str] = ("hard_ce",),
+    **options,
+) -> Iterator[Row]:
+    """Rows measured on val: each fixed exit, then for each K and beta the oracle and a gate per loss.
+
+    options: optimizer, l2, seed of `GateFitter`. A row comes as soon as it is measured.
+    """
+    for max_exit in max_exits:
+        exits_up_to(train.exits, max_exit)  # mistakes show before the first fit
+    for beta in betas:
+        check_beta(beta)
+    fitter = GateFitter(train, val, **options)
+    yield from fixed_rows(val)
+    for max_exit in max_exits:
+        for beta in betas:
+            yield oracle_row(val, beta, max_exit)
+            for loss in losses:
+                yield fitter.fit(beta, max_exit, loss)
+
+
+# --- searching -------------------------------------------------------------------------------------------------------
+
+
+def search_budget(
+    train: DerivedDataset,
+    val: DerivedDataset,
+    max_exit: int,
+    loss: str = "hard_ce",
+    *,
+    target_gflops: float | None = None,
+    max_pq_drop: float | None = None,
+    steps: int = 12,
+    **options,
+) -> tuple[Row, list[Row]]:
+    """The gate that keeps to a limit, and all gates tried for it, beta being searched by bisection of its logarithm.
+
+    target_gflops: the mean total GFLOPs on val that must not be exceeded; among the gates below it, the one with the
+    highest PQ wins. max_pq_drop: the points of PQ (of 100) that may be lost on val against the last exit for all;
+    among the gates that keep to it, the one with the fewest GFLOPs wins. Give one of the two.
+    Raises ValueError if no gate keeps to the limit, and says how near one comes.
+    """
+    if (target_gflops is None) == (max_pq_drop is None):
+        raise ValueError("give either target_gflops or max_pq_drop")
+    if max_pq_drop is not None and not max_pq_drop >= 0:
+        raise ValueError(f"max_pq_drop must be a number of points >= 0: {max_pq_drop}")
+    fixed = fixed_rows(val)
+    if target_gflops is not None and not fixed[0].total_gflops <= target_gflops:
+        raise ValueError(f"target_gflops {target_gflops} is below exit {val.exits[0]}'s {fixed[0].total_gflops:.4g}")
+    floor = None if max_pq_drop is None else fixed[-1].score - max_pq_drop
+
+    def keeps(row: Row) -> bool:
+        return row.total_gflops <= target_gflops if floor is None else row.score >= floor
+
+    def worth(row: Row) -> float:
+        return row.score if floor is None else -row.total_gflops
+
+    rows = list(_bisect(GateFitter(train, val, **options), max_exit, loss, keeps, cheaper=floor is None, steps=steps))
+    good = [row for row in rows if keeps(row)]
+    if not good:
+        least = fixed[-1].score - max(row.score for row in rows)
+        raise ValueError(f"no gate up to exit {max_exit} loses at most {max_pq_drop} points: the least is {least:.3g}")
+    return max(good, key=worth), rows
+
+
+def _bisect(
+    fitter: GateFitter, max_exit: int, loss: str, keeps: Callable[[Row], bool], cheaper: bool, steps: int
+) -> Iterator[Row]:
+    """Gates whose beta closes in on the limit. cheaper: a larger beta is what helps to keep to it."""
+    for beta in (0.0, 1.0):  # q lies in [0, 1]: with beta above 1 all leave at the first exit
+        row = fitter.fit(beta, max_exit, loss)
+        yield row
+        if (beta == 0.0) == cheaper and keeps(row):
+            return  # the end of the range that is best otherwise keeps to the limit already
+    low, high = math.log(1e-6), 0.0
+    for _ in range(steps):
+        middle = (low + high) / 2
+        row = fitter.fit(math.exp(middle), max_exit, loss)
+        yield row
+        low, high = (low, middle) if keeps(row) == cheaper else (middle, high)
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def write_csv(rows: Sequence[Row], path: str | Path) -> None:
+    """Writes the rows whole or not at all; columns as in `Row`, one more per exit."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    numbers = [row.numbers() for row in rows]
+    with atomic_write(path, "w") as file:
+        writer = csv.DictWriter(file, fieldnames=list(numbers[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(numbers)
+
+
+HEADER = "policy  K  beta     loss      PQ     PQ_th  PQ_st  quality  exit   GFLOPs    encoder  images per exit"
+
+
+def format_row(row: Row) -> str:
+    """A line under `HEADER`."""
+    beta = "-" if row.beta is None else f"{row.beta:.3g}"
+    images = " ".join(f"{k}:{n}" for k, n in row.images.items())
+    return (
+        f"{row.policy:7} {row.max_exit:<2} {beta:8} {row.loss or '-':9} {row.pq:<6.2f} {row.pq_things:<6.2f} "
+        f"{row.pq_stuff:<6.2f} {row.quality:<8.2f} {row.mean_exit:<6.3f} {row.total_gflops:<9.2f} "
+        f"{row.encoder_gflops:<8.2f} {images}"
+    )

@@ -7,8 +7,8 @@ from detectron2.config import configurable
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
-from ..budget import Gate
 from ..exits import check_exits, exit_targets, exits_up_to
+from ..gate import Gate
 
 EXIT_POLICY_REGISTRY = Registry("EXIT_POLICY")
 EXIT_POLICY_REGISTRY.__doc__ = """

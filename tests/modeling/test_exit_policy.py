@@ -5,7 +5,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 
-from eco_m2f.budget import Gate
+from eco_m2f.gate import Gate
 from eco_m2f.modeling.exit_policy import (
     EXIT_POLICY_REGISTRY,
     FixedExit,

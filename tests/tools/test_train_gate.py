@@ -1,0 +1,138 @@
+"""tools/train_gate.py end to end, on a small derived dataset."""
+
+import csv
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eco_m2f.derived import ShardWriter, make_row
+from eco_m2f.evaluation.panoptic_quality import ImageStatistics
+from eco_m2f.gate import Gate
+
+EXITS = [2, 4, 6]
+
+
+def load_tool():
+    path = Path(__file__).resolve().parents[2] / "tools" / "train_gate.py"
+    spec = importlib.util.spec_from_file_location("train_gate", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = load_tool()
+
+
+@pytest.fixture(scope="module")
+def derived(tmp_path_factory):
+    """{"train", "val"}: directories; the first feature says how much an image gains from depth."""
+    folders = {}
+    for seed, (split, n) in enumerate([("train", 150), ("val", 60)]):
+        rng = np.random.default_rng(seed)
+        folders[split] = tmp_path_factory.mktemp(split)
+        provenance = {
+            "exits": EXITS,
+            "config": "",
+            "checkpoint": "model.pth",
+            "checkpoint_sha256": "0" * 64,
+            "parent_sha256": "a" * 64,
+            "feature_source": "res5",
+            "dataset": f"toy_{split}",
+            "categories": [{"id": 1, "name": "thing", "isthing": 1}],
+            "code_version": "0",
+        }
+        rows = []
+        for i in range(n):
+            need = rng.uniform(0, 3)
+            quality = [0.7 - 0.05 * need, 0.7 - 0.02 * need, 0.7]
+            row = make_row(
+                image_id=i,
+                file_name=f"{i}.png",
+                height=96,
+                width=96,
+                quality=quality,
+                feature=[need, *rng.normal(size=2)],
+                statistics={k: ImageStatistics(*np.array([[1], [q], [1], [0], [0]])) for k, q in zip(EXITS, quality)},
+                total_gflops=[100.0, 120.0, 140.0],
+                encoder_gflops=[20.0, 40.0, 60.0],
+            )
+            rows.append(row)
+        ShardWriter(folders[split], provenance, n, shard_size=n).write(0, rows)
+    return folders
+
+
+def run(derived, tmp_path, *options, val=True):
+    split = ["--train", str(derived["train"])] + (["--val", str(derived["val"])] if val else [])
+    tool.main([*split, "--output", str(tmp_path / "gate.pth"), *options])
+
+
+def test_one_beta_is_one_gate(derived, tmp_path, capsys):
+    run(derived, tmp_path, "--beta", "0.01", "--max-exit", "4", "--loss", "soft_ce")
+    gate = Gate.load(tmp_path / "gate.pth")
+    assert (gate.beta, gate.exits, gate.loss, gate.parent_sha256) == (0.01, (2, 4), "soft_ce", "a" * 64)
+    assert gate.results["num_images"] == 60 and gate.results["measured_on"] == "toy_val"
+    printed = capsys.readouterr().out
+    assert "150 images to fit on, 60 to measure on" in printed and f"PQ {gate.results['pq']:.2f}" in printed
+
+
+def test_several_budgets_are_several_gates_and_a_frontier(derived, tmp_path):
+    table = tmp_path / "frontier.csv"
+    run(derived, tmp_path, "--beta", "0.001", "0.01", "--max-exit", "6", "4", "--frontier", str(table))
+    names = sorted(p.name for p in tmp_path.glob("*.pth"))
+    assert names == [f"gate_beta{beta}_K{k}.pth" for beta in ("0.001", "0.01") for k in (4, 6)]
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 + 4 * 2
+    for row in rows:
+        if row["policy"] == "gate":
+            gate = Gate.load(tmp_path / f"gate_beta{row['beta']}_K{row['max_exit']}.pth")
+            assert gate.results["pq"] == float(row["pq"])
+
+
+def test_target_gflops(derived, tmp_path):
+    run(derived, tmp_path, "--target-gflops", "118")
+    results = Gate.load(tmp_path / "gate.pth").results
+    assert 110 < results["total_gflops"] <= 118
+
+
+def test_max_pq_drop(derived, tmp_path):
+    run(derived, tmp_path, "--max-pq-drop", "1.5")
+    results = Gate.load(tmp_path / "gate.pth").results
+    assert results["pq"] >= 70 - 1.5 and results["total_gflops"] < 140
+
+
+def test_without_val_a_tenth_is_held_out(derived, tmp_path, capsys):
+    run(derived, tmp_path, "--beta", "0.01", val=False)
+    assert "135 images to fit on, 15 to measure on" in capsys.readouterr().out
+    assert Gate.load(tmp_path / "gate.pth").results["num_images"] == 15
+
+
+def test_adam_and_seed_are_recorded(derived, tmp_path):
+    run(derived, tmp_path, "--beta", "0.01", "--optimizer", "adam", "--seed", "3")
+    fit = Gate.load(tmp_path / "gate.pth").fit
+    assert fit["optimizer"] == "adam" and fit["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--beta", "0.1", "--target-gflops", "118"),
+        ("--beta", "0.1", "--loss", "mse"),
+        ("--target-gflops", "118", "--max-exit", "4", "6"),
+    ],
+)
+def test_wrong_usage_ends_with_an_error(derived, tmp_path, options):
+    with pytest.raises(SystemExit) as error:
+        run(derived, tmp_path, *options)
+    assert error.value.code not in (0, None)
+    assert not list(tmp_path.glob("*.pth"))
+
+
+def test_help_explains(capsys):
+    with pytest.raises(SystemExit):
+        tool.main(["--help"])
+    printed = capsys.readouterr().out
+    assert "--target-gflops" in printed and "No images and no parent are needed" in printed
