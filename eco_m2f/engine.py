@@ -21,7 +21,7 @@ from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .checkpoint import CheckpointError, Checkpointer
+from .checkpoint import Checkpointer, CheckpointError
 from .config import add_eco_config
 from .data import PanopticTestMapper, build_train_mapper, check_class_count, register_from_config
 from .evaluation import evaluators_for
@@ -110,7 +110,7 @@ def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
 
 
 def gradient_clipper(kind: str, limit: float, norm_type: float) -> Callable:
-    """A hook that clips gradients before an optimizer's step: of the "full_model", or per parameter by norm or value."""
+    """A hook that clips gradients before an optimizer's step: all as one, or each parameter's by norm or value."""
 
     def clip(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -266,9 +266,7 @@ def distributed(model: nn.Module, unused: bool) -> nn.Module:
     if comm.get_world_size() == 1:
         return model
     devices = None if model.device.type == "cpu" else [comm.get_local_rank()]
-    return DistributedDataParallel(
-        model, device_ids=devices, broadcast_buffers=False, find_unused_parameters=unused
-    )
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, find_unused_parameters=unused)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -355,9 +353,8 @@ def run(function: Callable, *args) -> int:
         print(f"error in a worker process: {lines[-1]}", file=sys.stderr)
         logger.debug("%s", error)
         return 1
-    except (ValueError, KeyError, OSError, ImportError, FloatingPointError, CheckpointError) as error:
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"error: {message}", file=sys.stderr)
+    except (ValueError, OSError, ImportError, FloatingPointError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
         logging.getLogger("detectron2").debug("stopped by", exc_info=True)
         return 1
     return 0

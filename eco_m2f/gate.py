@@ -246,10 +246,10 @@ def _fit_adam(
     loss: str,
     scaling: Scaling,
     seed: int,
-    lr: float = 1e-3,
+    lr: float = 3e-3,
     batch: int = 256,
     epochs: int = 10,
-    least_steps: int = 1000,
+    least_steps: int = 300,
 ) -> tuple[Tensor, Tensor, float]:
     """Adam on standardised features; the rate falls to 0 along a cosine. Small datasets get more epochs."""
     generator = torch.Generator().manual_seed(seed)

@@ -110,7 +110,7 @@ def test_a_fitted_gate_generalises(optimizer, max_exit):
 
 
 def test_lbfgs_reaches_a_loss_that_adam_does_not_beat():
-    features, quality = make_data(n=1000)
+    features, quality = make_data(n=500)
     losses = {
         o: fit_gate(features, quality, EXITS, 0.001, 6, optimizer=o, l2=1e-4, **SOURCE).fit["train_loss"]
         for o in OPTIMIZERS

@@ -1,10 +1,10 @@
 """Augmentations that detectron2 lacks: SSD's colour distortion, and large-scale jittering safe for thin images."""
 
-import cv2
 import numpy as np
 from detectron2.data import transforms as T
 
-HSV_CODES = {"RGB": (cv2.COLOR_RGB2HSV, cv2.COLOR_HSV2RGB), "BGR": (cv2.COLOR_BGR2HSV, cv2.COLOR_HSV2BGR)}
+from ..requirements import require
+
 HUE_PERIOD = 180  # OpenCV stores the hue of a uint8 image in steps of two degrees
 
 
@@ -24,7 +24,7 @@ class ColorDistortion(T.Transform):
         contrast_last: bool = False,
         image_format: str = "RGB",
     ):
-        if image_format not in HSV_CODES:
+        if image_format not in ("RGB", "BGR"):
             raise ValueError(f"INPUT.FORMAT must be RGB or BGR for the colour distortion, got {image_format!r}")
         super().__init__()
         self._set_attributes(locals())
@@ -40,11 +40,11 @@ class ColorDistortion(T.Transform):
         return img
 
     def _shift_hsv(self, img: np.ndarray) -> np.ndarray:
-        to_hsv, back = HSV_CODES[self.image_format]
-        hsv = cv2.cvtColor(np.ascontiguousarray(img), to_hsv)
+        cv2 = require("cv2", "INPUT.COLOR_AUG_SSD")
+        hsv = cv2.cvtColor(np.ascontiguousarray(img), getattr(cv2, f"COLOR_{self.image_format}2HSV"))
         hsv[..., 1] = _linear(hsv[..., 1], self.saturation, 0.0)
         hsv[..., 0] = (hsv[..., 0].astype(np.int16) + self.hue) % HUE_PERIOD
-        return cv2.cvtColor(hsv, back)
+        return cv2.cvtColor(hsv, getattr(cv2, f"COLOR_HSV2{self.image_format}"))
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
         return coords
@@ -62,6 +62,7 @@ class ColorAugSSD(T.Augmentation):
 
     def __init__(self, image_format: str):
         super().__init__()
+        require("cv2", "INPUT.COLOR_AUG_SSD")  # says so before the first image, not in a worker
         self._init(locals())
 
     def get_transform(self, image: np.ndarray) -> ColorDistortion:

@@ -56,7 +56,7 @@ class SemanticEvaluator(DatasetEvaluator):
 
     def _truth(self, x: Mapping) -> np.ndarray:
         truth = self._ground_truth
-        if hasattr(truth.metadata, "sem_seg_root"):
+        if "sem_seg_file_name" in x:
             with Image.open(x["sem_seg_file_name"]) as image:
                 return np.asarray(image, dtype=np.int64)
         image_id = x["image_id"]

@@ -61,9 +61,7 @@ class PostProcessor:
         return result
 
     def panoptic(self, logits: Tensor, masks: Tensor) -> tuple[Tensor, list[dict]]:
-        return panoptic_inference(
-            logits, masks, self.thing_classes, self.object_mask_threshold, self.overlap_threshold
-        )
+        return panoptic_inference(logits, masks, self.thing_classes, self.object_mask_threshold, self.overlap_threshold)
 
     def instances(self, logits: Tensor, masks: Tensor) -> Instances:
         only = self.thing_classes if self.panoptic_on else None

@@ -114,9 +114,13 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
     def from_config(cls, cfg, in_channels: int, mask_classification: bool = True) -> dict:
         m = cfg.MODEL.MASK_FORMER
         if m.ENC_LAYERS != 0:
-            raise ValueError(f"MASK_FORMER.ENC_LAYERS must be 0 (the encoder is the pixel decoder's), got {m.ENC_LAYERS}")
+            raise ValueError(
+                f"MASK_FORMER.ENC_LAYERS must be 0 (the encoder is the pixel decoder's), got {m.ENC_LAYERS}"
+            )
         if m.DEC_LAYERS < 2:
-            raise ValueError(f"MASK_FORMER.DEC_LAYERS counts the prediction on the bare queries, so >= 2; got {m.DEC_LAYERS}")
+            raise ValueError(
+                f"MASK_FORMER.DEC_LAYERS counts the prediction on the bare queries, so >= 2; got {m.DEC_LAYERS}"
+            )
         return {
             "in_channels": in_channels,
             "mask_classification": mask_classification,

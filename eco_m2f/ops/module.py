@@ -71,9 +71,7 @@ class MSDeformAttn(nn.Module):
     def sampling_locations(self, query: Tensor, reference_points: Tensor, shapes: list[int]) -> Tensor:
         """Reference point + predicted offset in pixels / (w, h): [N, Lq, M, L, P, 2], in float32 or float64."""
         batch, queries, _ = query.shape
-        offsets = self.sampling_offsets(query).view(
-            batch, queries, self.num_heads, self.num_levels, self.num_points, 2
-        )
+        offsets = self.sampling_offsets(query).view(batch, queries, self.num_heads, self.num_levels, self.num_points, 2)
         precision = torch.promote_types(offsets.dtype, torch.float32)
         # Filled on the device: a tensor made from a list would be copied there, and the copy can wait for the device.
         sizes = [reference_points.new_full((1,), shapes[i ^ 1], dtype=precision) for i in range(len(shapes))]

@@ -92,7 +92,9 @@ def check_dtypes(value: Tensor, locations: Tensor, weights: Tensor) -> None:
     if weights.dtype != value.dtype:
         raise TypeError(f"attention_weights must have value's dtype {value.dtype}, got {weights.dtype}")
     if not value.device == locations.device == weights.device:
-        raise ValueError(f"arguments on {value.device}, {locations.device} and {weights.device}: put them on one device")
+        raise ValueError(
+            f"arguments on {value.device}, {locations.device} and {weights.device}: put them on one device"
+        )
 
 
 def _fake_forward(value, spatial_shapes, sampling_locations, attention_weights):
@@ -112,9 +114,7 @@ def _reference_forward(value, spatial_shapes, sampling_locations, attention_weig
 
 def _reference_backward(grad_output, value, spatial_shapes, sampling_locations, attention_weights):
     check_arguments(value, spatial_shapes, sampling_locations, attention_weights)
-    return reference_ms_deform_attn_backward(
-        grad_output, value, spatial_shapes, sampling_locations, attention_weights
-    )
+    return reference_ms_deform_attn_backward(grad_output, value, spatial_shapes, sampling_locations, attention_weights)
 
 
 def _setup_context(ctx, inputs, output):

@@ -55,8 +55,10 @@ class Corners:
         index = rows.clamp(0, height - 1) * 1.0 * width + columns.clamp(0, width - 1)
         wx, wy = torch.stack((1 - fx, fx, 1 - fx, fx), dim=-1), torch.stack((1 - fy, 1 - fy, fy, fy), dim=-1)
         sign = torch.tensor((-1.0, 1.0), dtype=x.dtype, device=x.device)
-        masked = [torch.where(valid, part, 0.0) + poison[..., None] for part in
-                  (wx * wy, wy * sign[[0, 1, 0, 1]], wx * sign[[0, 0, 1, 1]])]
+        masked = [
+            torch.where(valid, part, 0.0) + poison[..., None]
+            for part in (wx * wy, wy * sign[[0, 1, 0, 1]], wx * sign[[0, 0, 1, 1]])
+        ]
         return start + index.long(), *masked
 
 

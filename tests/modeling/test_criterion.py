@@ -80,7 +80,7 @@ def test_uncertain_points_prefer_small_logits():
     points = uncertain_points(ramp, 1000, 3.0, 0.75)
     assert points.shape == (1, 1000, 2)
     near = (points[0, :750, 0] - 0.5).abs()
-    # Of 3000 uniform points the nearest 750 fill a quarter of the width; the zeros beyond the border draw in a few more.
+    # Of 3000 uniform points the nearest 750 fill a quarter of the width; zeros beyond the border draw in some.
     assert near.quantile(0.95) < 0.14
     assert (points[0, 750:, 0] - 0.5).abs().max() > 0.4  # the rest are uniform
 

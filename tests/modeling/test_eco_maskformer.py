@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import ECO, PARENT, make_batch
 from detectron2.utils.events import EventStorage
+from minis import ECO, PARENT, make_batch
 
 from eco_m2f.budget import Gate
 from eco_m2f.derived import parent_sha256

@@ -11,7 +11,7 @@ SHAPES = [(2, 3), (4, 6), (8, 12)]
 
 @pytest.fixture(scope="module", params=[name for name, _ in TRANSFORMER_ENCODER_REGISTRY])
 def encoder(request):
-    from conftest import CONFIGS, MINI, PARENT
+    from minis import CONFIGS, MINI, PARENT
 
     from eco_m2f.engine import load_cfg
 

@@ -59,8 +59,8 @@ def test_state_dict_has_the_published_names_and_shapes(name, oracle_json, build_
 
 @pytest.mark.parametrize("name", ["coco_r50", "coco_swin_t"])
 def test_optimizer_groups_match_the_reference(name, oracle_json):
-    from conftest import CONFIGS
     from detectron2.modeling import build_model
+    from minis import CONFIGS
 
     from eco_m2f.engine import load_cfg, parameter_groups
 
@@ -68,7 +68,9 @@ def test_optimizer_groups_match_the_reference(name, oracle_json):
     model = build_model(cfg)
     names = {id(p): n for n, p in model.named_parameters()}
     actual = {
-        names[id(p)]: [group["lr"], group["weight_decay"]] for group in parameter_groups(cfg, model) for p in group["params"]
+        names[id(p)]: [group["lr"], group["weight_decay"]]
+        for group in parameter_groups(cfg, model)
+        for p in group["params"]
     }
     expected = oracle_json("param_groups.json")[name]
     assert actual.keys() == expected.keys()

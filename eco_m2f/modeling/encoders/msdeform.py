@@ -17,7 +17,9 @@ from .registry import TRANSFORMER_ENCODER_REGISTRY
 class MSDeformEncoderLayer(nn.Module):
     """Deformable self-attention and a feed-forward network, each with residual and post-norm."""
 
-    def __init__(self, dim: int, dim_feedforward: int, dropout: float, num_levels: int, num_heads: int, num_points: int):
+    def __init__(
+        self, dim: int, dim_feedforward: int, dropout: float, num_levels: int, num_heads: int, num_points: int
+    ):
         super().__init__()
         self.self_attn = MSDeformAttn(dim, num_levels, num_heads, num_points)
         self.norm1 = nn.LayerNorm(dim)

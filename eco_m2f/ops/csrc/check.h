@@ -30,8 +30,8 @@ inline Problem make_problem(const at::Tensor& value, at::IntArrayRef shapes, con
   TORCH_CHECK_VALUE(start == problem.tokens, "value has ", problem.tokens, " tokens, but spatial_shapes ", shapes,
                     " make ", start);
   const auto wide = value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  TORCH_CHECK_TYPE(locations.scalar_type() == wide, "sampling_locations must be ", wide, " for a ",
-                   value.scalar_type(), " value, got ", locations.scalar_type());
+  TORCH_CHECK_TYPE(locations.scalar_type() == wide, "sampling_locations must be ", wide, " for a ", value.scalar_type(),
+                   " value, got ", locations.scalar_type());
   TORCH_CHECK_TYPE(weights.scalar_type() == value.scalar_type(), "attention_weights must have value's dtype ",
                    value.scalar_type(), ", got ", weights.scalar_type());
   TORCH_CHECK_VALUE(value.device() == locations.device() && value.device() == weights.device(), "arguments on ",

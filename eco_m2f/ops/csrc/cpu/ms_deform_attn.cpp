@@ -5,7 +5,6 @@
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -15,6 +14,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "large_tensor.h"
 #include "portable.h"
 #include "sampler.h"
 
@@ -96,7 +96,7 @@ template <typename S, typename T>
 void staged_forward(const Problem& p, const Sampler<T>& sampler, const at::Tensor& value, const at::Tensor& locations,
                     const at::Tensor& weights, const at::Tensor& output) {
   const Plan<T> plan(p, sampler);
-  const at::Tensor scratch = at::empty({plan.units_per_round, plan.map_size}, locations.options());
+  const at::Tensor scratch = empty_large({plan.units_per_round, plan.map_size}, locations.options());
   T* maps = scratch.mutable_data_ptr<T>();
   for (int64_t unit = 0; unit < plan.units; unit += plan.units_per_round) {
     const int64_t count = std::min(plan.units_per_round, plan.units - unit);
@@ -127,7 +127,7 @@ at::Tensor forward(const at::Tensor& value, at::IntArrayRef shapes, const at::Te
   const Problem p = make_problem(value, shapes, locations, weights);
   const at::Tensor v = value.contiguous(), l = locations.contiguous();
   const at::Tensor w = weights.to(l.scalar_type()).contiguous();
-  const at::Tensor output = at::empty({p.batch, p.queries, p.heads * p.channels}, l.options());
+  const at::Tensor output = empty_large({p.batch, p.queries, p.heads * p.channels}, l.options());
   if (output.numel() > 0) {
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, v.scalar_type(), "ms_deform_attn", [&] {
       using T = at::opmath_type<scalar_t>;
@@ -153,8 +153,8 @@ void staged_backward(const Problem& p, const Sampler<T>& sampler, const at::Tens
                      const Gradients& gradients) {
   const Plan<T> plan(p, sampler);
   const int64_t parts = (at::get_num_threads() + plan.units_per_round - 1) / plan.units_per_round;
-  const at::Tensor scratch = at::empty({plan.units_per_round, plan.map_size}, locations.options());
-  const at::Tensor grad_scratch = at::empty({plan.units_per_round, parts, plan.map_size}, locations.options());
+  const at::Tensor scratch = empty_large({plan.units_per_round, plan.map_size}, locations.options());
+  const at::Tensor grad_scratch = empty_large({plan.units_per_round, parts, plan.map_size}, locations.options());
   T *maps = scratch.mutable_data_ptr<T>(), *grad_maps = grad_scratch.mutable_data_ptr<T>();
   for (int64_t unit = 0; unit < plan.units; unit += plan.units_per_round) {
     const int64_t count = std::min(plan.units_per_round, plan.units - unit);
@@ -185,11 +185,10 @@ template <typename S, typename T>
 void portable_backward(const Problem& p, const at::Tensor& grad_output, const at::Tensor& value,
                        const at::Tensor& locations, const at::Tensor& weights, const Gradients& gradients) {
   const at::Tensor grad_value = at::zeros(value.sizes(), locations.options());
-  const BackwardArguments<S, T> a{
-      grad_output.const_data_ptr<T>(),    value.const_data_ptr<S>(),
-      locations.const_data_ptr<T>(),      weights.const_data_ptr<T>(),
-      grad_value.mutable_data_ptr<T>(),   gradients.locations.mutable_data_ptr<T>(),
-      gradients.weights.mutable_data_ptr<T>()};
+  const BackwardArguments<S, T> a{grad_output.const_data_ptr<T>(),        value.const_data_ptr<S>(),
+                                  locations.const_data_ptr<T>(),          weights.const_data_ptr<T>(),
+                                  grad_value.mutable_data_ptr<T>(),       gradients.locations.mutable_data_ptr<T>(),
+                                  gradients.weights.mutable_data_ptr<T>()};
   at::parallel_for(0, p.batch * p.heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) portable_backward_head(p, a, i / p.heads, i % p.heads);
   });
@@ -203,8 +202,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
   check_grad_output(p, grad_output, value);
   const at::Tensor v = value.contiguous(), l = locations.contiguous();
   const at::Tensor g = grad_output.to(l.scalar_type()).contiguous(), w = weights.to(l.scalar_type()).contiguous();
-  const Gradients gradients{at::empty(v.sizes(), v.options()), at::empty(l.sizes(), l.options()),
-                            at::empty(w.sizes(), w.options())};
+  const Gradients gradients{empty_large(v.sizes(), v.options()), empty_large(l.sizes(), l.options()),
+                            empty_large(w.sizes(), w.options())};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, v.scalar_type(), "ms_deform_attn_backward", [&] {
     using T = at::opmath_type<scalar_t>;
     const Sampler<T>* sampler = sampler_for<T>(p);

@@ -1,5 +1,6 @@
 // Kernels in plain C++: any number of channels, levels and points, any float type; sums in T = float or double.
-// S is the type in which value is stored. Reads value where it lies: the better way when few queries look at large maps.
+// S is the type in which value is stored. Reads value where it lies: the better way when few queries look at large
+// maps.
 #pragma once
 
 #include <limits>

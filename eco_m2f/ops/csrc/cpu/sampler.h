@@ -9,7 +9,7 @@
 
 namespace eco_m2f {
 
-// Per sample of a head, padded to whole vectors: the size and place of its level.
+// Per sample of a head: the size and place of its level. Padded to whole vectors with samples that are always outside.
 template <typename T>
 struct SampleTable {
   std::vector<T> width, height;
@@ -19,7 +19,7 @@ struct SampleTable {
     const int64_t samples = p.levels * p.points, padded = (samples + vector_lanes - 1) / vector_lanes * vector_lanes;
     for (int64_t i = 0; i < padded; ++i) {
       const int64_t level = i < samples ? i / p.points : 0;
-      width.push_back(T(p.level[level].width));
+      width.push_back(i < samples ? T(p.level[level].width) : T(-1));  // no x is >= -1 and < -1
       height.push_back(T(p.level[level].height));
       origin.push_back(int32_t(layout.origin[level]));
       row_cells.push_back(int32_t(layout.row_cells[level]));
@@ -31,18 +31,18 @@ struct SampleTable {
 // The work of one head of one image; pointers are those of its first query.
 template <typename T>
 struct HeadTask {
-  int64_t channels, samples;            // channels without padding; samples = levels * points
-  int64_t query_rows, query_samples;    // from one query to the next: heads * channels, heads * samples
-  int64_t staged_channels;              // channels with padding
+  int64_t channels, samples;          // channels without padding; samples = levels * points
+  int64_t query_rows, query_samples;  // from one query to the next: heads * channels, heads * samples
+  int64_t staged_channels;            // channels with padding
   const SampleTable<T>* table;
-  const T* map;                         // staged
+  const T* map;  // staged
   const T* locations;
-  const T* locations_end;               // of the whole tensor: a vector may read beyond its head, but not beyond this
+  const T* locations_end;  // of the whole tensor: a vector may read beyond its head, but not beyond this
   const T* weights;
-  const T* weights_end;                 // likewise
-  T* output;                            // forward
-  const T* grad_output;                 // backward, as all below
-  T* grad_map;                          // staged, added to
+  const T* weights_end;  // likewise
+  T* output;             // forward
+  const T* grad_output;  // backward, as all below
+  T* grad_map;           // staged, added to
   T* grad_locations;
   T* grad_weights;
 };

@@ -7,6 +7,8 @@ namespace ECO_ISA {
 
 #define ECO_INLINE static inline __attribute__((always_inline))
 
+constexpr int64_t kAhead = 4;  // queries to prefetch
+
 template <typename T>
 struct Vectors {
   static constexpr int kLanes = ECO_VECTOR_BYTES / sizeof(T);
@@ -26,50 +28,80 @@ ECO_INLINE void store(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 
+// The first `count` lanes from p and zeros; reads a whole vector where that does not pass `end`. (A masked load would
+// do, but on Zen 5 it made the whole forward take twice the time.)
 template <typename V, typename T>
-ECO_INLINE V broadcast(T x) {
-  return x - V{};
-}
-
-// Lane i of the result is the sum of all lanes of v[i]; v is overwritten.
-template <typename T, typename V = typename Vectors<T>::Real>
-ECO_INLINE V sum_each(V* v) {
-  constexpr int kLanes = Vectors<T>::kLanes;
-  using Mask = decltype(V{} < V{});
-#pragma GCC unroll 5
-  for (int d = kLanes / 2; d > 0; d /= 2) {
-    Mask here, across;
-#pragma GCC unroll 16
-    for (int j = 0; j < kLanes; ++j) {
-      here[j] = j + (j & d ? kLanes : 0);
-      across[j] = (j ^ d) + (j & d ? kLanes : 0);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < d; ++i) {
-      v[i] = __builtin_shuffle(v[i], v[i + d], here) + __builtin_shuffle(v[i], v[i + d], across);
-    }
-  }
-  return v[0];
-}
-
-// Up to a vector of samples of one query and head, located.
-template <typename T>
-struct Located {
-  static constexpr int kLanes = Vectors<T>::kLanes;
-  int32_t cell[kLanes];   // of the upper left corner
-  T weight[4][kLanes];    // attention * bilinear, corners (y0, x0), (y0, x1), (y1, x0), (y1, x1)
-  T fx[kLanes], fy[kLanes], attention[kLanes];
-};
-
-// Reads a whole vector at p, or where that would pass `end` only `count` numbers, the rest zeros.
-template <typename V, typename T>
-ECO_INLINE V load_guarded(const T* p, const T* end, int64_t count) {
+ECO_INLINE V load_first(const T* p, int64_t count, const T* end) {
   constexpr int64_t kLanes = sizeof(V) / sizeof(T);
   if (__builtin_expect(end - p >= kLanes, 1)) return load<V>(p);
   T padded[kLanes] = {};
   for (int64_t i = 0; i < count && i < kLanes; ++i) padded[i] = p[i];
   return load<V>(padded);
 }
+
+// The first `count` lanes (any number, also negative or more than there are) to p, most of them in quarters.
+template <typename V, typename T>
+ECO_INLINE void store_first(T* p, V v, int64_t count) {
+  constexpr int64_t kLanes = sizeof(V) / sizeof(T), kQuarter = kLanes < 4 ? 1 : kLanes / 4;
+  if (count >= kLanes) return store(p, v);
+  T lanes[kLanes];
+  store(lanes, v);
+  int64_t i = 0;
+  for (; i + kQuarter <= count; i += kQuarter) __builtin_memcpy(p + i, lanes + i, kQuarter * sizeof(T));
+  for (; i < count; ++i) p[i] = lanes[i];
+}
+
+template <typename V, typename T>
+ECO_INLINE V broadcast(T x) {
+  return x - V{};
+}
+
+// Folds v[0..2*kHalf) into v[0..kHalf): afterwards lane j of v[i] belongs to v[i] or, where j & kHalf, to v[i + kHalf].
+template <int kHalf, typename V>
+ECO_INLINE void fold(V* v) {
+  constexpr int kLanes = sizeof(V) / sizeof(v[0][0]);
+  using Mask = decltype(V{} < V{});
+  Mask here, across;
+#pragma GCC unroll 16
+  for (int j = 0; j < kLanes; ++j) {
+    here[j] = j + (j & kHalf ? kLanes : 0);
+    across[j] = (j ^ kHalf) + (j & kHalf ? kLanes : 0);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kHalf; ++i) {
+    v[i] = __builtin_shuffle(v[i], v[i + kHalf], here) + __builtin_shuffle(v[i], v[i + kHalf], across);
+  }
+}
+
+// Lane i of the result is the sum of all lanes of v[i], which is overwritten.
+template <typename V>
+ECO_INLINE V sum_each(V* v) {
+  constexpr int kLanes = sizeof(V) / sizeof(v[0][0]);
+  if constexpr (kLanes > 8) fold<8>(v);
+  if constexpr (kLanes > 4) fold<4>(v);
+  if constexpr (kLanes > 2) fold<2>(v);
+  fold<1>(v);
+  return v[0];
+}
+
+// Asks for the inputs of a later query of this head: they lie too far apart for the processor to foresee.
+template <typename T>
+ECO_INLINE void prefetch(const HeadTask<T>& task, int64_t query, const T* rows) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const int64_t at = query * task.query_samples;
+  for (int64_t i = 0; i < 2 * task.samples; i += kLine) __builtin_prefetch(task.locations + 2 * at + i);
+  for (int64_t i = 0; i < task.samples; i += kLine) __builtin_prefetch(task.weights + at + i);
+  for (int64_t i = 0; rows && i < task.channels; i += kLine) __builtin_prefetch(rows + query * task.query_rows + i);
+}
+
+// Up to a vector of samples of one query and head, located.
+template <typename T>
+struct Located {
+  static constexpr int kLanes = Vectors<T>::kLanes;
+  int32_t cell[kLanes];  // of the upper left corner
+  T weight[4][kLanes];   // attention * bilinear, corners (y0, x0), (y0, x1), (y1, x0), (y1, x1)
+  T fx[kLanes], fy[kLanes], attention[kLanes];
+};
 
 // Samples [first, first + count) of a query. The pixel is a product and then a difference, never fused: all backends
 // must pick the same cell.
@@ -81,8 +113,8 @@ ECO_INLINE void locate(const HeadTask<T>& task, int64_t query, int64_t first, in
   using Mask = decltype(V{} < V{});
   const int64_t at = query * task.query_samples + first;
   const T* location = task.locations + 2 * at;
-  const V front = load_guarded<V>(location, task.locations_end, 2 * count);
-  const V back = load_guarded<V>(location + kLanes, task.locations_end, 2 * count - kLanes);
+  const V front = load_first<V>(location, 2 * count, task.locations_end);
+  const V back = load_first<V>(location + kLanes, 2 * count - kLanes, task.locations_end);
   Mask even, odd;
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
@@ -102,7 +134,7 @@ ECO_INLINE void locate(const HeadTask<T>& task, int64_t query, int64_t first, in
   const I cell = load<I>(table.origin.data() + first) + y0 * load<I>(table.row_cells.data() + first) + x0;
   const I inside_int = __builtin_convertvector(inside, I);
   store(out.cell, inside_int ? cell : load<I>(table.outside.data() + first));
-  const V attention = load_guarded<V>(task.weights + at, task.weights_end, count);
+  const V attention = load_first<V>(task.weights + at, count, task.weights_end);
   const V lower = attention * fy, upper = attention * (1 - fy);
   store(out.weight[0], V(upper * (1 - fx))), store(out.weight[1], V(upper * fx));
   store(out.weight[2], V(lower * (1 - fx))), store(out.weight[3], V(lower * fx));
@@ -115,15 +147,18 @@ void forward_queries(const HeadTask<T>& task, int64_t begin, int64_t end) {
   using V = typename Vectors<T>::Real;
   constexpr int kLanes = Vectors<T>::kLanes, kSums = kVectors <= 2 ? 4 : kVectors <= 4 ? 2 : 1;
   const int64_t cell_size = kVectors * kLanes;
+  const T* map = task.map;
+  const int32_t* row_cells = task.table->row_cells.data();
   for (int64_t query = begin; query < end; ++query) {
+    prefetch<T>(task, query + kAhead, nullptr);
     V sum[kSums][kVectors] = {};
     for (int64_t first = 0; first < task.samples; first += kLanes) {
       const int64_t count = task.samples - first < kLanes ? task.samples - first : kLanes;
       Located<T> at;
       locate(task, query, first, count, at);
       for (int64_t i = 0; i < count; ++i) {
-        const T* upper = task.map + int64_t(at.cell[i]) * cell_size;
-        const T* lower = upper + task.table->row_cells[first + i] * cell_size;
+        const T* upper = map + int64_t(at.cell[i]) * cell_size;
+        const T* lower = upper + row_cells[first + i] * cell_size;
 #pragma GCC unroll 4
         for (int k = 0; k < 4; ++k) {
           const T* cell = (k < 2 ? upper : lower) + (k & 1) * cell_size;
@@ -136,18 +171,12 @@ void forward_queries(const HeadTask<T>& task, int64_t begin, int64_t end) {
       }
     }
     T* output = task.output + query * task.query_rows;
-    T row[kVectors * kLanes];
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
       V total = sum[0][j];
 #pragma GCC unroll 4
       for (int k = 1; k < kSums; ++k) total += sum[k][j];
-      store(row + j * kLanes, total);
-    }
-    if (task.channels == cell_size) {
-      __builtin_memcpy(output, row, sizeof(row));
-    } else {
-      for (int64_t c = 0; c < task.channels; ++c) output[c] = row[c];
+      store_first(output + j * kLanes, total, task.channels - j * kLanes);
     }
   }
 }
@@ -158,20 +187,24 @@ ECO_INLINE void finish_backward(const HeadTask<T>& task, int64_t query, int64_t 
                                 const Located<T>& at, const T (*dots)[Vectors<T>::kLanes]) {
   using V = typename Vectors<T>::Real;
   constexpr int kLanes = Vectors<T>::kLanes;
+  using Mask = decltype(V{} < V{});
   const V d00 = load<V>(dots[0]), d01 = load<V>(dots[1]), d10 = load<V>(dots[2]), d11 = load<V>(dots[3]);
   const V fx = load<V>(at.fx), fy = load<V>(at.fy), attention = load<V>(at.attention);
   const V upper = d00 + fx * (d01 - d00), lower = d10 + fx * (d11 - d10);
   const V dx = (d01 - d00) + fy * ((d11 - d10) - (d01 - d00));
-  T along[kLanes], slope_x[kLanes], slope_y[kLanes];
-  store(along, V(upper + fy * (lower - upper)));
-  store(slope_x, V(dx * attention * load<V>(task.table->width.data() + first)));
-  store(slope_y, V((lower - upper) * attention * load<V>(task.table->height.data() + first)));
-  const int64_t to = query * task.query_samples + first;
-  for (int64_t i = 0; i < count; ++i) {
-    task.grad_weights[to + i] = along[i];
-    task.grad_locations[2 * (to + i)] = slope_x[i];
-    task.grad_locations[2 * (to + i) + 1] = slope_y[i];
+  const V slope_x = dx * attention * load<V>(task.table->width.data() + first);
+  const V slope_y = (lower - upper) * attention * load<V>(task.table->height.data() + first);
+  Mask front, back;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    front[i] = i / 2 + (i & 1 ? kLanes : 0);
+    back[i] = front[i] + kLanes / 2;
   }
+  const int64_t to = query * task.query_samples + first;
+  T* grad_locations = task.grad_locations + 2 * to;
+  store_first(task.grad_weights + to, V(upper + fy * (lower - upper)), count);
+  store_first(grad_locations, __builtin_shuffle(slope_x, slope_y, front), 2 * count);
+  store_first(grad_locations + kLanes, __builtin_shuffle(slope_x, slope_y, back), 2 * count - kLanes);
 }
 
 template <typename T, int kVectors>
@@ -179,25 +212,28 @@ void backward_queries(const HeadTask<T>& task, int64_t begin, int64_t end) {
   using V = typename Vectors<T>::Real;
   constexpr int kLanes = Vectors<T>::kLanes, kGroup = kLanes / 4;  // samples whose dot products are summed together
   const int64_t cell_size = kVectors * kLanes;
+  const T* map = task.map;
+  T* grad_map = task.grad_map;
+  const int32_t* row_cells = task.table->row_cells.data();
   for (int64_t query = begin; query < end; ++query) {
-    T row[kVectors * kLanes] = {};
+    prefetch<T>(task, query + kAhead, task.grad_output);
     const T* grad_output = task.grad_output + query * task.query_rows;
-    for (int64_t c = 0; c < task.channels; ++c) row[c] = grad_output[c];
     V grad[kVectors];
 #pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) grad[j] = load<V>(row + j * kLanes);
+    for (int j = 0; j < kVectors; ++j) {
+      grad[j] = load_first<V>(grad_output + j * kLanes, task.channels - j * kLanes, grad_output + task.channels);
+    }
     for (int64_t first = 0; first < task.samples; first += kLanes) {
       const int64_t count = task.samples - first < kLanes ? task.samples - first : kLanes;
       Located<T> at;
       locate(task, query, first, count, at);
       T dots[4][kLanes] = {};
       for (int64_t group = 0; group < count; group += kGroup) {
-        V partial[kLanes] = {};
+        V partial[kLanes];
 #pragma GCC unroll 4
-        for (int i = 0; i < kGroup; ++i) {
-          if (group + i >= count) break;
+        for (int i = 0; i < kGroup; ++i) {  // beyond count, SampleTable sends them outside
           const int64_t upper = int64_t(at.cell[group + i]) * cell_size;
-          const int64_t lower = upper + task.table->row_cells[first + group + i] * cell_size;
+          const int64_t lower = upper + row_cells[first + group + i] * cell_size;
 #pragma GCC unroll 4
           for (int k = 0; k < 4; ++k) {
             const int64_t cell = (k < 2 ? upper : lower) + (k & 1) * cell_size;
@@ -205,15 +241,15 @@ void backward_queries(const HeadTask<T>& task, int64_t begin, int64_t end) {
             V dot = {};
 #pragma GCC unroll 8
             for (int j = 0; j < kVectors; ++j) {
-              dot = multiply_add(grad[j], load<V>(task.map + cell + j * kLanes), dot);
-              T* target = task.grad_map + cell + j * kLanes;
+              dot = multiply_add(grad[j], load<V>(map + cell + j * kLanes), dot);
+              T* target = grad_map + cell + j * kLanes;
               store(target, multiply_add(weight, grad[j], load<V>(target)));
             }
             partial[k * kGroup + i] = dot;
           }
         }
         T sums[kLanes];
-        store(sums, sum_each<T>(partial));
+        store(sums, sum_each(partial));
 #pragma GCC unroll 4
         for (int k = 0; k < 4; ++k) __builtin_memcpy(&dots[k][group], sums + k * kGroup, sizeof(T) * kGroup);
       }
@@ -226,20 +262,28 @@ void backward_queries(const HeadTask<T>& task, int64_t begin, int64_t end) {
 template <typename T>
 void forward(const HeadTask<T>& task, int64_t begin, int64_t end) {
   switch (task.staged_channels / Vectors<T>::kLanes) {
-    case 1: return forward_queries<T, 1>(task, begin, end);
-    case 2: return forward_queries<T, 2>(task, begin, end);
-    case 4: return forward_queries<T, 4>(task, begin, end);
-    case 8: return forward_queries<T, 8>(task, begin, end);
+    case 1:
+      return forward_queries<T, 1>(task, begin, end);
+    case 2:
+      return forward_queries<T, 2>(task, begin, end);
+    case 4:
+      return forward_queries<T, 4>(task, begin, end);
+    case 8:
+      return forward_queries<T, 8>(task, begin, end);
   }
 }
 
 template <typename T>
 void backward(const HeadTask<T>& task, int64_t begin, int64_t end) {
   switch (task.staged_channels / Vectors<T>::kLanes) {
-    case 1: return backward_queries<T, 1>(task, begin, end);
-    case 2: return backward_queries<T, 2>(task, begin, end);
-    case 4: return backward_queries<T, 4>(task, begin, end);
-    case 8: return backward_queries<T, 8>(task, begin, end);
+    case 1:
+      return backward_queries<T, 1>(task, begin, end);
+    case 2:
+      return backward_queries<T, 2>(task, begin, end);
+    case 4:
+      return backward_queries<T, 4>(task, begin, end);
+    case 8:
+      return backward_queries<T, 8>(task, begin, end);
   }
 }
 
