@@ -120,7 +120,7 @@ class LinearGate(nn.Module):
         if not self.loaded:
             raise RuntimeError("LinearGate has no weights: set MODEL.ECO.GATE, or call load_gate(path, parent_sha256)")
         if self.feature_source not in features:
-            raise KeyError(f"the gate reads the map {self.feature_source!r}, but the features are {sorted(features)}")
+            raise ValueError(f"the gate reads the map {self.feature_source!r}, but the features are {sorted(features)}")
         z = pool_valid(features[self.feature_source], image_sizes)  # [B, C]
         with torch.autocast(z.device.type, enabled=False):
             return nn.functional.linear(z, self.weight.to(z), self.bias.to(z))
@@ -173,7 +173,7 @@ class OracleExit(nn.Module):
             raise ValueError("OracleExit looks images up: every image of the batch needs its image_id")
         unknown = [i for i in image_ids if str(i) not in self.exit_of]
         if unknown:
-            raise KeyError(f"images {unknown[:5]} are not in {self.derived}: derive the split they belong to")
+            raise ValueError(f"images {unknown[:5]} are not in {self.derived}: derive the split they belong to")
         return torch.tensor([self.exit_of[str(i)] for i in image_ids], dtype=torch.int64)
 
 

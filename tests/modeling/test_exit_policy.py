@@ -224,7 +224,7 @@ def test_gate_names_missing_and_broken_features(tmp_path):
     policy = build(POLICY="LinearGate")
     policy.load_gate(str(tmp_path / "gate.pth"), PARENT)
     features = make_features()
-    with pytest.raises(KeyError, match="res5"):
+    with pytest.raises(ValueError, match="res5"):
         policy({"projected": features["projected"]}, SIZES)
     features["res5"][1] = torch.nan
     with pytest.raises(FloatingPointError, match=r"images \[1\]"):
@@ -245,7 +245,7 @@ def test_oracle_names_what_it_lacks(derived_dir):
     for image_ids in (None, [7, None, 9]):
         with pytest.raises(ValueError, match="needs its image_id"):
             policy({}, SIZES, image_ids=image_ids)
-    with pytest.raises(KeyError, match="12345"):
+    with pytest.raises(ValueError, match="12345"):
         policy({}, SIZES[:1], image_ids=[12345])
     with pytest.raises(ValueError, match="MODEL.ECO.DERIVED"):
         build(POLICY="OracleExit")
