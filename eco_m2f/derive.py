@@ -4,7 +4,6 @@ Backbone and encoder run once per image; the predictor runs once per exit. Image
 product does not depend on what else is in a batch, nor on the number of processes.
 """
 
-import importlib.metadata
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,7 +78,6 @@ def provenance_of(
         "parent_sha256": parent_sha256(model.state_dict()),
         "config": model_config(cfg).dump(),
         "code_version": __version__,
-        "torch_version": importlib.metadata.version("torch"),
     }
 
 
