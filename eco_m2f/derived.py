@@ -73,7 +73,7 @@ SCHEMA = pa.schema(
 STATISTICS = ("stat_category", "stat_iou", "stat_tp", "stat_fp", "stat_fn")
 
 
-class DerivedDatasetError(RuntimeError):
+class DerivedDatasetError(ValueError):
     """A derived dataset that cannot be used or gone on with: which, why, and what to do about it."""
 
 

@@ -9,8 +9,6 @@ Killed and started again, also with another --num-gpus, it goes on with the shar
 
 import sys
 
-from detectron2.engine import default_argument_parser, launch
-
 from eco_m2f import derive, engine
 
 
@@ -20,10 +18,8 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    parser = default_argument_parser(__doc__)
-    parser.formatter_class = engine.HelpFormatter
+    parser = engine.argument_parser(__doc__)
     parser.add_argument("--dataset", required=True, help="registered name of the split, e.g. coco_2017_train_panoptic")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the derived dataset")
-    parser.add_argument("--shard-size", type=int, default=256, help="images per file, hence at most repeated (256)")
-    args = parser.parse_args()
-    sys.exit(engine.run(launch, main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,)))
+    parser.add_argument("--shard-size", type=int, default=256, help="images per file, hence at most repeated")
+    sys.exit(engine.run(engine.launch, main, parser.parse_args()))

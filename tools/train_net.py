@@ -9,8 +9,6 @@ With gate: ... --eval-only MODEL.WEIGHTS model.pth MODEL.ECO.POLICY LinearGate M
 
 import sys
 
-from detectron2.engine import default_argument_parser, launch
-
 from eco_m2f import engine
 
 
@@ -25,7 +23,7 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    parser = default_argument_parser(__doc__)
-    parser.formatter_class = engine.HelpFormatter
-    args = parser.parse_args()
-    sys.exit(engine.run(launch, main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,)))
+    parser = engine.argument_parser(__doc__)
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR, if any")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST")
+    sys.exit(engine.run(engine.launch, main, parser.parse_args()))
