@@ -1,0 +1,364 @@
+"""The published configs, the official keys, and that no key is declared in vain."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.projects.deeplab import add_deeplab_config
+from minis import CONFIGS
+from tiny import Tiny
+
+from eco_m2f import engine
+from eco_m2f.config import add_eco_config
+from eco_m2f.modeling import EcoMaskFormer
+
+ALL = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml"))
+LEAVES = [name for name in ALL if not Path(name).name.startswith("Base-")]
+BACKBONES = ("R50", "swin_tiny", "swin_small", "swin_base_IN21k_384")
+WIDTHS = {"R50": 256, "swin_tiny": 96, "swin_small": 96, "swin_base_IN21k_384": 128}  # channels of res2
+BLOCKS = {"R50": 16, "swin_tiny": 12, "swin_small": 24, "swin_base_IN21k_384": 24}
+
+
+def leaves(cfg: dict, prefix: str = "") -> dict[str, object]:
+    """{dotted key: value} of a config."""
+    found = {}
+    for key, value in cfg.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def own_keys() -> set[str]:
+    """The keys that add_eco_config adds to detectron2's and DeepLab's."""
+    base, ours = get_cfg(), get_cfg()
+    add_deeplab_config(base)
+    add_eco_config(ours)
+    return set(leaves(ours)) - set(leaves(base))
+
+
+# --- the files -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def build():
+    """Builds each distinct model once, its weights left as they come from the allocator."""
+    models = {}
+
+    def once(cfg):
+        key = str(sorted((k, str(v)) for k, v in leaves(cfg.MODEL).items() if k not in ("WEIGHTS", "ECO.BETA")))
+        if key not in models:
+            with pytest.MonkeyPatch.context() as patch:
+                for name in ("uniform_", "normal_", "erfinv_"):
+                    patch.setattr(torch.Tensor, name, lambda self, *args, **kwargs: self)
+                models[key] = engine.build_model(cfg)
+        return models[key]
+
+    return once
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_config_loads_and_its_model_builds(name, build):
+    cfg = engine.load_cfg(str(CONFIGS / name), ["MODEL.DEVICE", "cpu"])
+    if name not in LEAVES:
+        assert cfg.VERSION == 2 and cfg.DATASETS.TRAIN
+        return
+    model = build(cfg)
+    classes = {"coco": 133, "cityscapes": 19, "toy": 9}[name.split("/")[0]]
+    assert model.sem_seg_head.predictor.class_embed.out_features == classes + 1
+    assert isinstance(model, EcoMaskFormer) == ("eco" in Path(name).name)
+    assert model.sem_seg_head.exits[-1] == 6
+    for backbone in BACKBONES:
+        if backbone in name:
+            assert model.backbone.output_shape()["res2"].channels == WIDTHS[backbone]
+            assert blocks(model.backbone) == BLOCKS[backbone]
+
+
+def blocks(backbone) -> int:
+    names = (n for n, _ in backbone.named_modules())
+    return sum(bool(re.fullmatch(r"res\d\.\d+|layers\.\d\.blocks\.\d+", n)) for n in names)
+
+
+def test_the_papers_configs_are_there():
+    for dataset, schedules in (("coco", ("50ep",)), ("cityscapes", ("50ep", "90k"))):
+        for schedule in schedules:
+            for backbone in BACKBONES:
+                folder = "" if backbone == "R50" else "swin/"
+                base = f"{dataset}/panoptic-segmentation"
+                assert f"{base}/{folder}maskformer2_{backbone}_bs16_{schedule}.yaml" in ALL
+                assert f"{base}/eco/eco_maskformer2_{backbone}_bs16_{schedule}.yaml" in ALL
+
+
+@pytest.mark.parametrize("name", [name for name in LEAVES if "_1gpu" in name])
+def test_one_gpu_keeps_everything_but_how_a_batch_is_made(name):
+    single = leaves(engine.load_cfg(str(CONFIGS / name)))
+    several = leaves(engine.load_cfg(str(CONFIGS / name.replace("_1gpu", ""))))
+    different = {key for key in single if single[key] != several[key]}
+    assert different == {"SOLVER.IMS_PER_BATCH", "SOLVER.ACCUMULATION_STEPS"}
+    for values in (single, several):
+        assert values["SOLVER.IMS_PER_BATCH"] * values["SOLVER.ACCUMULATION_STEPS"] == 16
+
+
+def test_every_paper_config_has_a_variant_for_one_gpu():
+    for name in LEAVES:
+        if name.startswith(("coco", "cityscapes")) and "_1gpu" not in name:
+            alias = name.startswith("cityscapes") and name.endswith("_50ep.yaml")
+            assert alias or name.replace(".yaml", "_1gpu.yaml") in ALL
+
+
+@pytest.mark.parametrize("name", [name for name in LEAVES if "/eco/" in name])
+def test_an_eco_config_differs_from_its_parent_in_the_method_alone(name):
+    eco = leaves(engine.load_cfg(str(CONFIGS / name)))
+    backbone = next(b for b in BACKBONES if b in name)
+    parent_name = name.replace("eco/eco_", "" if backbone == "R50" else "swin/")
+    parent = leaves(engine.load_cfg(str(CONFIGS / parent_name)))
+    different = {key for key in eco if eco[key] != parent[key] and not key.startswith("MODEL.ECO.")}
+    assert different == {"MODEL.META_ARCHITECTURE", "MODEL.WEIGHTS", "OUTPUT_DIR"}
+    assert eco["MODEL.WEIGHTS"] == parent["OUTPUT_DIR"] + "/model_final.pth"
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_the_first_comment_is_the_command_that_runs_this_very_file(name):
+    text = (CONFIGS / name).read_text()
+    commands = re.findall(r"--config-file configs/(\S+)", text)
+    assert commands in ([name], []) and (commands or "The same file under" in text)
+
+
+# --- the official keys -----------------------------------------------------------------------------------------------
+
+# Every key of the official panoptic YAML files and of their defaults, with values other than this project's defaults.
+OFFICIAL = """
+MODEL:
+  META_ARCHITECTURE: "MaskFormer"
+  WEIGHTS: "model_final_94dc52.pkl"
+  PIXEL_MEAN: [123.0, 116.0, 103.0]
+  PIXEL_STD: [58.0, 57.0, 56.0]
+  BACKBONE: {FREEZE_AT: 0, NAME: "D2SwinTransformer"}
+  RESNETS:
+    DEPTH: 101
+    STEM_TYPE: "basic"
+    STEM_OUT_CHANNELS: 32
+    STRIDE_IN_1X1: False
+    NORM: "BN"
+    OUT_FEATURES: ["res2", "res3", "res4", "res5"]
+    RES5_MULTI_GRID: [1, 1, 2]
+  SWIN:
+    PRETRAIN_IMG_SIZE: 384
+    PATCH_SIZE: 2
+    EMBED_DIM: 128
+    DEPTHS: [2, 2, 18, 2]
+    NUM_HEADS: [4, 8, 16, 32]
+    WINDOW_SIZE: 12
+    MLP_RATIO: 3.0
+    QKV_BIAS: False
+    QK_SCALE: null
+    DROP_RATE: 0.1
+    ATTN_DROP_RATE: 0.1
+    DROP_PATH_RATE: 0.2
+    APE: True
+    PATCH_NORM: False
+    OUT_FEATURES: ["res3", "res4", "res5"]
+    USE_CHECKPOINT: True
+  SEM_SEG_HEAD:
+    NAME: "MaskFormerHead"
+    IN_FEATURES: ["res2", "res3", "res4"]
+    IGNORE_VALUE: 254
+    NUM_CLASSES: 133
+    LOSS_WEIGHT: 2.0
+    CONVS_DIM: 128
+    MASK_DIM: 128
+    NORM: "BN"
+    PIXEL_DECODER_NAME: "MSDeformAttnPixelDecoder"
+    COMMON_STRIDE: 8
+    TRANSFORMER_ENC_LAYERS: 6
+    DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES: ["res4", "res5"]
+    DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS: 3
+    DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS: 4
+  MASK_FORMER:
+    TRANSFORMER_DECODER_NAME: "StandardTransformerDecoder"
+    TRANSFORMER_IN_FEATURE: "multi_scale_pixel_decoder"
+    DEEP_SUPERVISION: False
+    NO_OBJECT_WEIGHT: 0.2
+    CLASS_WEIGHT: 2.0
+    MASK_WEIGHT: 5.0
+    DICE_WEIGHT: 5.0
+    HIDDEN_DIM: 128
+    NUM_OBJECT_QUERIES: 200
+    NHEADS: 4
+    DROPOUT: 0.0
+    DIM_FEEDFORWARD: 1024
+    ENC_LAYERS: 1
+    PRE_NORM: True
+    ENFORCE_INPUT_PROJ: True
+    SIZE_DIVISIBILITY: 64
+    DEC_LAYERS: 10
+    TRAIN_NUM_POINTS: 1000
+    OVERSAMPLE_RATIO: 2.0
+    IMPORTANCE_SAMPLE_RATIO: 0.5
+    TEST:
+      SEMANTIC_ON: False
+      INSTANCE_ON: True
+      PANOPTIC_ON: True
+      OVERLAP_THRESHOLD: 0.8
+      OBJECT_MASK_THRESHOLD: 0.8
+      SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE: True
+DATASETS:
+  TRAIN: ["coco_2017_train_panoptic"]
+  TEST: ["coco_2017_val_panoptic_with_sem_seg"]
+SOLVER:
+  IMS_PER_BATCH: 8
+  BASE_LR: 0.0002
+  STEPS: [327778, 355092]
+  MAX_ITER: 368750
+  LR_SCHEDULER_NAME: "WarmupPolyLR"
+  POLY_LR_POWER: 0.8
+  POLY_LR_CONSTANT_ENDING: 0.1
+  WARMUP_FACTOR: 1.0
+  WARMUP_ITERS: 10
+  WEIGHT_DECAY: 0.05
+  WEIGHT_DECAY_NORM: 0.01
+  WEIGHT_DECAY_EMBED: 0.1
+  OPTIMIZER: "SGD"
+  BACKBONE_MULTIPLIER: 0.2
+  CLIP_GRADIENTS: {ENABLED: True, CLIP_TYPE: "full_model", CLIP_VALUE: 0.01, NORM_TYPE: 2.0}
+  AMP: {ENABLED: True}
+INPUT:
+  DATASET_MAPPER_NAME: "coco_panoptic_lsj"
+  IMAGE_SIZE: 512
+  MIN_SCALE: 0.2
+  MAX_SCALE: 1.5
+  FORMAT: "RGB"
+  COLOR_AUG_SSD: True
+  SIZE_DIVISIBILITY: 32
+  MIN_SIZE_TRAIN: [512, 1024]
+  MIN_SIZE_TRAIN_SAMPLING: "choice"
+  MIN_SIZE_TEST: 1024
+  MAX_SIZE_TRAIN: 4096
+  MAX_SIZE_TEST: 2048
+  CROP: {ENABLED: True, TYPE: "absolute", SIZE: [512, 1024], SINGLE_CATEGORY_MAX_AREA: 0.5}
+TEST: {EVAL_PERIOD: 5000, DETECTIONS_PER_IMAGE: 50}
+DATALOADER: {FILTER_EMPTY_ANNOTATIONS: True, NUM_WORKERS: 4}
+VERSION: 2
+"""
+
+
+def test_official_keys_merge_and_keep_their_values(tmp_path):
+    path = tmp_path / "official.yaml"
+    path.write_text(OFFICIAL)
+    # SyncBN and CUDA fall back on a machine without a GPU; nothing else may change on loading
+    loaded = leaves(engine.load_cfg(str(path), ["MODEL.DEVICE", "cpu"]))
+    for key, value in leaves(yaml.safe_load(OFFICIAL)).items():
+        assert list(loaded[key]) == value if isinstance(value, list) else loaded[key] == value, key
+
+
+def test_official_keys_are_all_in_that_file():
+    """Of our keys, those that the list lacks are this project's own."""
+    assert own_keys() - set(leaves(yaml.safe_load(OFFICIAL))) == {
+        "DATASETS.CUSTOM",
+        "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENCODER_NAME",
+        "SOLVER.ACCUMULATION_STEPS",
+        "SOLVER.AMP.PRECISION",
+        "TEST.AMP",
+        *(key for key in own_keys() if key.startswith("MODEL.ECO.")),
+    }
+
+
+# --- every key is read -----------------------------------------------------------------------------------------------
+
+
+class Reads:
+    """Records which keys of a config are read as attributes, wherever it is cloned to."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.seen = set()
+        original = CfgNode.__getattr__
+
+        def recording(node, name):
+            path = node.__dict__.get("_path")
+            if path is not None and name in node and not isinstance(node[name], CfgNode):
+                self.seen.add(path + name)
+            return original(node, name)
+
+        patch.setattr(CfgNode, "__getattr__", recording)
+
+    def watch(self, cfg: CfgNode, prefix: str = "") -> CfgNode:
+        cfg.__dict__["_path"] = prefix
+        for key, value in cfg.items():
+            if isinstance(value, CfgNode):
+                self.watch(value, f"{prefix}{key}.")
+        return cfg
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Tiny:
+    return Tiny(tmp_path_factory.mktemp("tiny"), num_train=2, num_val=1)
+
+
+SWIN = [*("MODEL.BACKBONE.NAME", "D2SwinTransformer", "MODEL.SWIN.EMBED_DIM", 24, "MODEL.SWIN.DEPTHS", (1, 1, 1, 1))]
+VARIANTS = {
+    "R50": (),
+    "swin": SWIN,
+    "lsj": ("INPUT.DATASET_MAPPER_NAME", "coco_panoptic_lsj", "INPUT.IMAGE_SIZE", 64),
+    "alpha list": ("MODEL.ECO.ALPHA", "list", "MODEL.ECO.ALPHA_LIST", (1, 2, 3, 4, 5)),
+    "semantic alone": ("MODEL.MASK_FORMER.TEST.PANOPTIC_ON", False, "MODEL.MASK_FORMER.TEST.INSTANCE_ON", False),
+    "poly": ("SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR"),
+}
+
+
+def test_each_key_is_read_by_what_trains_and_evaluates(tiny, monkeypatch):
+    reads = Reads(monkeypatch)
+    monkeypatch.setattr(engine, "register_from_config", spy := Spy(engine.register_from_config))
+    for options in VARIANTS.values():
+        cfg = reads.watch(engine.load_cfg(tiny.config(), list(options)))
+        trainer = engine.Trainer(cfg)
+        trainer.build_hooks()
+        engine.autocast(cfg, "cpu", cfg.SOLVER.AMP.ENABLED)
+        engine.evaluators_for(cfg.DATASETS.TEST[0])
+    for policy in ("LinearGate", "OracleExit"):
+        with pytest.raises((ValueError, OSError)):
+            cfg = engine.load_cfg(
+                tiny.config(), ["MODEL.ECO.POLICY", policy, "MODEL.ECO.GATE", "no", "MODEL.ECO.DERIVED", "no"]
+            )
+            engine.build_model(reads.watch(cfg))
+    engine.evaluate(cfg := reads.watch(engine.load_cfg(tiny.config())), engine.build_model(cfg).eval())
+    assert spy.called  # DATASETS.CUSTOM is read while the config is loaded, before it can be watched
+    assert own_keys() - reads.seen - {"DATASETS.CUSTOM"} == set()
+
+
+class Spy:
+    def __init__(self, function):
+        self.function, self.called = function, False
+
+    def __call__(self, specs):
+        self.called = bool(specs)
+        return self.function(specs)
+
+
+def drawn(model) -> list:
+    """Exits and weights of some iterations."""
+    return [model.sampler(i) for i in range(8)]
+
+
+TWO = ("MODEL.ECO.EXITS_PER_STEP", 2)
+LISTED = (*TWO, "MODEL.ECO.ALPHA", "list", "MODEL.ECO.ALPHA_LIST", (0.1, 0.2, 0.3, 0.4, 0.5))
+CHANGES = {  # key: what is set besides, its new value, and where the change shows
+    "EXITS": (TWO, (2, 4, 6), lambda model: model.exits),
+    "ALPHA": (TWO, "uniform", drawn),
+    "ALPHA_LIST": (LISTED, (1, 2, 3, 4, 5), drawn),
+    "EXITS_PER_STEP": (TWO, 3, drawn),
+    "SEED": (TWO, 1, drawn),
+    "POLICY": ((), "LinearGate", lambda model: type(model.exit_policy)),
+    "EXIT": ((), 4, lambda model: model.exit_policy.exits),
+    "MAX_EXIT": (("MODEL.ECO.POLICY", "LinearGate"), 4, lambda model: model.exit_policy.exits),
+    "FEATURE": (("MODEL.ECO.POLICY", "LinearGate"), "projected", lambda model: model.exit_policy.in_channels),
+}
+
+
+@pytest.mark.parametrize("key", sorted(CHANGES))
+def test_changing_an_eco_key_changes_the_model(tiny, key):
+    """GATE, BETA and DERIVED need files: tests/modeling/test_exit_policy.py."""
+    common, value, look = CHANGES[key]
+    before = engine.build_model(engine.load_cfg(tiny.config(), list(common)))
+    after = engine.build_model(engine.load_cfg(tiny.config(), [*common, f"MODEL.ECO.{key}", value]))
+    assert look(before) != look(after)

@@ -1,0 +1,84 @@
+"""A toy set of a few images, and configs of small models for it: what end-to-end tests run on."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from minis import CONFIGS, ROOT
+
+_COUNTER = itertools.count()
+CONFIG = """
+_BASE_: {base}
+MODEL:
+  DEVICE: cpu
+  WEIGHTS: ""
+  RESNETS: {{STEM_OUT_CHANNELS: 8, RES2_OUT_CHANNELS: 16, WIDTH_PER_GROUP: 4, NORM: "FrozenBN"}}
+  SEM_SEG_HEAD: {{CONVS_DIM: 32, MASK_DIM: 32}}
+  MASK_FORMER: {{HIDDEN_DIM: 32, DIM_FEEDFORWARD: 64, NUM_OBJECT_QUERIES: 12, DEC_LAYERS: 3, TRAIN_NUM_POINTS: 64}}
+DATASETS:
+  CUSTOM: ["{train}", "{val}"]
+  TRAIN: ["{name}_train"]
+  TEST: ["{name}_val"]
+SOLVER: {{IMS_PER_BATCH: 2, MAX_ITER: 4, WARMUP_ITERS: 0, CHECKPOINT_PERIOD: 2}}
+INPUT: {{MIN_SIZE_TRAIN: [64], MAX_SIZE_TRAIN: 128, MIN_SIZE_TEST: 64, MAX_SIZE_TEST: 128}}
+DATALOADER: {{NUM_WORKERS: 0}}
+OUTPUT_DIR: "{output}"
+"""
+
+
+class Tiny:
+    """A toy set in `base`/data under a name of its own, and configs beside it."""
+
+    def __init__(self, base: Path, num_train: int = 4, num_val: int = 3, size: int = 64):
+        from eco_m2f.data.toy import ToySpec, make_toy_dataset
+
+        self.base = base
+        self.name = f"tiny{next(_COUNTER)}"
+        make_toy_dataset(base / "data", ToySpec(num_train, num_val, size))
+
+    def spec(self, split: str) -> str:
+        """The DATASETS.CUSTOM entry of a split."""
+        data = self.base / "data"
+        folders = f"images={data / split},panoptic={data / f'panoptic_{split}'}"
+        return f"name={self.name}_{split},{folders},json={self.json(split)}"
+
+    def json(self, split: str) -> Path:
+        return self.base / "data" / "annotations" / f"panoptic_{split}.json"
+
+    def config(self, kind: str = "eco_maskformer2") -> str:
+        """Path of a config, "maskformer2" or "eco_maskformer2", whose OUTPUT_DIR is `base`/output."""
+        path = self.base / f"{kind}.yaml"
+        path.write_text(
+            CONFIG.format(
+                base=CONFIGS / "toy" / f"{kind}_toy.yaml",
+                train=self.spec("train"),
+                val=self.spec("val"),
+                name=self.name,
+                output=self.output,
+            )
+        )
+        return str(path)
+
+    @property
+    def output(self) -> Path:
+        return self.base / "output"
+
+
+def tool(name: str, *arguments, launcher=(), timeout: int = 120, **environment) -> subprocess.CompletedProcess:
+    """Runs tools/`name`.py in a process of its own, where no GPU is seen, and waits for it."""
+    return subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env=tool_environment(**environment),
+    )
+
+
+def tool_environment(**more) -> dict[str, str]:
+    """The environment of a tool in a test: one thread, no GPU, and not as torchrun would have set it."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**kept, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": "", **more}
