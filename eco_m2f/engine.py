@@ -43,7 +43,7 @@ def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     add_eco_config(cfg)
     with _explained(f"the config file {config_file}"):
         cfg.merge_from_file(config_file)
-    with _explained(f"the options {list(opts)}"):
+    with _explained("the list of options KEY VALUE"):
         cfg.merge_from_list(list(opts))
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
@@ -169,7 +169,8 @@ class Step(SimpleTrainer):
         """
         Args:
             precision: the context of the forward pass.
-            accumulation_steps: batches whose mean gradient makes one step.
+            accumulation_steps: batches whose mean gradient makes one step. Each batch's losses are divided by its own
+                number of masks, so the step is exactly that of one large batch where these numbers are equal.
         """
         super().__init__(model, data_loader, optimizer)
         if accumulation_steps < 1:

@@ -1,0 +1,423 @@
+"""Config mistakes, optimizer, schedules, mixed precision, accumulation, and how a tool's mistakes end."""
+
+import json
+import logging
+import math
+import traceback
+
+import pytest
+import torch
+from minis import CONFIGS, ECO, MINI, build, fill, make_batch
+from tiny import Tiny
+from torch import nn
+
+from eco_m2f import engine
+from eco_m2f.checkpoint import CheckpointError
+
+
+def load(*opts, config: str = ECO):
+    return engine.load_cfg(str(CONFIGS / config), [*MINI, *opts])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Tiny:
+    return Tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """Takes away the log handlers that a test adds, whose files are gone after it."""
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "eco_m2f")]
+    before = [(log, list(log.handlers), log.propagate) for log in loggers]
+    yield
+    for log, handlers, propagate in before:
+        log.handlers[:], log.propagate = handlers, propagate
+
+
+def make_step(model, batches, *opts, accumulation_steps: int = 1) -> engine.Step:
+    cfg = load(*opts)
+    return engine.Step(
+        model.train(),
+        batches,
+        engine.build_optimizer(cfg, model),
+        precision=engine.autocast(cfg, "cpu", cfg.SOLVER.AMP.ENABLED),
+        accumulation_steps=accumulation_steps,
+    )
+
+
+def set_scale(step: engine.Step, scale: float) -> None:
+    """As it is after the first steps, which find a scale that does not overflow."""
+    if step.scaler.is_enabled():
+        step.scaler.load_state_dict({**step.scaler.state_dict(), "scale": scale})
+
+
+def state(model) -> dict:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+# --- mixed precision -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_a_step_in_mixed_precision_trains(precision):
+    model = fill(build(ECO))
+    before = state(model)
+    seen = []
+    model.backbone.register_forward_hook(lambda m, x, y: seen.append(y["res5"].dtype))
+    amp = ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", precision)
+    step = make_step(model, [make_batch()] * 2, *amp, "SOLVER.BASE_LR", 0.01)
+    set_scale(step, 1024.0)
+    step.train(0, 2)
+    losses = step.storage.latest()["total_loss"][0]
+    assert math.isfinite(losses) and losses > 0
+    changed = [n for n, v in model.state_dict().items() if not torch.equal(v, before[n])]
+    assert any("encoder.layers.5" in n for n in changed) and any(n.startswith("backbone.") for n in changed)
+    assert all(v.isfinite().all() for v in model.state_dict().values())
+    assert set(seen) == {getattr(torch, precision)}
+
+
+def test_a_float16_step_that_overflows_is_skipped_and_lowers_the_scale():
+    model = fill(build(ECO))
+    before = state(model)
+    step = make_step(model, [make_batch()], "SOLVER.AMP.ENABLED", True)
+    set_scale(step, 2.0**24)
+    step.train(0, 1)
+    assert step.scaler.get_scale() == 2.0**23
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+def test_float16_gradients_are_scaled_and_clipped_by_their_true_size():
+    model = fill(build(ECO))
+    step = make_step(model, [make_batch()], "SOLVER.AMP.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.01)
+    assert step.scaler.is_enabled()
+    set_scale(step, 1024.0)
+    step.train(0, 1)
+    norm = math.sqrt(sum(p.grad.pow(2).sum().item() for p in model.parameters() if p.grad is not None))
+    assert norm == pytest.approx(0.01, rel=1e-3)
+
+
+def test_bfloat16_needs_no_scale_and_off_is_off():
+    bf16 = make_step(build(ECO), [], "SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16")
+    off = make_step(build(ECO), [], "SOLVER.AMP.ENABLED", False)
+    assert not bf16.scaler.is_enabled() and not off.scaler.is_enabled()
+    with off.precision:
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_the_scale_is_resumed():
+    step = make_step(build(ECO), [], "SOLVER.AMP.ENABLED", True)
+    set_scale(step, 32.0)
+    other = make_step(build(ECO), [], "SOLVER.AMP.ENABLED", True)
+    other.load_state_dict({**step.state_dict(), "iteration": 3})
+    assert other.scaler.get_scale() == 32.0 and other.iter == 3
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_evaluation_in_mixed_precision(tiny, precision):
+    options = ["TEST.AMP", True, "SOLVER.AMP.PRECISION", precision]
+    cfg = engine.load_cfg(tiny.config(), options)
+    model = fill(engine.build_model(cfg)).eval()
+    dtypes = set()
+    model.backbone.register_forward_hook(lambda m, x, y: dtypes.add(y["res5"].dtype))
+    results = engine.evaluate(cfg, model)
+    assert dtypes == {getattr(torch, precision)}
+    assert 0 <= results["panoptic_seg"]["PQ"] <= 100 and results["sem_seg"]["mIoU"] >= 0
+
+
+def test_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="'float8'.*float16 or bfloat16"):
+        engine.autocast(load("SOLVER.AMP.PRECISION", "float8"), "cpu", True)
+
+
+# --- the optimizer ---------------------------------------------------------------------------------------------------
+
+
+def clipped(kind: str, limit: float, norm_type: float = 2.0) -> list[torch.Tensor]:
+    """Gradients (3, 4) and (12) after clipping."""
+    parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))]
+    parameters[0].grad, parameters[1].grad = torch.tensor([3.0, -4.0]), torch.tensor([12.0])
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    optimizer.register_step_pre_hook(engine.gradient_clipper(kind, limit, norm_type))
+    optimizer.step()
+    return [-p.detach() for p in parameters]
+
+
+def test_full_model_clipping_scales_all_alike():
+    a, b = clipped("full_model", 1.3)
+    torch.testing.assert_close(a, torch.tensor([0.3, -0.4]))
+    torch.testing.assert_close(b, torch.tensor([1.2]))
+
+
+def test_clipping_by_each_parameters_norm():
+    a, b = clipped("norm", 1.0)
+    torch.testing.assert_close(a, torch.tensor([0.6, -0.8]))
+    torch.testing.assert_close(b, torch.tensor([1.0]))
+    a, _ = clipped("norm", 2.0, norm_type=math.inf)
+    torch.testing.assert_close(a, torch.tensor([1.5, -2.0]))
+
+
+def test_clipping_by_value():
+    a, b = clipped("value", 3.5)
+    torch.testing.assert_close(a, torch.tensor([3.0, -3.5]))
+    torch.testing.assert_close(b, torch.tensor([3.5]))
+
+
+def test_small_gradients_are_left_alone():
+    for kind in ("full_model", "norm", "value"):
+        assert [p.tolist() for p in clipped(kind, 100.0)] == [[3.0, -4.0], [12.0]]
+
+
+def test_clipping_is_on_as_the_config_says():
+    model = nn.Linear(2, 2)
+    for enabled, largest in ((True, 0.01), (False, 100.0)):
+        cfg = load("SOLVER.CLIP_GRADIENTS.ENABLED", enabled, "SOLVER.OPTIMIZER", "SGD", "SOLVER.MOMENTUM", 0.0)
+        optimizer = engine.build_optimizer(cfg, model)
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 100.0)
+        optimizer.step()
+        assert max(p.grad.abs().max().item() for p in model.parameters()) <= largest
+
+
+@pytest.mark.parametrize(
+    "option, value, message",
+    [
+        ("SOLVER.OPTIMIZER", "LION", "'LION'.*ADAMW.*SGD"),
+        ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "median", "'median'.*full_model, norm or value"),
+    ],
+)
+def test_unknown_kinds_are_refused(option, value, message):
+    with pytest.raises(ValueError, match=message):
+        engine.build_optimizer(load(option, value), nn.Linear(1, 1))
+
+
+def learning_rates(*opts) -> list[float]:
+    """The rate of each of 10 iterations, of one parameter whose rate starts at 1."""
+    cfg = load("SOLVER.BASE_LR", 1.0, "SOLVER.MAX_ITER", 10, *opts)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR)
+    scheduler = engine.Trainer.build_lr_scheduler(cfg, optimizer)
+    rates = []
+    for _ in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def test_poly_schedule_is_cityscapes():
+    opts = ("SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR", "SOLVER.WARMUP_ITERS", 0, "SOLVER.POLY_LR_POWER", 0.9)
+    assert learning_rates(*opts) == pytest.approx([(1 - i / 10) ** 0.9 for i in range(10)])
+    ending = learning_rates(*opts, "SOLVER.POLY_LR_CONSTANT_ENDING", 0.3)
+    assert ending[0] == 1 and ending[-1] == ending[-2] == pytest.approx(0.3)
+
+
+def test_multistep_schedule_is_cocos():
+    opts = ("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.STEPS", (4, 8), "SOLVER.WARMUP_FACTOR", 1.0)
+    assert learning_rates(*opts, "SOLVER.WARMUP_ITERS", 2) == pytest.approx([1] * 4 + [0.1] * 4 + [0.01] * 2)
+
+
+def test_cosine_schedule_with_warmup():
+    opts = ("SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.WARMUP_ITERS", 2, "SOLVER.WARMUP_FACTOR", 0.1)
+    rates = learning_rates(*opts)
+    assert rates[0] == pytest.approx(0.1) and rates[0] < rates[1] < rates[2]
+    assert rates[2:] == pytest.approx([0.5 * (1 + math.cos(math.pi * i / 10)) for i in range(2, 10)])
+
+
+# --- accumulation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def same_points(monkeypatch):
+    """Random points are the same for every mask and every image, so that batches can be compared with their parts."""
+
+    original = torch.rand
+
+    def rand(n, count, two, device=None):
+        generator = torch.Generator().manual_seed(count)
+        return original((1, count, two), generator=generator).expand(n, count, two)
+
+    monkeypatch.setattr(torch, "rand", rand)
+
+
+def gradients(batches, accumulation_steps: int = 1) -> dict[str, torch.Tensor]:
+    model = fill(build(ECO))
+    step = make_step(
+        model, batches, "SOLVER.CLIP_GRADIENTS.ENABLED", False, "SOLVER.AMP.ENABLED", False,
+        accumulation_steps=accumulation_steps,
+    )  # fmt: skip
+    step.train(0, 1)
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close(found: dict, wanted: dict) -> None:
+    """Float32 sums of another order; some gradients are nothing but the noise of such sums."""
+    largest = max(v.norm().item() for v in wanted.values())
+    for name, value in wanted.items():
+        assert (found[name] - value).norm() <= 2e-3 * value.norm() + 1e-6 * largest, name
+
+
+def test_accumulated_batches_of_equally_many_masks_are_one_batch(same_points):
+    """What is promised; with unequal numbers each batch is normalised by its own."""
+    a, b = make_batch(sizes=((64, 96), (64, 96)))
+    whole = gradients([[a, b]])
+    parts = gradients([[a], [b]], accumulation_steps=2)
+    assert whole.keys() == parts.keys()
+    assert_close(parts, whole)
+
+
+def test_accumulated_gradients_are_the_mean_of_the_batches(same_points):
+    a, b = make_batch(sizes=((64, 96), (32, 64)))
+    b["instances"] = b["instances"][:1]
+    parts = gradients([[a], [b]], accumulation_steps=2)
+    each = [gradients([[x]]) for x in (a, b)]
+    assert_close(parts, {name: (each[0][name] + each[1][name]) / 2 for name in parts})
+
+
+def test_accumulated_losses_are_reported_as_their_mean():
+    class Model(nn.Linear):
+        def forward(self, batch):
+            return {"loss": super().forward(torch.tensor(batch)).sum() * 0 + batch[0][0]}
+
+    step = make_step(Model(1, 1), [[[1.0]], [[4.0]], [[7.0]]], accumulation_steps=3)
+    step.train(0, 1)
+    assert step.storage.latest()["total_loss"][0] == pytest.approx(4.0)
+
+
+def test_no_accumulation_steps_are_refused():
+    with pytest.raises(ValueError, match="ACCUMULATION_STEPS must be at least 1, got 0"):
+        make_step(nn.Linear(1, 1), [], accumulation_steps=0)
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+def test_a_training_writes_checkpoints_metrics_and_tensorboard_events(tiny):
+    cfg = engine.load_cfg(tiny.config(), ["SOLVER.MAX_ITER", 2, "OUTPUT_DIR", str(tiny.base / "run")])
+    trainer = engine.Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    written = {p.name.split(".")[0] for p in (tiny.base / "run").iterdir()}
+    assert {"model_final", "last_checkpoint", "metrics", "events", "inference"} <= written
+    assert list((tiny.base / "run").glob("events.out.tfevents.*"))[0].stat().st_size > 100
+    metrics = [json.loads(line) for line in (tiny.base / "run" / "metrics.json").read_text().splitlines()]
+    assert math.isfinite(metrics[0]["total_loss"]) and any("panoptic_seg/PQ" in m for m in metrics)
+
+
+def test_nan_losses_stop_the_training_naming_iteration_and_images():
+    model = fill(build(ECO))
+    batches = [make_batch() for _ in range(3)]
+    batches[2][0]["image_id"] = "broken.png"
+    step = make_step(model, batches, "SOLVER.BASE_LR", 1e-9)
+    weight = model.sem_seg_head.predictor.class_embed.weight
+    original = step.run_step
+
+    def spoil():
+        if step.iter == 2:
+            weight.data[0, 0] = float("nan")
+        original()
+
+    step.run_step = spoil
+    with pytest.raises(FloatingPointError, match=r"iteration 2 .*loss_ce.*nan.*images \['broken.png', 1\].*BASE_LR"):
+        step.train(0, 3)
+
+
+def test_infinite_losses_count_as_broken():
+    with pytest.raises(FloatingPointError, match="b = inf"):
+        engine.check_finite({"a": torch.tensor(1.0), "b": torch.tensor(math.inf)}, 0, [{}])
+    engine.check_finite({"a": torch.tensor(1.0)}, 0, [{}])
+
+
+# --- configs ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_the_config_is_told_with_its_source(tmp_path):
+    cases = {
+        "MODEL: {NOPE: 1}": "MODEL.NOPE",
+        "SOLVER: {BASE_LR: [1, 2]}": "BASE_LR",
+        "MODEL: [": "flow",
+    }
+    for i, (text, message) in enumerate(cases.items()):
+        path = tmp_path / f"{i}.yaml"
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"(?s)config file {path}.*{message}"):
+            engine.load_cfg(str(path))
+    with pytest.raises(ValueError, match="options.*MODEL.NOPE"):
+        load("MODEL.NOPE", "1")
+    with pytest.raises(ValueError, match="options.*odd length.*MODEL.DEVICE"):
+        engine.load_cfg(str(CONFIGS / ECO), ["MODEL.DEVICE"])
+    with pytest.raises(FileNotFoundError, match="'no.yaml'.*configs/"):
+        engine.load_cfg("no.yaml")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "MODEL.META_ARCHITECTURE",
+        "MODEL.BACKBONE.NAME",
+        "MODEL.SEM_SEG_HEAD.NAME",
+        "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME",
+        "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENCODER_NAME",
+        "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME",
+        "MODEL.ECO.POLICY",
+    ],
+)
+def test_a_part_that_does_not_exist_is_named(key):
+    with pytest.raises(ValueError, match="'Nonesuch' found in '.*' registry"):
+        engine.build_model(load(key, "Nonesuch"))
+
+
+def test_without_a_gpu_the_cpu_is_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cfg = engine.load_cfg(str(CONFIGS / ECO), ["MODEL.DEVICE", "cuda:0", "MODEL.RESNETS.NORM", "SyncBN"])
+    assert (cfg.MODEL.DEVICE, cfg.MODEL.RESNETS.NORM) == ("cpu", "BN")
+
+
+# --- command lines ---------------------------------------------------------------------------------------------------
+
+
+def fail_with(error: BaseException):
+    raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("v"), FileNotFoundError("no file"), ImportError("i"), FloatingPointError("nan"), CheckpointError("c")],
+)
+def test_a_mistake_ends_in_one_line_and_status_1(capsys, error):
+    assert engine.run(fail_with, error) == 1
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_a_fault_of_the_program_shows_its_trace():
+    with pytest.raises(KeyError):
+        engine.run(fail_with, KeyError("bug"))
+
+
+def test_success_is_status_0_and_an_interruption_130(capsys):
+    assert engine.run(lambda: None) == 0
+    assert engine.run(fail_with, KeyboardInterrupt()) == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+class Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        raise ValueError("image 7 is broken: restore it")
+
+
+def test_a_mistake_in_a_loaders_process_is_one_line_too(capsys):
+    loader = torch.utils.data.DataLoader(Broken(), num_workers=1)
+    assert engine.run(list, loader) == 1
+    assert capsys.readouterr().err == "error: image 7 is broken: restore it\n"
+
+
+@pytest.mark.parametrize(
+    "error, message", [(ValueError("a: b"), "a: b"), (CheckpointError("a\n  b\n  c"), "a\n  b\n  c")]
+)
+def test_a_trace_from_another_process_is_its_last_message(error, message):
+    try:
+        raise error
+    except (ValueError, CheckpointError):
+        trace = f"\n\n-- Process 1 terminated with the following error:\n{traceback.format_exc()}"
+    assert engine._last_exception(trace) == (type(error), message)
