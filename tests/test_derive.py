@@ -1,0 +1,205 @@
+"""Step B on a few images: exact statistics, resuming after a kill, and the same bytes from any number of processes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from minis import ROOT
+from panopticapi.evaluation import pq_compute_single_core
+from PIL import Image
+from predicted import Predicted
+from tiny import tool, tool_environment
+
+from eco_m2f import derive as step_b
+from eco_m2f import engine
+from eco_m2f.data.panoptic_map import ids_to_rgb
+from eco_m2f.derived import DerivedDataset, DerivedDatasetError
+
+NUM_IMAGES, SHARD_SIZE = 9, 2
+
+
+class Case(Predicted):
+    """Step B on the images of `Predicted`."""
+
+    def derive(self, directory: Path, cfg=None, shard_size: int = SHARD_SIZE) -> None:
+        step_b.derive(cfg or self.cfg, self.model, self.dataset, str(directory), shard_size)
+
+    def command(self, directory: Path, *more) -> list:
+        config = ["--config-file", self.tiny.config(), "--dataset", self.dataset, "--output", directory]
+        return ["derive_dataset", *config, "--shard-size", SHARD_SIZE, *more, *self.options]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory) -> Case:
+    return Case(tmp_path_factory.mktemp("case"), NUM_IMAGES)
+
+
+@pytest.fixture(scope="module")
+def whole(case, tmp_path_factory) -> Path:
+    """The derived dataset, made in one go."""
+    directory = tmp_path_factory.mktemp("whole") / "derived"
+    case.derive(directory)
+    return directory
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in Path(directory).iterdir()}
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+
+def test_a_row_for_every_image(case, whole):
+    derived = DerivedDataset.load(whole)
+    assert len(derived) == NUM_IMAGES and derived.exits == (2, 3, 4, 5, 6)
+    assert derived.image_ids == [str(i) for i in range(NUM_IMAGES)]
+    assert derived.sizes.tolist() == [[64, 64]] * NUM_IMAGES
+    assert derived.features.shape == (NUM_IMAGES, 128) and len(np.unique(derived.features[:, 0])) == NUM_IMAGES
+    assert (np.diff(derived.total_gflops, axis=1) > 0).all() and (derived.encoder_gflops < derived.total_gflops).all()
+    assert (derived.quality.argmax(axis=1) == np.arange(NUM_IMAGES) % 5).all()  # the exit that drew the annotation
+    assert len(np.unique(derived.quality)) > 10
+
+
+def panopticapi_pq(case: Case, k: int, folder: Path) -> float:
+    """PQ of exit k by panopticapi, from files."""
+    content = json.loads(case.tiny.json("train").read_text())
+    truth = {a["image_id"]: a for a in content["annotations"]}
+    pairs = []
+    for x in case.inputs():
+        panoptic, segments = case.predict(x, k)
+        name = truth[x["image_id"]]["file_name"]
+        Image.fromarray(ids_to_rgb(panoptic)).save(folder / name)
+        pred = {"image_id": x["image_id"], "file_name": name, "segments_info": [dict(s) for s in segments]}
+        pairs.append((truth[x["image_id"]], pred))
+    categories = {c["id"]: c for c in content["categories"]}
+    truth_folder = Path(x["pan_seg_file_name"]).parent
+    statistics = pq_compute_single_core(0, pairs, str(truth_folder), str(folder), categories)
+    return statistics.pq_average(categories, isthing=None)[0]["pq"]
+
+
+@pytest.mark.parametrize("k", [2, 4, 6])
+def test_the_sum_of_the_statistics_is_panopticapis_pq(case, whole, tmp_path, k):
+    wanted = panopticapi_pq(case, k, tmp_path)
+    derived = DerivedDataset.load(whole)
+    assert derived.dataset_pq([k] * NUM_IMAGES)["All"] == pytest.approx(wanted, abs=1e-9)
+    assert wanted > 0.01
+
+
+def test_the_quality_is_that_of_the_model_run_at_that_exit(case, whole):
+    """The evaluators' path, with the exit forced, gives the same PQ as the derived dataset's sum."""
+    derived = DerivedDataset.load(whole)
+    options = [*case.options, "DATASETS.TEST", (case.dataset,), "MODEL.ECO.EXIT", 3]
+    cfg = engine.load_cfg(case.tiny.config(), options)
+    results = engine.evaluate(cfg, engine.build_trained(cfg))
+    assert results["panoptic_seg"]["PQ"] == pytest.approx(100 * derived.dataset_pq([3] * NUM_IMAGES)["All"])
+    assert results["panoptic_seg"]["PQ"] > 1
+
+
+def test_another_shard_size_gives_the_same_rows(case, whole, tmp_path):
+    case.derive(tmp_path / "derived", shard_size=5)
+    a, b = DerivedDataset.load(whole), DerivedDataset.load(tmp_path / "derived")
+    for name in ("quality", "features", "total_gflops", "encoder_gflops"):
+        assert np.array_equal(getattr(a, name), getattr(b, name))
+
+
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+
+def test_stopped_in_the_middle_it_goes_on_with_the_same_bytes(case, whole, tmp_path, monkeypatch):
+    directory, original, derived = tmp_path / "derived", step_b.derived_row, []
+
+    def row(model, truth, x, source):
+        if len(derived) == 5:  # the second image of shard 2
+            raise RuntimeError("power cut")
+        derived.append(x["image_id"])
+        return original(model, truth, x, source)
+
+    monkeypatch.setattr(step_b, "derived_row", row)
+    with pytest.raises(RuntimeError, match="power cut"):
+        case.derive(directory)
+    finished = {p: p.stat().st_mtime_ns for p in directory.glob("*.parquet")}
+    assert len(finished) == 2
+    derived[:] = [None] * 6  # past the power cut
+    case.derive(directory)
+    assert derived[6:] == [4, 5, 6, 7, 8]
+    assert all(p.stat().st_mtime_ns == before for p, before in finished.items())
+    assert contents(directory) == contents(whole)
+
+
+def test_a_finished_dataset_is_left_alone(case, whole, monkeypatch):
+    before = contents(whole)
+    monkeypatch.setattr(step_b, "derived_row", None)
+    case.derive(whole)
+    assert contents(whole) == before
+
+
+@pytest.mark.slow
+def test_killed_it_goes_on_with_the_same_bytes(case, whole, tmp_path):
+    name, *arguments = map(str, case.command(tmp_path / "derived"))
+    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *arguments]
+    process = subprocess.Popen(
+        command, env=tool_environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not list((tmp_path / "derived").glob("*.parquet")):
+        assert process.poll() is None, "it ended before a shard was written"
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    finished = len(list((tmp_path / "derived").glob("*.parquet")))
+    assert 1 <= finished < 5
+    again = tool(*case.command(tmp_path / "derived"))
+    assert again.returncode == 0, again.stderr
+    assert f"{5 - finished} of 5 shards are missing here" in again.stdout
+    assert contents(tmp_path / "derived") == contents(whole)
+
+
+def test_another_origin_is_refused(case, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "derived")
+    before = contents(tmp_path / "derived")
+    changes = {
+        "config": ["INPUT.MIN_SIZE_TEST", 96],
+        "feature_source": ["MODEL.ECO.FEATURE", "projected"],
+    }
+    for key, change in changes.items():
+        with pytest.raises(DerivedDatasetError, match=f"another origin.*{key}"):
+            case.derive(tmp_path / "derived", engine.load_cfg(case.tiny.config(), [*case.options, *change]))
+    weights = case.model.state_dict()
+    torch.save({"model": {n: v + 1 if n.endswith("bias") else v for n, v in weights.items()}}, tmp_path / "other.pth")
+    other = engine.load_cfg(case.tiny.config(), [*case.options, "MODEL.WEIGHTS", str(tmp_path / "other.pth")])
+    with pytest.raises(DerivedDatasetError, match="checkpoint_sha256.*parent_sha256"):
+        step_b.derive(other, engine.build_trained(other), case.dataset, str(tmp_path / "derived"), SHARD_SIZE)
+    with pytest.raises(DerivedDatasetError, match="shard_size: 2 there, 3 now"):
+        case.derive(tmp_path / "derived", shard_size=3)
+    assert contents(tmp_path / "derived") == before
+
+
+def test_the_parent_without_exits_is_refused(case, tmp_path):
+    cfg = engine.load_cfg(case.tiny.config("maskformer2"))
+    with pytest.raises(ValueError, match="EcoMaskFormer.*got MaskFormer"):
+        step_b.derive(cfg, engine.build_model(cfg), case.dataset, str(tmp_path / "derived"), SHARD_SIZE)
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_bytes(case, whole, tmp_path):
+    result = tool(*case.command(tmp_path / "derived", "--num-gpus", 2))
+    assert result.returncode == 0, result.stderr
+    assert contents(tmp_path / "derived") == contents(whole)
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_write_the_same_bytes(case, whole, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    result = tool(*case.command(tmp_path / "derived"), launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    assert contents(tmp_path / "derived") == contents(whole)
