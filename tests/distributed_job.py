@@ -1,0 +1,90 @@
+"""What every process of tests/test_distributed.py does: some steps of training, and an evaluation.
+
+    distributed_job.py <number of processes> <output folder> <config> <options as JSON>
+
+Rank 0 writes {name}.pth, the weights after training, and results.json; every rank writes {name}.rank{r}.json, the
+sampler's draws and a digest of its weights.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from detectron2.utils import comm
+from minis import CONFIGS, ECO, MINI, PARENT, build, fill, make_batch
+
+from eco_m2f import engine
+from eco_m2f.derived import parent_sha256
+
+ONE_EXIT = ("MODEL.ECO.EXITS_PER_STEP", 1)
+CASES = {  # name: config, its options, number of masks of each image, accumulated batches
+    "parent": (PARENT, (), (3, 3), 1),
+    "one_exit_per_step": (ECO, ONE_EXIT, (3, 3), 1),
+    "exits_to_5": (ECO, ("MODEL.ECO.EXITS", (3, 5), "MODEL.ECO.EXITS_PER_STEP", 2, "MODEL.ECO.EXIT", 5), (3, 3), 1),
+    # the class loss is a mean over the queries of a process, the mask losses are divided by all processes' masks
+    "unequal_masks": (PARENT, ("MODEL.MASK_FORMER.CLASS_WEIGHT", 0.0), (3, 1), 1),
+    "no_masks_on_one": (ECO, (*ONE_EXIT, "MODEL.MASK_FORMER.CLASS_WEIGHT", 0.0), (3, 0), 1),
+    "accumulated": (ECO, ONE_EXIT, (3, 3), 2),
+}
+STEPS = 3
+# Gradients are clipped to a norm of 0.01, hence the large rate: a step moves the weights by 0.01 in all.
+SOLVER = [
+    *("SOLVER.OPTIMIZER", "SGD", "SOLVER.MOMENTUM", 0.0, "SOLVER.WEIGHT_DECAY", 0.0, "SOLVER.BASE_LR", 1.0),
+    *("SOLVER.AMP.ENABLED", False),
+]
+
+
+def same_points() -> None:
+    """Random points that are the same for every mask, image and process."""
+    original = torch.rand
+
+    def rand(n, count, two, device=None):
+        return original((1, count, two), generator=torch.Generator().manual_seed(count)).expand(n, count, two)
+
+    torch.rand = rand
+
+
+def train(name: str, folder: Path) -> None:
+    config, options, num_masks, accumulation = CASES[name]
+    cfg = engine.load_cfg(str(CONFIGS / config), [*MINI, *SOLVER, *options])
+    model = fill(build(config, *SOLVER, *options)).train()
+    images = make_batch(sizes=((64, 96), (64, 96)))
+    for x, n in zip(images, num_masks):
+        x["instances"] = x["instances"][:n]
+    mine = images[comm.get_rank() :: comm.get_world_size()]
+    step = engine.Step(
+        engine.distributed(model, unused=engine.trains_some_exits(model)),
+        [mine] * STEPS * accumulation,
+        engine.build_optimizer(cfg, model),
+        precision=engine.autocast(cfg, "cpu", False),
+        accumulation_steps=accumulation,
+    )
+    step.train(0, STEPS)
+    draws = [sorted(model.sampler(i)) for i in range(STEPS)] if hasattr(model, "sampler") else []
+    told = {"draws": draws, "weights": parent_sha256(model.state_dict())}
+    (folder / f"{name}.rank{comm.get_rank()}.json").write_text(json.dumps(told))
+    if comm.is_main_process():
+        torch.save(model.state_dict(), folder / f"{name}.pth")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    cfg = engine.load_cfg(args.config, [*args.options, "OUTPUT_DIR", str(args.folder)])
+    results = engine.evaluate(cfg, engine.build_trained(cfg))
+    if comm.is_main_process():
+        (args.folder / "results.json").write_text(json.dumps(results))
+
+
+def main(args: argparse.Namespace) -> None:
+    same_points()
+    for name in CASES:
+        train(name, args.folder)
+    evaluate(args)
+
+
+if __name__ == "__main__":
+    processes, folder, config, options = sys.argv[1:]
+    launched = {"num_gpus": int(processes), "num_machines": 1, "machine_rank": 0, "dist_url": "auto"}
+    args = argparse.Namespace(folder=Path(folder), config=config, options=json.loads(options), **launched)
+    sys.exit(engine.run(engine.launch, main, args))

@@ -1,0 +1,71 @@
+"""Two gloo processes on the CPU train and evaluate as one process with the double batch does."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_job import CASES, STEPS
+from minis import ROOT, build, fill
+from predicted import Predicted
+from tiny import tool_environment
+
+pytestmark = pytest.mark.slow
+NUM_IMAGES = 5  # of which two processes have shares of unequal size
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[int, Path]:
+    """{number of processes: folder}, see distributed_job.py."""
+    base = tmp_path_factory.mktemp("distributed")
+    data = Predicted(base / "data", NUM_IMAGES)
+    options = json.dumps([*data.options, "DATASETS.TEST", [data.dataset], "MODEL.ECO.EXIT", 3])
+    made = {}
+    for processes in (1, 2):
+        made[processes] = base / str(processes)
+        made[processes].mkdir()
+        command = [sys.executable, str(ROOT / "tests" / "distributed_job.py"), str(processes), str(made[processes])]
+        job = subprocess.run(
+            [*command, data.tiny.config(), options],
+            env=tool_environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert job.returncode == 0, job.stderr[-2000:]
+    return made
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_two_processes_train_as_one_with_the_double_batch(folders, name):
+    config, options, *_ = CASES[name]
+    start = fill(build(config, *options)).state_dict()
+    one, two = (torch.load(folders[n] / f"{name}.pth") for n in (1, 2))
+    names = [key for key, value in start.items() if value.is_floating_point()]
+    moved = {key: (one[key] - start[key]).norm().item() for key in names}
+    total = sum(m**2 for m in moved.values()) ** 0.5
+    assert 0.01 < total < 0.05 and sum(m > 1e-4 * total for m in moved.values()) > 100
+    # Sums run in another order, and a rounding may swap two of the points where masks are compared.
+    for key in names:
+        assert (two[key] - one[key]).norm() <= 0.03 * moved[key] + 1e-3 * total, key
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_both_processes_hold_the_same_weights_and_drew_the_same_exits(folders, name):
+    told = [json.loads((folders[2] / f"{name}.rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert told[0] == told[1]
+    alone = json.loads((folders[1] / f"{name}.rank0.json").read_text())
+    assert told[0]["draws"] == alone["draws"] and told[0]["weights"] != ""
+
+
+def test_some_step_left_layers_without_gradient(folders):
+    """Else the handling of unused parameters would not have been tested."""
+    draws = json.loads((folders[2] / "one_exit_per_step.rank0.json").read_text())["draws"]
+    assert len(draws) == STEPS and min(max(d) for d in draws) < 6
+
+
+def test_two_processes_evaluate_as_one(folders):
+    one, two = (json.loads((folders[n] / "results.json").read_text()) for n in (1, 2))
+    assert one == two
+    assert one["panoptic_seg"]["PQ"] > 10 and one["sem_seg"]["mIoU"] > 10
+    per_image = [next((folders[n] / "inference").rglob("panoptic.json")).read_text() for n in (1, 2)]
+    assert per_image[0] == per_image[1] and len(json.loads(per_image[0])["per_image_pq"]) == NUM_IMAGES
