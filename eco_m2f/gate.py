@@ -5,6 +5,7 @@ runs to the optimum. Neither ever holds a copy of the features.
 """
 
 import math
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -76,7 +77,11 @@ class Gate:
         """Raises FileNotFoundError, or ValueError for a file that is not a gate."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"no gate at {str(path)!r}: fit one with tools/train_gate.py")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0] if str(error) else "it ends early"
+            raise ValueError(f"{path} is no whole gate file ({reason}): fit it with tools/train_gate.py") from error
         if not isinstance(content, Mapping) or content.get("format") != GATE_FORMAT:
             raise ValueError(f"{path} is not a gate file of format {GATE_FORMAT}: fit one with tools/train_gate.py")
         return cls(**{name: value for name, value in content.items() if name != "format"})
