@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 from detectron2.data import MetadataCatalog
-from PIL import Image
 
-from .panoptic_quality import contiguous_to_dataset_id, rgb_to_id
+from ..data.panoptic_map import index_map, read_ids
+from .panoptic_quality import contiguous_to_dataset_id
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +43,12 @@ class PanopticGroundTruth:
         return self._annotation(image_id)["segments_info"]
 
     def id_map(self, image_id) -> np.ndarray:
-        """[H, W] int32 segment ids of an image, 0 for void."""
-        path = Path(self.metadata.panoptic_root) / self._annotation(image_id)["file_name"]
-        with Image.open(path) as image:
-            return rgb_to_id(np.asarray(image))
+        """[H, W] int32 segment ids of an image, 0 for void. Raises DataError where PNG and JSON disagree."""
+        annotation = self._annotation(image_id)
+        path = Path(self.metadata.panoptic_root) / annotation["file_name"]
+        ids = read_ids(path)
+        index_map(ids, [s["id"] for s in annotation["segments_info"]], path)
+        return ids
 
     def warn_if_partial(self, evaluated: int) -> None:
         """Metrics cover the images seen; say so where those are not all."""
