@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, SimpleTrainer, default_setup, hooks
 from detectron2.engine import launch as detectron2_launch
 from detectron2.evaluation import inference_on_dataset, print_csv_format
@@ -28,6 +28,7 @@ from .config import add_eco_config
 from .data import PanopticTestMapper, build_train_mapper, check_class_count, register_from_config
 from .evaluation import evaluators_for
 from .modeling import EcoMaskFormer
+from .modeling.exit_policy import OracleExit
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +233,8 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode):
         super(DefaultTrainer, self).__init__()
-        check_datasets(cfg, cfg.DATASETS.TRAIN + cfg.DATASETS.TEST)
+        check_training(cfg, comm.get_world_size())
+        check_datasets(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -287,6 +289,17 @@ class Trainer(DefaultTrainer):
         return evaluate(cfg, model)
 
 
+def check_training(cfg: CfgNode, processes: int) -> None:
+    """Raises ValueError where there is nothing to train on, or a batch that processes cannot share."""
+    if not cfg.DATASETS.TRAIN:
+        raise ValueError("DATASETS.TRAIN is empty: name a dataset to train on")
+    batch = cfg.SOLVER.IMS_PER_BATCH
+    if batch < 1 or batch % processes:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {batch}, which {processes} process(es) cannot share: take a multiple of that"
+        )
+
+
 def trains_some_exits(model: nn.Module) -> bool:
     """Whether a step may leave parameters without gradient: the layers beyond the deepest exit drawn."""
     return isinstance(model, EcoMaskFormer) and (
@@ -311,6 +324,30 @@ def check_datasets(cfg: CfgNode, names: Sequence[str]) -> None:
         check_class_count(name, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
 
 
+def check_oracle(model: nn.Module, dataset_name: str) -> None:
+    """Stops early where an oracle knows other images, or the qualities of other weights, than those to be evaluated."""
+    model = getattr(model, "module", model)
+    policy = getattr(model, "exit_policy", None)
+    if not isinstance(policy, OracleExit):
+        return
+    from .derived import parent_sha256  # needs pyarrow, as this policy does
+
+    if _annotation(policy.dataset) != _annotation(dataset_name):
+        raise ValueError(
+            f"MODEL.ECO.DERIVED {policy.derived} is of {policy.dataset!r}, but {dataset_name!r} is evaluated: derive it"
+        )
+    if policy.parent_sha256 != parent_sha256(model.state_dict()):
+        raise ValueError(
+            f"MODEL.ECO.DERIVED {policy.derived} was made with other weights: load those, or derive it anew"
+        )
+
+
+def _annotation(dataset_name: str) -> str:
+    """The panoptic JSON of a dataset, or its name: a split may be registered twice, with and without class maps."""
+    known = dataset_name in DatasetCatalog.list()
+    return getattr(MetadataCatalog.get(dataset_name), "panoptic_json", dataset_name) if known else dataset_name
+
+
 def build_test_loader(cfg: CfgNode, dataset_name: str):
     """Images one by one at test size, each rank its share."""
     return build_detection_test_loader(cfg, dataset_name, mapper=PanopticTestMapper(cfg))
@@ -331,6 +368,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
     results = {}
     test = cfg.MODEL.MASK_FORMER.TEST
     for name in cfg.DATASETS.TEST:
+        check_oracle(model, name)
         evaluator = evaluators_for(
             name,
             os.path.join(cfg.OUTPUT_DIR, "inference"),

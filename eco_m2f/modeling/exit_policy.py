@@ -161,6 +161,7 @@ class OracleExit(nn.Module):
         targets = exit_targets(dataset.quality, dataset.exits, beta, max_exit)
         self.exits = exits_up_to(dataset.exits, max_exit)
         self.derived = derived
+        self.dataset, self.parent_sha256 = (dataset.provenance[key] for key in ("dataset", "parent_sha256"))
         self.exit_of = dict(zip(dataset.image_ids, targets.tolist(), strict=True))
 
     @classmethod
