@@ -7,6 +7,7 @@
 Killed and started again, also with another --num-gpus, it goes on with the shards that are missing.
 """
 
+import argparse
 import sys
 
 from eco_m2f import derive, engine
@@ -17,9 +18,13 @@ def main(args) -> None:
     derive.derive(cfg, engine.build_trained(cfg, with_gate=False), args.dataset, args.output, args.shard_size)
 
 
-if __name__ == "__main__":
+def build_parser() -> argparse.ArgumentParser:
     parser = engine.argument_parser(__doc__)
     parser.add_argument("--dataset", required=True, help="registered name of the split, e.g. coco_2017_train_panoptic")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the derived dataset")
     parser.add_argument("--shard-size", type=int, default=256, help="images per file, hence at most repeated")
-    sys.exit(engine.run(engine.launch, main, parser.parse_args()))
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(engine.run(engine.launch, main, build_parser().parse_args()))

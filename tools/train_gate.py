@@ -12,6 +12,7 @@ No images and no parent are needed. PQ and GFLOPs are exact for the images of --
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -95,4 +96,6 @@ def gate_path(output: str, row: Row, alone: bool) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    from eco_m2f.engine import run  # only here: it pulls in the models, which a gate can do without
+
+    sys.exit(run(main))

@@ -7,6 +7,7 @@ Evaluate:  tools/train_net.py --config-file C --eval-only MODEL.WEIGHTS model.pt
 With gate: ... --eval-only MODEL.WEIGHTS model.pth MODEL.ECO.POLICY LinearGate MODEL.ECO.GATE gate.pth
 """
 
+import argparse
 import sys
 
 from eco_m2f import engine
@@ -22,8 +23,12 @@ def main(args) -> None:
     trainer.train()
 
 
-if __name__ == "__main__":
+def build_parser() -> argparse.ArgumentParser:
     parser = engine.argument_parser(__doc__)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR, if any")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST")
-    sys.exit(engine.run(engine.launch, main, parser.parse_args()))
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(engine.run(engine.launch, main, build_parser().parse_args()))
