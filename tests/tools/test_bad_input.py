@@ -1,0 +1,458 @@
+"""Every bad input of the tools ends in one message that names it and what to do, with status 1 and without a trace."""
+
+import importlib.util
+import json
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from minis import ROOT, fill
+from PIL import Image
+from tiny import Tiny
+
+from eco_m2f import engine
+from eco_m2f.data.panoptic_map import ids_to_rgb
+from eco_m2f.derived import DerivedDataset, parent_sha256
+from eco_m2f.gate import Gate
+
+CHANNELS = 128  # of res5 in the tiny model
+
+
+def load_tool(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+train_net, derive_dataset, train_gate = map(load_tool, ("train_net", "derive_dataset", "train_gate"))
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """Takes away the log handlers that a tool adds, whose files are gone after the test."""
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "eco_m2f")]
+    before = [(log, list(log.handlers), log.propagate) for log in loggers]
+    yield
+    for log, handlers, propagate in before:
+        log.handlers[:], log.propagate = handlers, propagate
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Tiny:
+    """A data set with which nothing is wrong; with model.pth, a checkpoint for it."""
+    made = Tiny(tmp_path_factory.mktemp("good"), num_train=2, num_val=1)
+    model = fill(engine.build_model(engine.load_cfg(made.config())))
+    torch.save({"model": model.state_dict()}, made.base / "model.pth")
+    return made
+
+
+@pytest.fixture
+def spoilt(good, tmp_path) -> Tiny:
+    """A copy of the good data set, under another name, for a test to spoil."""
+    copy = Tiny(tmp_path / "spoilt", num_train=2, num_val=1)
+    return copy
+
+
+class Tools:
+    """Runs a tool in this process, and looks at how it ends."""
+
+    def __init__(self, good: Tiny, output, capfd):
+        self.good, self.output, self.capfd = good, output, capfd
+        self.weights = ["MODEL.WEIGHTS", good.base / "model.pth"]
+
+    def train(self, *more, data: Tiny | None = None, kind: str = "eco_maskformer2", flags=()) -> int:
+        config = (data or self.good).config(kind)
+        return self._run(train_net, "--config-file", config, *flags, *self._common(), "SOLVER.MAX_ITER", 2, *more)
+
+    def evaluate(self, *more, data: Tiny | None = None) -> int:
+        return self.train(*self.weights, *more, data=data, flags=["--eval-only"])
+
+    def derive(self, *more, data: Tiny | None = None, split: str = "val", flags=()) -> int:
+        data = data or self.good
+        options = ["--dataset", f"{data.name}_{split}", "--output", self.output / "derived", *flags]
+        return self._run(
+            derive_dataset, "--config-file", data.config(), *options, *self._common(), *self.weights, *more
+        )
+
+    def fit(self, *arguments) -> int:
+        return engine.run(train_gate.main, list(map(str, arguments)))
+
+    def _common(self) -> list:
+        return ["OUTPUT_DIR", self.output]
+
+    def _run(self, tool, *arguments) -> int:
+        return engine.run(engine.launch, tool.main, tool.build_parser().parse_args(list(map(str, arguments))))
+
+    def message(self, status: int) -> str:
+        """The message of a run that must have ended in one."""
+        out, err = self.capfd.readouterr()
+        assert status == 1
+        assert "Traceback" not in out + err
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, err
+        return err[err.index("error: ") :]
+
+
+@pytest.fixture
+def tools(good, tmp_path, capfd) -> Tools:
+    return Tools(good, tmp_path / "output", capfd)
+
+
+def assert_names(message: str, *parts) -> None:
+    for part in parts:
+        assert str(part) in message, message
+
+
+# --- configs ---------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_key_on_the_command_line(tools):
+    assert_names(tools.message(tools.train("MODEL.ECO.EXIST", 3)), "MODEL.ECO.EXIST", "config.py")
+
+
+def test_unknown_key_in_the_file(tools, tmp_path):
+    (tmp_path / "c.yaml").write_text(f"_BASE_: {tools.good.config()}\nMODEL: {{ECO: {{GATES: x}}}}\n")
+    status = tools._run(train_net, "--config-file", tmp_path / "c.yaml")
+    assert_names(tools.message(status), tmp_path / "c.yaml", "MODEL.ECO.GATES", "config.py")
+
+
+def test_missing_config_file(tools):
+    assert_names(tools.message(tools._run(train_net, "--config-file", "none.yaml")), "'none.yaml'", "configs/")
+
+
+def test_missing_base_file(tools, tmp_path):
+    (tmp_path / "c.yaml").write_text("_BASE_: gone.yaml\n")
+    assert_names(tools.message(tools._run(train_net, "--config-file", tmp_path / "c.yaml")), "gone.yaml")
+
+
+def test_a_value_of_the_wrong_type(tools):
+    assert_names(tools.message(tools.train("SOLVER.MAX_ITER", "many")), "MAX_ITER", "many")
+
+
+def test_alpha_that_does_not_increase(tools):
+    status = tools.train("MODEL.ECO.ALPHA", "list", "MODEL.ECO.ALPHA_LIST", "[1, 2, 2, 3, 4]")
+    assert_names(tools.message(status), "strictly increase", "[1.0, 2.0, 2.0, 3.0, 4.0]", "'uniform'")
+
+
+@pytest.mark.parametrize("exits", ["[2, 7]", "[3, 2]", "[0, 6]"])
+def test_exits_that_there_are_not(tools, exits):
+    assert_names(tools.message(tools.train("MODEL.ECO.EXITS", exits, "MODEL.ECO.EXITS_PER_STEP", 2)), "exit")
+
+
+def test_a_fixed_exit_outside_the_exits(tools):
+    assert_names(tools.message(tools.evaluate("MODEL.ECO.EXIT", 1)), "MODEL.ECO.EXIT is 1", "[2, 3, 4, 5, 6]")
+
+
+def test_k_outside_the_exits(tools):
+    status = tools.evaluate("MODEL.ECO.POLICY", "LinearGate", "MODEL.ECO.MAX_EXIT", 7)
+    assert_names(tools.message(status), "one of the exits [2, 3, 4, 5, 6], not 7")
+
+
+def test_a_part_that_does_not_exist(tools):
+    assert_names(tools.message(tools.evaluate("MODEL.ECO.POLICY", "Clairvoyant")), "'Clairvoyant'", "EXIT_POLICY")
+
+
+def test_unregistered_dataset(tools):
+    message = tools.message(tools.train("DATASETS.TRAIN", "('no_such_set',)"))
+    assert_names(message, "no_such_set", "DATASETS.CUSTOM")
+
+
+def test_missing_dataset_files(tools):
+    options = ["MODEL.SEM_SEG_HEAD.NUM_CLASSES", 133, "DATASETS.TRAIN", "('coco_2017_train_panoptic_with_sem_seg',)"]
+    message = tools.message(tools.train(*options, "DATASETS.TEST", "()"))
+    assert_names(message, "panoptic_train2017.json", "DETECTRON2_DATASETS")
+
+
+def test_no_dataset_to_train_on(tools):
+    assert_names(tools.message(tools.train("DATASETS.TRAIN", "()")), "DATASETS.TRAIN")
+
+
+def test_a_custom_dataset_without_its_json(tools, spoilt):
+    spoilt.json("train").unlink()
+    assert_names(tools.message(tools.train(data=spoilt)), spoilt.json("train"), "not found")
+
+
+def test_another_number_of_classes(tools):
+    message = tools.message(tools.train("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 10))
+    assert_names(message, "NUM_CLASSES is 10", tools.good.name, "9 categories", "set it to 9")
+
+
+def test_a_batch_that_cannot_be_shared(tools):
+    assert_names(tools.message(tools.train("SOLVER.IMS_PER_BATCH", 0)), "SOLVER.IMS_PER_BATCH", "0")
+
+
+@pytest.mark.parametrize(
+    "flags", [["--num-gpus", 0], ["--num-machines", 2], ["--num-machines", 2, "--machine-rank", 2]]
+)
+def test_processes_that_cannot_be(tools, flags):
+    assert_names(tools.message(tools.train(flags=flags)), flags[0])
+
+
+def test_half_of_torchruns_environment(tools, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert_names(tools.message(tools.train()), "LOCAL_RANK", "MASTER_ADDR")
+
+
+def test_output_folder_that_is_a_file(tools, tmp_path):
+    tools.output.write_text("")
+    assert_names(tools.message(tools.train()), tools.output)
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [(), ["--eval-only"]])
+def test_missing_checkpoint(tools, tmp_path, flags):
+    message = tools.message(tools.train("MODEL.WEIGHTS", tmp_path / "gone.pth", flags=flags))
+    assert_names(message, tmp_path / "gone.pth")
+
+
+def test_no_checkpoint_to_evaluate(tools):
+    assert_names(tools.message(tools.train("MODEL.WEIGHTS", "", flags=["--eval-only"])), "MODEL.WEIGHTS is empty")
+
+
+@pytest.mark.parametrize("flags", [(), ["--eval-only"]])
+def test_truncated_checkpoint(tools, tmp_path, flags):
+    content = (tools.good.base / "model.pth").read_bytes()
+    (tmp_path / "half.pth").write_bytes(content[: len(content) // 2])
+    assert_names(tools.message(tools.train("MODEL.WEIGHTS", tmp_path / "half.pth", flags=flags)), tmp_path / "half.pth")
+
+
+def test_checkpoint_of_another_architecture(tools):
+    message = tools.message(tools.evaluate("MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", 20))
+    assert_names(message, "model.pth does not fit", "12 vs 20 queries", "Use the config it was trained with")
+
+
+def test_resuming_from_a_broken_checkpoint(tools):
+    tools.output.mkdir()
+    (tools.output / "last_checkpoint").write_text("model_0000001.pth")
+    (tools.output / "model_0000001.pth").write_bytes(b"PK\x03\x04 cut off")
+    message = tools.message(tools.train(flags=["--resume"]))
+    assert_names(message, "model_0000001.pth", "truncated", "start anew")
+
+
+def test_weights_that_are_not_numbers(tools, tmp_path):
+    state = torch.load(tools.good.base / "model.pth")["model"]
+    state["sem_seg_head.predictor.class_embed.bias"][0] = float("nan")
+    torch.save({"model": state}, tmp_path / "nan.pth")
+    message = tools.message(tools.train("MODEL.WEIGHTS", tmp_path / "nan.pth", "SEED", 1))
+    assert_names(message, "at iteration 0", "loss_ce", "nan", "on images [", "SOLVER.BASE_LR")
+
+
+# --- images and annotation -------------------------------------------------------------------------------------------
+
+
+def spoil_json(tiny: Tiny, split: str, change) -> None:
+    content = json.loads(tiny.json(split).read_text())
+    change(content)
+    tiny.json(split).write_text(json.dumps(content))
+
+
+def panoptic(tiny: Tiny, split: str, i: int = 0):
+    return tiny.base / "data" / f"panoptic_{split}" / f"{i:06d}.png"
+
+
+def picture(tiny: Tiny, split: str, i: int = 0):
+    return tiny.base / "data" / split / f"{i:06d}.png"
+
+
+def empty(content: dict) -> None:
+    for annotation in content["annotations"]:
+        annotation["segments_info"] = []
+
+
+def crowds(content: dict) -> None:
+    for annotation in content["annotations"]:
+        for segment in annotation["segments_info"]:
+            segment["iscrowd"] = 1
+
+
+@pytest.mark.parametrize("change", [empty, crowds])
+def test_images_without_anything_to_find_are_trained_on_evaluated_and_derived(tools, spoilt, change):
+    """They teach that there is nothing; the quality of an image without segments is that of a dataset without any."""
+    for split in ("train", "val"):
+        spoil_json(spoilt, split, change)
+        if change is empty:
+            for i in range(2 if split == "train" else 1):
+                Image.fromarray(ids_to_rgb(np.zeros((64, 64), np.int32))).save(panoptic(spoilt, split, i))
+    assert tools.train(data=spoilt) == 0
+    assert tools.evaluate(data=spoilt) == 0
+    assert tools.derive(data=spoilt) == 0
+    assert np.isfinite(DerivedDataset.load(tools.output / "derived").quality).all()
+
+
+def test_png_with_a_segment_that_the_json_lacks(tools, spoilt):
+    spoil_json(spoilt, "train", lambda content: [a["segments_info"].pop() for a in content["annotations"]])
+    assert_names(tools.message(tools.train(data=spoilt)), "data/panoptic_train/00000", "check_dataset")
+
+
+def test_json_with_a_segment_that_the_png_lacks(tools, spoilt):
+    def add(content):
+        for a in content["annotations"]:
+            a["segments_info"].append({**a["segments_info"][0], "id": 77777})
+
+    spoil_json(spoilt, "train", add)
+    assert_names(tools.message(tools.train(data=spoilt)), "data/panoptic_train/00000", "77777", "check_dataset")
+
+
+@pytest.mark.parametrize("run", ["evaluate", "derive"])
+def test_png_and_json_that_disagree_in_evaluation(tools, spoilt, run):
+    spoil_json(spoilt, "val", lambda content: [a["segments_info"].pop() for a in content["annotations"]])
+    assert_names(tools.message(getattr(tools, run)(data=spoilt)), "000000.png")
+
+
+@pytest.mark.parametrize(
+    "run, split, workers", [("train", "train", 0), ("evaluate", "val", 0), ("derive", "val", 0), ("train", "train", 1)]
+)
+def test_unreadable_image(tools, spoilt, run, split, workers):
+    for i in range(2 if split == "train" else 1):
+        picture(spoilt, split, i).write_bytes(b"not a PNG")
+    message = tools.message(getattr(tools, run)("DATALOADER.NUM_WORKERS", workers, data=spoilt))
+    assert_names(message, f"data/{split}/00000", "cannot be read", "restore it")
+
+
+@pytest.mark.parametrize("run, split", [("evaluate", "val"), ("derive", "val")])
+def test_unreadable_panoptic_png(tools, spoilt, run, split):
+    panoptic(spoilt, split).write_bytes(b"not a PNG")
+    assert_names(tools.message(getattr(tools, run)(data=spoilt)), "panoptic_val/000000.png")
+
+
+@pytest.mark.parametrize("run, split", [("evaluate", "val"), ("derive", "val"), ("train", "train")])
+def test_missing_panoptic_png(tools, spoilt, run, split):
+    for i in range(2 if split == "train" else 1):
+        panoptic(spoilt, split, i).unlink()
+    assert_names(tools.message(getattr(tools, run)(data=spoilt)), f"panoptic_{split}/00000")
+
+
+# --- steps B and C ---------------------------------------------------------------------------------------------------
+
+
+def make_gate(path, parent: str, exits=(2, 3, 4, 5, 6), channels: int = CHANNELS):
+    torch.manual_seed(0)
+    weight, bias = torch.randn(len(exits), channels), torch.zeros(len(exits))
+    gate = Gate(weight, bias, exits, 0.001, "hard_ce", "res5", parent)
+    gate.save(path)
+    return path
+
+
+def gated(path) -> list:
+    return ["MODEL.ECO.POLICY", "LinearGate", "MODEL.ECO.GATE", path]
+
+
+def parent_of(good: Tiny) -> str:
+    return parent_sha256(torch.load(good.base / "model.pth")["model"])
+
+
+def test_a_gate_that_fits_is_taken(tools, good, tmp_path):
+    assert tools.evaluate(*gated(make_gate(tmp_path / "gate.pth", parent_of(good)))) == 0
+
+
+@pytest.mark.parametrize("path", ["", "gone.pth"])
+def test_missing_gate(tools, path):
+    assert_names(tools.message(tools.evaluate(*gated(path))), f"no gate at '{path}'", "train_gate.py")
+
+
+def test_gate_of_another_parent(tools, tmp_path):
+    path = make_gate(tmp_path / "gate.pth", "b" * 64)
+    assert_names(tools.message(tools.evaluate(*gated(path))), path, "bbbbbbbbbbbb", "load that parent")
+
+
+def test_gate_of_other_exits_and_other_channels(tools, good, tmp_path):
+    path = make_gate(tmp_path / "gate.pth", parent_of(good), channels=12)
+    assert_names(tools.message(tools.evaluate(*gated(path))), path, "12 channels", CHANNELS)
+    path = make_gate(tmp_path / "gate.pth", parent_of(good), exits=(1, 6))
+    assert_names(tools.message(tools.evaluate(*gated(path))), path, "(1, 6)")
+
+
+def test_truncated_gate(tools, good, tmp_path):
+    path = make_gate(tmp_path / "gate.pth", parent_of(good))
+    path.write_bytes(path.read_bytes()[:500])
+    assert_names(tools.message(tools.evaluate(*gated(path))), path, "train_gate.py")
+
+
+@pytest.fixture(scope="module")
+def derived(good, tmp_path_factory):
+    """The derived dataset of the good data's training split."""
+    output = tmp_path_factory.mktemp("derived")
+    tools = Tools(good, output, None)
+    assert tools.derive(split="train", flags=["--shard-size", 1]) == 0
+    return output / "derived"
+
+
+@pytest.mark.parametrize("beta", ["-0.1", "nan", "inf"])
+def test_beta_that_is_no_price(tools, derived, tmp_path, beta):
+    message = tools.message(tools.fit("--train", derived, f"--beta={beta}", "--output", tmp_path / "gate.pth"))
+    assert_names(message, "beta must be a finite number >= 0", beta)
+    oracle = ["MODEL.ECO.POLICY", "OracleExit", "MODEL.ECO.DERIVED", derived, "MODEL.ECO.BETA", float(beta)]
+    assert_names(tools.message(tools.evaluate(*oracle)).lower(), "beta", beta)
+    assert not (tmp_path / "gate.pth").exists()
+
+
+@pytest.mark.parametrize("k", [1, 7])
+def test_max_exit_outside_the_exits(tools, derived, tmp_path, k):
+    options = ["--beta", 0.1, "--max-exit", k, "--output", tmp_path / "gate.pth"]
+    message = tools.message(tools.fit("--train", derived, "--val", derived, *options))
+    assert_names(message, "one of the exits [2, 3, 4, 5, 6]", f"not {k}")
+
+
+def test_missing_derived_dataset(tools, tmp_path):
+    message = tools.message(tools.fit("--train", tmp_path, "--beta", 0.1, "--output", tmp_path / "gate.pth"))
+    assert_names(message, tmp_path, "derive_dataset.py")
+    message = tools.message(tools.evaluate("MODEL.ECO.POLICY", "OracleExit", "MODEL.ECO.DERIVED", tmp_path))
+    assert_names(message, tmp_path, "derive_dataset.py")
+
+
+def test_step_c_after_a_killed_step_b(tools, derived, tmp_path):
+    shutil.copytree(derived, tmp_path / "killed")
+    next((tmp_path / "killed").glob("*1.parquet")).unlink()
+    message = tools.message(tools.fit("--train", tmp_path / "killed", "--beta", 0.1, "--output", tmp_path / "g.pth"))
+    assert_names(message, tmp_path / "killed", "1 of 2 shards", "derive_dataset.py goes on")
+
+
+def test_damaged_shard(tools, derived, tmp_path):
+    shutil.copytree(derived, tmp_path / "damaged")
+    shard = next((tmp_path / "damaged").glob("*1.parquet"))
+    shard.write_bytes(shard.read_bytes()[:-9])
+    message = tools.message(tools.fit("--train", tmp_path / "damaged", "--beta", 0.1, "--output", tmp_path / "g.pth"))
+    assert_names(message, shard, "derive_dataset.py writes it anew")
+
+
+def test_oracle_of_another_split(tools, derived):
+    oracle = ["MODEL.ECO.POLICY", "OracleExit", "MODEL.ECO.DERIVED", derived]
+    message = tools.message(tools.evaluate(*oracle))
+    assert_names(message, derived, f"is of '{tools.good.name}_train'", f"'{tools.good.name}_val' is evaluated")
+
+
+def test_oracle_of_other_weights(tools, derived, tmp_path):
+    state = torch.load(tools.good.base / "model.pth")["model"]
+    state["sem_seg_head.predictor.class_embed.bias"] += 1
+    torch.save({"model": state}, tmp_path / "other.pth")
+    test = ["DATASETS.TEST", f"('{tools.good.name}_train',)"]
+    oracle = [*test, "MODEL.ECO.POLICY", "OracleExit", "MODEL.ECO.DERIVED", derived]
+    assert tools.evaluate(*oracle) == 0
+    message = tools.message(tools.evaluate(*oracle, "MODEL.WEIGHTS", tmp_path / "other.pth"))
+    assert_names(message, derived, "other weights", "derive it anew")
+
+
+def test_step_b_of_the_parent_alone(tools):
+    assert_names(tools.message(tools.derive("MODEL.META_ARCHITECTURE", "MaskFormer")), "EcoMaskFormer")
+
+
+def test_step_b_of_an_unknown_split(tools, good):
+    assert_names(tools.message(tools.derive(split="none")), f"{good.name}_none")
+
+
+def test_step_b_into_another_datasets_folder(tools, derived):
+    tools.output = derived.parent
+    message = tools.message(tools.derive(split="val", flags=["--shard-size", 1]))
+    assert_names(message, derived, "another origin", "dataset", "Use another directory")
+
+
+def test_step_b_with_shards_of_nothing(tools):
+    assert_names(tools.message(tools.derive(flags=["--shard-size", 0])), "shard_size", "0")
