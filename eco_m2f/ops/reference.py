@@ -6,9 +6,15 @@ computed as a product and then a difference (no fused multiply-add), so that eve
 
 The rules that all backends share:
 - The derivative by the location is the one-sided derivative from above where a pixel coordinate is an exact integer.
-- A location whose pixel coordinate is not finite makes that query's head NaN in the output, and NaN the gradients of
-  this location and its weight. It adds nothing to the gradient of value.
 - Sums are in float32 for half and bfloat16 value, and the locations are float32.
+- Cells outside the map, and points that touch no cell of it, count as zero whatever their neighbours hold.
+- What is not finite is never hidden; NaN and infinity may turn into each other, but not into a number:
+    - a location: that query's head is NaN in the output, and NaN are the gradients of this location and its weight;
+      nothing is added to the gradient of value;
+    - an attention weight: that query's head in the output, and the gradients of its location and of the cells touched;
+    - a cell of value: each query's head that touches the cell, be it with a bilinear weight of 0, and no other; and
+      the gradients of the touching points' locations and weights;
+    - the output's gradient: the gradients of all locations and weights of that query's head, and of the cells touched.
 """
 
 import torch
@@ -31,14 +37,14 @@ def level_table(spatial_shapes: list[int]) -> list[tuple[int, int, int]]:
 class Corners:
     """The four cells around each sampling point, in the order (y0, x0), (y0, x1), (y1, x0), (y1, x1).
 
-    index: [..., 4] int64, token index within one image (clamped into the map).
+    token: [..., 4] int64, token index within one image, or -1 for a cell outside the map.
     weight: [..., 4] bilinear weights, 0 for cells outside the map, NaN where the location is not finite.
     dx, dy: [..., 4] derivatives of weight by the pixel coordinate, 0 and NaN likewise.
     """
 
     def __init__(self, locations: Tensor, spatial_shapes: list[int]):
         parts = [self._level(locations[..., i, :, :], *level) for i, level in enumerate(level_table(spatial_shapes))]
-        self.index, self.weight, self.dx, self.dy = (torch.stack(part, dim=-3) for part in zip(*parts))
+        self.token, self.weight, self.dx, self.dy = (torch.stack(part, dim=-3) for part in zip(*parts))
 
     @staticmethod
     def _level(locations: Tensor, height: int, width: int, start: int) -> tuple[Tensor, ...]:
@@ -49,17 +55,17 @@ class Corners:
         x, y = torch.where(inside, x, 0.0), torch.where(inside, y, 0.0)
         x0, y0 = x.floor(), y.floor()
         fx, fy = x - x0, y - y0
-        columns = torch.stack((x0, x0 + 1, x0, x0 + 1), dim=-1)
-        rows = torch.stack((y0, y0, y0 + 1, y0 + 1), dim=-1)
+        columns = torch.stack((x0, x0 + 1, x0, x0 + 1), dim=-1).long()
+        rows = torch.stack((y0, y0, y0 + 1, y0 + 1), dim=-1).long()
         valid = inside[..., None] & (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
-        index = rows.clamp(0, height - 1) * 1.0 * width + columns.clamp(0, width - 1)
+        token = torch.where(valid, start + rows * width + columns, -1)
         wx, wy = torch.stack((1 - fx, fx, 1 - fx, fx), dim=-1), torch.stack((1 - fy, 1 - fy, fy, fy), dim=-1)
         sign = torch.tensor((-1.0, 1.0), dtype=x.dtype, device=x.device)
         masked = [
             torch.where(valid, part, 0.0) + poison[..., None]
             for part in (wx * wy, wy * sign[[0, 1, 0, 1]], wx * sign[[0, 0, 1, 1]])
         ]
-        return start + index.long(), *masked
+        return token, *masked
 
 
 def reference_ms_deform_attn(
@@ -73,22 +79,27 @@ def reference_ms_deform_attn(
         return value.new_zeros(batch, queries, heads * channels)
     corners = Corners(sampling_locations.to(compute), spatial_shapes)  # [N, Lq, M, L, P, 4]
     weight = corners.weight * attention_weights.to(compute)[..., None]
-    rows = _row_index(corners.index, tokens)
+    rows = _row_index(corners.token, tokens)
     out = F.embedding_bag(
         rows.flatten(0, 2).flatten(1),
-        value.to(compute).reshape(-1, channels),
+        _padded_rows(value, compute),
         per_sample_weights=weight.flatten(0, 2).flatten(1),
         mode="sum",
     )
     return out.view(batch, queries, heads * channels).to(value.dtype)
 
 
-def _row_index(index: Tensor, tokens: int) -> Tensor:
-    """Token index [N, Lq, M, L, P, 4] -> row of value.reshape(N*S*M, D)."""
-    batch, _, heads = index.shape[:3]
-    image = torch.arange(batch, device=index.device).view(-1, 1, 1, 1, 1, 1)
-    head = torch.arange(heads, device=index.device).view(1, 1, -1, 1, 1, 1)
-    return (image * tokens + index) * heads + head
+def _padded_rows(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """value [N, S, M, D] -> [N*S*M + 1, D], the last row zero: what a cell outside the map holds."""
+    return F.pad(value.to(dtype).flatten(0, 2), (0, 0, 0, 1))
+
+
+def _row_index(token: Tensor, tokens: int) -> Tensor:
+    """Token index [N, Lq, M, L, P, 4], -1 for outside -> row of `_padded_rows`."""
+    batch, _, heads = token.shape[:3]
+    image = torch.arange(batch, device=token.device).view(-1, 1, 1, 1, 1, 1)
+    head = torch.arange(heads, device=token.device).view(1, 1, -1, 1, 1, 1)
+    return torch.where(token < 0, batch * tokens * heads, (image * tokens + token) * heads + head)
 
 
 def reference_ms_deform_attn_backward(
@@ -98,7 +109,7 @@ def reference_ms_deform_attn_backward(
     batch, tokens, heads, channels = value.shape
     queries, levels, points = sampling_locations.shape[1], *sampling_locations.shape[3:5]
     compute = torch.promote_types(value.dtype, torch.float32)
-    rows = value.to(compute).reshape(-1, channels)
+    rows = _padded_rows(value, compute)
     grad_rows = torch.zeros_like(rows)
     grad_locations = torch.zeros_like(sampling_locations, memory_format=torch.contiguous_format)
     grad_weights = torch.zeros_like(attention_weights, memory_format=torch.contiguous_format)
@@ -111,7 +122,7 @@ def reference_ms_deform_attn_backward(
             sampling_locations[:, part].to(compute), attention_weights[:, part].to(compute),
             grad_rows, grad_locations[:, part], grad_weights[:, part],
         )  # fmt: skip
-    return grad_rows.view(value.shape).to(value.dtype), grad_locations, grad_weights
+    return grad_rows[:-1].view(value.shape).to(value.dtype), grad_locations, grad_weights
 
 
 def _backward_part(
@@ -119,14 +130,11 @@ def _backward_part(
 ):  # fmt: skip
     """Adds these queries' gradients into grad_rows and writes grad_locations and grad_weights."""
     corners = Corners(locations, spatial_shapes)
-    index = _row_index(corners.index, tokens)
-    finite = ~corners.weight.isnan()
-    scale = torch.where(finite, corners.weight, 0.0) * weights[..., None]  # [N, q, M, L, P, 4]
-    spread = scale[..., None] * grad_output[:, :, :, None, None, None]  # [N, q, M, L, P, 4, D]
-    grad_rows.index_add_(0, index.flatten(), spread.flatten(0, -2))
+    index = _row_index(corners.token, tokens)
+    spread = (corners.weight * weights[..., None])[..., None] * grad_output[:, :, :, None, None, None]
+    grad_rows.index_add_(0, index.flatten(), spread.flatten(0, -2))  # [N, q, M, L, P, 4, D]
     gathered = rows[index.flatten()].view(*index.shape[:3], -1, rows.shape[1])
     dots = (gathered @ grad_output[..., None]).view(index.shape)  # <value at the corner, grad_output>
-    # A corner outside the map has weight 0 and slope 0, and a clamped one may not count either.
     grad_weights.copy_((dots * corners.weight).sum(-1))
     sizes = [[width, height] for height, width, _ in level_table(spatial_shapes)]
     size = torch.tensor(sizes, dtype=weights.dtype, device=weights.device)[:, None]  # [L, 1, 2]

@@ -12,10 +12,11 @@ namespace eco_m2f {
 // What the kernels do with a point.
 enum class Place { kInside, kOutside, kNotFinite };
 
-// Corners are ordered (y0, x0), (y0, x1), (y1, x0), (y1, x1). Outside the map a corner has token 0 of the level and
-// weight, dx and dy all 0: an explicit mask, since a weight can be 0 on a valid corner whose slope is not.
+// Corners are ordered (y0, x0), (y0, x1), (y1, x0), (y1, x1). Only valid ones, inside the map, count: an explicit mask,
+// since a weight can be 0 on a valid corner whose slope is not.
 template <typename T>
 struct Corners {
+  bool valid[4];
   int64_t token[4];
   T weight[4], dx[4], dy[4];
 };
@@ -31,12 +32,12 @@ inline Place locate(const Level& level, T x, T y, Corners<T>& corners) {
   const int64_t x0 = int64_t(column0), y0 = int64_t(row0);
   for (int i = 0; i < 4; ++i) {
     const int64_t xi = x0 + (i & 1), yi = y0 + (i >> 1);
-    const bool valid = xi >= 0 && xi < level.width && yi >= 0 && yi < level.height;
     const T wx = i & 1 ? fx : 1 - fx, wy = i >> 1 ? fy : 1 - fy;
-    corners.token[i] = level.start + (valid ? yi * level.width + xi : 0);
-    corners.weight[i] = valid ? wx * wy : T(0);
-    corners.dx[i] = valid ? (i & 1 ? wy : -wy) : T(0);
-    corners.dy[i] = valid ? (i >> 1 ? wx : -wx) : T(0);
+    corners.valid[i] = xi >= 0 && xi < level.width && yi >= 0 && yi < level.height;
+    corners.token[i] = level.start + yi * level.width + xi;
+    corners.weight[i] = wx * wy;
+    corners.dx[i] = i & 1 ? wy : -wy;
+    corners.dy[i] = i >> 1 ? wx : -wx;
   }
   return Place::kInside;
 }

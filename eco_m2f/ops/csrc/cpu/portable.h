@@ -31,17 +31,14 @@ void portable_forward_query(const Problem& p, const ForwardArguments<S, T>& a, i
     for (int64_t i = 0; i < samples; ++i) {
       Corners<T> corners;
       const Place place = locate(p.level[i / p.points], location[2 * i], location[2 * i + 1], corners);
-      if (place == Place::kOutside) continue;
-      if (place == Place::kNotFinite) {
+      if (place == Place::kNotFinite || !std::isfinite(weight[i])) {
         for (int64_t c = 0; c < p.channels; ++c) sum[c] = std::numeric_limits<T>::quiet_NaN();
-        continue;
       }
-      for (int k = 0; k < 4; ++k) {
+      for (int k = 0; place == Place::kInside && k < 4; ++k) {
+        if (!corners.valid[k]) continue;
         const S* row = value + corners.token[k] * row_stride;
         const T scale = corners.weight[k] * weight[i];
-        if (scale != 0) {
-          for (int64_t c = 0; c < p.channels; ++c) sum[c] += scale * T(row[c]);
-        }
+        for (int64_t c = 0; c < p.channels; ++c) sum[c] += scale * T(row[c]);
       }
     }
   }
@@ -67,6 +64,8 @@ void portable_backward_head(const Problem& p, const BackwardArguments<S, T>& a, 
   for (int64_t query = 0; query < p.queries; ++query) {
     const int64_t unit = (image * p.queries + query) * p.heads + head;
     const T* grad = a.grad_output + unit * p.channels;
+    T poison = 0;  // becomes NaN where the gradient is not finite
+    for (int64_t c = 0; c < p.channels; ++c) poison += grad[c] - grad[c];
     for (int64_t i = 0; i < samples; ++i) {
       const Level& level = p.level[i / p.points];
       const T* location = a.locations + (unit * samples + i) * 2;
@@ -74,9 +73,10 @@ void portable_backward_head(const Problem& p, const BackwardArguments<S, T>& a, 
       const T weight = a.weights[unit * samples + i];
       Corners<T> corners;
       const Place place = locate(level, location[0], location[1], corners);
-      const T none = place == Place::kNotFinite ? std::numeric_limits<T>::quiet_NaN() : T(0);
+      const T none = place == Place::kNotFinite ? std::numeric_limits<T>::quiet_NaN() : poison;
       T along = none, dx = none, dy = none;
       for (int k = 0; place == Place::kInside && k < 4; ++k) {
+        if (!corners.valid[k]) continue;
         const S* row = value + corners.token[k] * row_stride;
         T* grad_row = grad_value + corners.token[k] * row_stride;
         const T scale = corners.weight[k] * weight;

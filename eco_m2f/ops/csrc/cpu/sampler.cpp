@@ -14,8 +14,11 @@ const Sampler<T>* choose_sampler(const std::string& limit) {
   if (has_avx512 && (limit.empty() || limit == "avx512")) return &avx512;
   if (has_avx2 && limit != "baseline") return &avx2;
 #endif
-  static const Sampler<T> baseline = baseline_sampler<T>();
-  return &baseline;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    static const Sampler<T> baseline = baseline_sampler<T>();
+    return &baseline;
+  }
+  return nullptr;
 }
 
 template const Sampler<float>* choose_sampler(const std::string&);

@@ -62,9 +62,10 @@ Sampler<T> avx512_sampler();
 template <typename T>
 Sampler<T> avx2_sampler();
 template <typename T>
-Sampler<T> baseline_sampler();
+Sampler<T> baseline_sampler();  // for float alone
 
-// The best of these that the processor runs, unless limited to a lesser one by name; null where limited to "portable".
+// The best of these that the processor runs, unless limited to a lesser one by name; null where limited to "portable",
+// and for doubles where there is only the baseline.
 template <typename T>
 const Sampler<T>* choose_sampler(const std::string& limit);
 

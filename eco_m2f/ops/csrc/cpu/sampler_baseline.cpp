@@ -1,4 +1,4 @@
-// The sampler for the compiler's own target: SSE2 on x86-64, NEON on 64-bit ARM.
+// The sampler for the compiler's own target: SSE2 on x86-64, NEON on 64-bit ARM. Two doubles to a vector are too few.
 #include "sampler.h"
 
 #define ECO_ISA baseline
@@ -22,11 +22,6 @@ namespace eco_m2f {
 template <>
 Sampler<float> baseline_sampler() {
   return baseline::sampler<float>("baseline");
-}
-
-template <>
-Sampler<double> baseline_sampler() {
-  return baseline::sampler<double>("baseline");
 }
 
 }  // namespace eco_m2f

@@ -211,6 +211,7 @@ template <typename T, int kVectors>
 void backward_queries(const HeadTask<T>& task, int64_t begin, int64_t end) {
   using V = typename Vectors<T>::Real;
   constexpr int kLanes = Vectors<T>::kLanes, kGroup = kLanes / 4;  // samples whose dot products are summed together
+  static_assert(kGroup > 0, "vectors of at least four lanes");
   const int64_t cell_size = kVectors * kLanes;
   const T* map = task.map;
   T* grad_map = task.grad_map;

@@ -1,0 +1,100 @@
+"""Inputs of the deformable attention, and one way to call each of its backends on the CPU."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from eco_m2f.ops import compiled_backends, ms_deform_attn, reference_ms_deform_attn
+from eco_m2f.ops.extension import cpu_sampler
+from eco_m2f.ops.reference import reference_ms_deform_attn_backward
+
+COMPILED = ("avx512", "avx2", "baseline", "portable")
+BACKENDS = ("reference", *COMPILED)
+PYRAMID = [(3, 4), (6, 8), (12, 16)]
+
+
+@dataclass
+class Case:
+    """Arguments of one call, and the gradient that comes back."""
+
+    value: Tensor
+    shapes: list[tuple[int, int]]
+    locations: Tensor
+    weights: Tensor
+    grad: Tensor
+
+    @property
+    def flat_shapes(self) -> list[int]:
+        return [size for shape in self.shapes for size in shape]
+
+    @property
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.value, self.locations, self.weights
+
+    def to(self, dtype: torch.dtype) -> "Case":
+        """In that dtype of value; locations stay in at least float32."""
+        wide = torch.promote_types(dtype, torch.float32)
+        return Case(
+            self.value.to(dtype), self.shapes, self.locations.to(wide), self.weights.to(dtype), self.grad.to(dtype)
+        )
+
+    def with_(self, **changes) -> "Case":
+        return replace(self, **changes)
+
+
+def make_case(
+    shapes=PYRAMID, batch=2, queries=50, heads=8, channels=32, points=4, dtype=torch.float64, seed=0, margin=0.15
+) -> Case:
+    """Random inputs, `margin` of the map's size beyond its borders included."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, grid = sum(h * w for h, w in shapes), (batch, queries, heads, len(shapes), points)
+    value = torch.randn(batch, tokens, heads, channels, generator=generator, dtype=torch.float64)
+    locations = torch.rand(*grid, 2, generator=generator, dtype=torch.float64) * (1 + 2 * margin) - margin
+    weights = torch.rand(grid, generator=generator, dtype=torch.float64)
+    weights = weights / weights.sum((-2, -1), keepdim=True)
+    grad = torch.randn(batch, queries, heads * channels, generator=generator, dtype=torch.float64)
+    return Case(value, shapes, locations, weights, grad).to(dtype)
+
+
+def away_from_knots(case: Case, distance: float = 1e-3) -> Case:
+    """Moves the points so that no pixel coordinate is within `distance` of an integer, where slopes jump."""
+    sizes = torch.tensor([(w, h) for h, w in case.shapes], dtype=torch.float64)[:, None]
+    pixels = case.locations.double() * sizes - 0.5
+    base = pixels.floor()
+    pixels = base + (pixels - base).clamp(distance, 1 - distance)
+    return case.with_(locations=((pixels + 0.5) / sizes).to(case.locations.dtype))
+
+
+@contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Skips the test where this machine or build lacks the backend."""
+    if backend == "reference":
+        yield
+        return
+    if "cpu" not in compiled_backends():
+        pytest.skip("the CPU kernels are not built: ECO_M2F_BUILD=cpu pip install --no-build-isolation --no-deps -e .")
+    with cpu_sampler(backend) as used:
+        if used != backend:
+            pytest.skip(f"this processor has no {backend}")
+        yield
+
+
+def run(backend: str, case: Case) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """-> output, gradients of value, locations and weights."""
+    arguments = (case.value, case.flat_shapes, case.locations, case.weights)
+    with use(backend):
+        if backend == "reference":
+            return reference_ms_deform_attn(*arguments), reference_ms_deform_attn_backward(case.grad, *arguments)
+        leaves = [t.detach().clone().requires_grad_() for t in case.leaves]
+        out = ms_deform_attn(leaves[0], case.shapes, *leaves[1:])
+        return out.detach(), torch.autograd.grad(out, leaves, case.grad)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Relative L2 distance."""
+    expected = expected.double()
+    return ((actual.double() - expected).norm() / expected.norm()).item()
