@@ -168,7 +168,7 @@ class PanopticTestMapper:
 def read_image(record: dict, image_format: str) -> np.ndarray:
     """Reads record["file_name"] as uint8 [H, W, C] and fills in height and width (and image_id) where absent.
 
-    Raises DataError if the file is missing, unreadable, of another size than the record says, or one pixel wide.
+    Raises DataError if the file is missing, unreadable, or of another size than the record says.
     """
     name = record["file_name"]
     try:
@@ -180,11 +180,6 @@ def read_image(record: dict, image_format: str) -> np.ndarray:
         raise DataError(f"{name}: image not found; restore it or drop it from the annotations; {ADVICE}") from error
     except (OSError, SyntaxError) as error:
         raise DataError(f"{name}: image cannot be read ({error}); restore it or drop it; {ADVICE}") from error
-    if min(image.shape[:2]) < 2:
-        raise DataError(
-            f"{name}: the image is {image.shape[1]}x{image.shape[0]} pixels, too thin to train or test on; "
-            f"drop it from the annotations; {ADVICE}"
-        )
     record.setdefault("image_id", name)
     return image
 
