@@ -13,6 +13,7 @@ from torch import nn
 
 from eco_m2f import engine
 from eco_m2f.checkpoint import CheckpointError
+from eco_m2f.data.panoptic_map import DataError
 
 
 def load(*opts, config: str = ECO):
@@ -403,7 +404,7 @@ class Broken(torch.utils.data.Dataset):
         return 1
 
     def __getitem__(self, i):
-        raise ValueError("image 7 is broken: restore it")
+        raise DataError("image 7 is broken: restore it")
 
 
 def test_a_mistake_in_a_loaders_process_is_one_line_too(capsys):
