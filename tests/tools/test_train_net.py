@@ -1,0 +1,78 @@
+"""tools/train_net.py from the command line: the parent, resuming it, Step A on it, evaluation, several processes."""
+
+import re
+
+import pytest
+import torch
+from tiny import Tiny, tool
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Tiny:
+    return Tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def train_net(tiny: Tiny, output, *arguments, kind: str = "eco_maskformer2", **options):
+    """Runs the tool; it must end well. Returns what it printed."""
+    result = tool("train_net", "--config-file", tiny.config(kind), *arguments, "OUTPUT_DIR", output, **options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def parent(tiny):
+    """The output folder of a parent trained for 4 iterations, and what was printed."""
+    output = tiny.base / "parent"
+    return output, train_net(tiny, output, kind="maskformer2")
+
+
+def final(output) -> dict:
+    return torch.load(output / "model_final.pth", weights_only=False)
+
+
+def test_training_the_parent(parent):
+    output, printed = parent
+    assert final(output)["iteration"] == 3
+    assert {"config.yaml", "log.txt", "metrics.json", "last_checkpoint", "model_0000001.pth"} <= {
+        p.name for p in output.iterdir()
+    }
+    assert "Starting training from iteration 0" in printed and "Task: panoptic_seg" in printed
+
+
+def test_resuming_goes_on_to_a_later_end(tiny, parent):
+    output, _ = parent
+    printed = train_net(tiny, output, "--resume", "SOLVER.MAX_ITER", 6, kind="maskformer2")
+    assert "Starting training from iteration 4" in printed
+    assert final(output)["iteration"] == 5
+
+
+def test_step_a_from_the_parent_in_two_processes_then_evaluation(tiny, parent):
+    """Mixed precision, accumulation, and a data set from the command line, all at once."""
+    output, weights = tiny.base / "eco", parent[0] / "model_0000001.pth"
+    options = ["MODEL.WEIGHTS", weights, "SOLVER.MAX_ITER", 2, "MODEL.ECO.EXITS_PER_STEP", 1]
+    amp = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16", "SOLVER.ACCUMULATION_STEPS", 2]
+    printed = train_net(tiny, output, "--num-gpus", 2, *options, *amp)
+    fitting = re.search(r"(\d+) of (\d+) backbone tensors and (\d+) of (\d+) others loaded", printed)
+    assert fitting[1] == fitting[2] and fitting[3] == fitting[4]
+    start = torch.load(weights, weights_only=False)["model"]
+    trained = final(output)["model"]
+    assert trained.keys() == start.keys() and any(not torch.equal(trained[k], start[k]) for k in start)
+
+    custom = tiny.spec("val").replace(f"{tiny.name}_val", "from_the_command_line")
+    data = ["DATASETS.CUSTOM", [custom], "DATASETS.TEST", "('from_the_command_line',)", "DATASETS.TRAIN", "()"]
+    test = ["--eval-only", "MODEL.WEIGHTS", output / "model_final.pth", "MODEL.ECO.EXIT", 3, *data]
+    printed = train_net(tiny, tiny.base / "evaluated", *test)
+    assert "results on from_the_command_line" in printed
+    written = {p.name for p in (tiny.base / "evaluated" / "inference" / "from_the_command_line").iterdir()}
+    assert "panoptic.json" in written
+    assert re.search(r"mean_exit.*\n.*copypaste: 3\.0000", printed)
+
+
+def test_a_mistake_in_two_processes_is_one_line(tiny):
+    result = tool("train_net", "--config-file", tiny.config(), "--num-gpus", 2, "MODEL.ECO.EXIT", 9)
+    assert result.returncode == 1
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "MODEL.ECO.EXIT is 9" in lines[0]
+    assert "Traceback" not in result.stderr + result.stdout
