@@ -8,10 +8,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader, build_detection_train_loader
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, SimpleTrainer, default_setup, hooks
 from detectron2.engine import launch as detectron2_launch
 from detectron2.evaluation import inference_on_dataset, print_csv_format
@@ -25,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import Checkpointer, CheckpointError
 from .config import add_eco_config
-from .data import PanopticTestMapper, build_train_mapper, check_class_count, register_from_config
+from .data import PanopticTestMapper, build_train_loader, check_class_count, register_from_config
 from .evaluation import evaluators_for
 from .modeling import EcoMaskFormer
 from .modeling.exit_policy import OracleExit
@@ -164,9 +165,15 @@ def autocast(cfg: CfgNode, device_type: str, enabled: bool) -> torch.autocast:
 
 
 class Step(SimpleTrainer):
-    """One optimizer step: mixed precision on any device, gradient accumulation, and losses that must be finite."""
+    """One optimizer step: mixed precision on any device, gradient accumulation, and losses that must be finite.
 
-    def __init__(self, model, data_loader, optimizer, *, precision: torch.autocast, accumulation_steps: int = 1):
+    Random numbers (points, dropout) depend on the seed, the iteration and the process alone, so that a resumed run
+    draws what an uninterrupted one would have.
+    """
+
+    def __init__(
+        self, model, data_loader, optimizer, *, precision: torch.autocast, accumulation_steps: int = 1, seed: int = 0
+    ):
         """
         Args:
             precision: the context of the forward pass.
@@ -178,6 +185,7 @@ class Step(SimpleTrainer):
             raise ValueError(f"SOLVER.ACCUMULATION_STEPS must be at least 1, got {accumulation_steps}")
         self.accumulation_steps = accumulation_steps
         self.precision = precision
+        self.seed = seed
         # bfloat16 has the range of float32, so only float16 gradients need scaling.
         scales = precision._enabled and precision.fast_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(precision.device, enabled=scales)
@@ -189,6 +197,8 @@ class Step(SimpleTrainer):
             start = time.perf_counter()
             batch = next(self._data_loader_iter)
             data_time += time.perf_counter() - start
+            key = np.random.SeedSequence([self.seed, comm.get_rank(), self.iter, i])
+            torch.manual_seed(int(key.generate_state(1)[0]))
             last = i + 1 == self.accumulation_steps
             waits = isinstance(self.model, DistributedDataParallel) and not last
             with self.model.no_sync() if waits else contextlib.nullcontext():
@@ -208,11 +218,12 @@ class Step(SimpleTrainer):
         return {name: value.detach() for name, value in losses.items()}
 
     def state_dict(self) -> dict:
-        return {**super().state_dict(), "grad_scaler": self.scaler.state_dict()}
+        return {**super().state_dict(), "grad_scaler": self.scaler.state_dict(), "seed": self.seed}
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
         self.scaler.load_state_dict(state.get("grad_scaler", {}))
+        self.seed = state.get("seed", self.seed)
 
 
 def check_finite(losses: dict[str, Tensor], iteration: int, batch: list[dict]) -> None:
@@ -238,13 +249,14 @@ class Trainer(DefaultTrainer):
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        loader = self.build_train_loader(cfg)
+        seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self._trainer = Step(
             distributed(model, unused=trains_some_exits(model)),
-            loader,
+            self.build_train_loader(cfg, seed),
             optimizer,
             precision=autocast(cfg, model.device.type, cfg.SOLVER.AMP.ENABLED),
             accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
+            seed=seed,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=self, save_to_disk=comm.is_main_process())
@@ -258,6 +270,9 @@ class Trainer(DefaultTrainer):
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if resume and self.checkpointer.has_checkpoint():
             self.start_iter = self.iter + 1
+        batches = self._trainer.data_loader.batch_sampler
+        batches.seed = self._trainer.seed
+        batches.start = self.start_iter * self._trainer.accumulation_steps
 
     def build_hooks(self) -> list:
         return [h for h in super().build_hooks() if not isinstance(h, hooks.PreciseBN)]
@@ -277,8 +292,8 @@ class Trainer(DefaultTrainer):
         return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode):
-        return build_detection_train_loader(cfg, mapper=build_train_mapper(cfg))
+    def build_train_loader(cls, cfg: CfgNode, seed: int = 0):
+        return build_train_loader(cfg, seed)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):

@@ -5,6 +5,7 @@ import logging
 import math
 import traceback
 
+import numpy as np
 import pytest
 import torch
 from minis import CONFIGS, ECO, MINI, build, fill, make_batch
@@ -301,6 +302,61 @@ def test_a_training_writes_checkpoints_metrics_and_tensorboard_events(tiny):
     assert list((tiny.base / "run").glob("events.out.tfevents.*"))[0].stat().st_size > 100
     metrics = [json.loads(line) for line in (tiny.base / "run" / "metrics.json").read_text().splitlines()]
     assert math.isfinite(metrics[0]["total_loss"]) and any("panoptic_seg/PQ" in m for m in metrics)
+
+
+class PowerCut(Exception):
+    """Not a mistake of input."""
+
+
+class FailsAt(engine.Trainer):
+    """A trainer whose run ends in iteration 3."""
+
+    def before_step(self):
+        if self.iter == 3:
+            raise PowerCut
+        super().before_step()
+
+
+def stop_workers(trainer: engine.Trainer) -> None:
+    """Now, rather than when the garbage is collected: a worker forked meanwhile would hold their pipes open."""
+    trainer._trainer._data_loader_iter_obj = None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed, workers", [(5, 2), (-1, 0)])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny, tmp_path, workers, seed):
+    """With all that draws random numbers: order of images, augmentation, points, dropout, exits; and accumulation."""
+
+    def trainer(kind, folder, *more):
+        options = ["SEED", seed, "SOLVER.MAX_ITER", 5, "SOLVER.CHECKPOINT_PERIOD", 2, "DATALOADER.NUM_WORKERS", workers]
+        random = ["MODEL.ECO.EXITS_PER_STEP", 2, "MODEL.MASK_FORMER.DROPOUT", 0.1, "SOLVER.ACCUMULATION_STEPS", 2]
+        data = ["INPUT.MIN_SIZE_TRAIN", (32, 48, 64), "DATASETS.TEST", (), "OUTPUT_DIR", str(tmp_path / folder)]
+        cfg = engine.load_cfg(tiny.config(), [*options, *random, *data, *more])
+        (tmp_path / folder).mkdir(exist_ok=True)
+        torch.manual_seed(0)  # the initial weights
+        np.random.seed(len(list((tmp_path / folder).iterdir())))  # for SEED -1: a resumed run would draw another seed
+        return kind(cfg)
+
+    whole = trainer(engine.Trainer, "whole")
+    whole.resume_or_load(resume=False)
+    whole.train()
+    stop_workers(whole)
+    cut = trainer(FailsAt, "parts")
+    cut.resume_or_load(resume=False)
+    with pytest.raises(PowerCut):
+        cut.train()
+    stop_workers(cut)
+    resumed = trainer(engine.Trainer, "parts")
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 2
+    resumed.train()
+    stop_workers(resumed)
+    a, b = (torch.load(tmp_path / f / "model_final.pth", weights_only=False) for f in ("whole", "parts"))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    moments = [part["trainer"]["_trainer"]["optimizer"]["state"] for part in (a, b)]
+    assert all(torch.equal(moments[0][i]["exp_avg_sq"], moments[1][i]["exp_avg_sq"]) for i in moments[0])
+    start = trainer(engine.Trainer, "start").model.state_dict()
+    assert any(not torch.equal(a["model"][k], start[k]) for k in start)
 
 
 def test_nan_losses_stop_the_training_naming_iteration_and_images():

@@ -3,11 +3,13 @@
 from . import datasets  # registers toy, nuclei and COCO-with-semantics
 from .check import check_class_count, check_dataset
 from .datasets import register_coco_panoptic_like, register_from_config
+from .loader import build_train_loader
 from .mappers import MAPPERS, PanopticTestMapper, build_train_mapper
 
 __all__ = [
     "MAPPERS",
     "PanopticTestMapper",
+    "build_train_loader",
     "build_train_mapper",
     "check_class_count",
     "check_dataset",

@@ -1,0 +1,91 @@
+"""Training batches that depend on the seed and on how many went before alone: a resumed run sees what it would have.
+
+detectron2's own loader starts from the beginning after a resume, and its augmentations depend on the worker process.
+"""
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, get_detection_dataset_dicts
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .mappers import build_train_mapper
+
+
+def build_train_loader(cfg: CfgNode, seed: int) -> DataLoader:
+    """Endless batches of mapped images of DATASETS.TRAIN, IMS_PER_BATCH in all processes together.
+
+    Its `batch_sampler` is a `TrainBatches`, to be told where to start. Raises ValueError for another SAMPLER_TRAIN.
+    """
+    loader = cfg.DATALOADER
+    if loader.SAMPLER_TRAIN != "TrainingSampler":
+        raise ValueError(f"DATALOADER.SAMPLER_TRAIN must be TrainingSampler, not {loader.SAMPLER_TRAIN!r}")
+    records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=loader.FILTER_EMPTY_ANNOTATIONS)
+    groups = [loader.ASPECT_RATIO_GROUPING and r["width"] > r["height"] for r in records]
+    batches = TrainBatches(
+        groups, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), seed, comm.get_rank(), comm.get_world_size()
+    )
+    dataset = SeededDataset(DatasetFromList(records, copy=False), build_train_mapper(cfg))
+    return DataLoader(dataset, batch_sampler=batches, num_workers=loader.NUM_WORKERS, collate_fn=list)
+
+
+class TrainBatches(Sampler):
+    """Endless batches [(index, key of the image's random numbers), ...] of one process.
+
+    The data set is shuffled again and again, and dealt to the processes in turn. A batch holds images of one group, so
+    that wide images are not padded to the height of high ones.
+    """
+
+    def __init__(self, groups: Sequence[bool], batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+        """groups: of each image, whether it is wide. `start` and `seed` may be set until the iteration begins."""
+        self.groups = np.asarray(groups, dtype=np.int8)
+        self.batch_size = batch_size
+        self.rank, self.world_size = rank, world_size
+        self.seed = seed
+        self.start = 0  # batches that an earlier part of the run has had
+
+    def __iter__(self) -> Iterator[list[tuple[int, tuple[int, ...]]]]:
+        return itertools.islice(self._batches(), self.start, None)
+
+    def _batches(self) -> Iterator[list]:
+        waiting = ([], [])
+        mine = itertools.islice(enumerate(self._indices()), self.rank, None, self.world_size)
+        for position, index in mine:
+            batch = waiting[self.groups[index]]
+            batch.append((index, (self.seed, position)))
+            if len(batch) == self.batch_size:
+                yield batch.copy()
+                batch.clear()
+
+    def _indices(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed)
+        while True:
+            yield from torch.randperm(len(self.groups), generator=generator).tolist()
+
+
+class SeededDataset(Dataset):
+    """Maps (index, key) to the mapped record, the augmentations drawing from random numbers of that key."""
+
+    def __init__(self, records: Sequence[dict], mapper: Callable[[dict], dict]):
+        self.records = records
+        self.mapper = mapper
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, item: tuple[int, tuple[int, ...]]) -> dict:
+        index, key = item
+        before = random.getstate(), np.random.get_state()
+        words = np.random.SeedSequence(key).generate_state(4)
+        np.random.seed(words)
+        random.seed(int(words[0]))
+        try:
+            return self.mapper(self.records[index])
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
