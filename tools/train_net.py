@@ -4,6 +4,7 @@
 Train:     tools/train_net.py --config-file configs/toy/maskformer2_toy.yaml
 Resume:    the same with --resume
 Evaluate:  tools/train_net.py --config-file C --eval-only MODEL.WEIGHTS model.pth
+Processes: --num-gpus 8, or torchrun --nproc-per-node 8 tools/train_net.py ...; without a GPU they run on the CPU
 With gate: ... --eval-only MODEL.WEIGHTS model.pth MODEL.ECO.POLICY LinearGate MODEL.ECO.GATE gate.pth
 """
 
