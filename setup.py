@@ -9,6 +9,8 @@ TORCH_CUDA_ARCH_LIST overrides the GPU architectures (default: 8.0 8.6 9.0+PTX).
 
 import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -16,31 +18,47 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 SOURCES = Path("eco_m2f/ops/csrc")  # relative: setuptools refuses absolute paths
 CUDA_ARCHITECTURES = "8.0 8.6 9.0+PTX"
+NVCC = "nvcc.exe" if os.name == "nt" else "nvcc"
 
 
 def version() -> str:
     return re.search(r'__version__ = "(.+?)"', (ROOT / "eco_m2f/__init__.py").read_text()).group(1)
 
 
-def wants_cuda(mode: str) -> bool:
-    """Whether to compile for CUDA; raises where that was asked for and cannot be done."""
+def set_cuda_home() -> None:
+    """Sets CUDA_HOME, unless it is set, to the toolkit of the nvcc on PATH; to ask it finds that also behind a wrapper."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None or "CUDA_HOME" in os.environ or "CUDA_PATH" in os.environ:
+        return
+    plan = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
+    if top and (Path(top.group(1)) / "include" / "cuda_runtime.h").exists():
+        os.environ["CUDA_HOME"] = str(Path(top.group(1)).resolve())
+
+
+def missing_for_cuda() -> str:
+    """What stands in the way of compiling for CUDA, in words; empty where nothing does."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
-    possible = torch.version.cuda is not None and CUDA_HOME is not None and any(SOURCES.glob("cuda/*.cu"))
-    if mode == "cuda" and not possible:
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} has no CUDA"
+    for part in (f"bin/{NVCC}", "include/cuda_runtime.h"):
+        if CUDA_HOME is None or not (Path(CUDA_HOME) / part).exists():
+            return f"no {part} of a CUDA toolkit (CUDA_HOME is {CUDA_HOME})"
+    return ""
+
+
+def wants_cuda(mode: str) -> bool:
+    """Whether to compile for CUDA, and says so; raises where that was asked for and cannot be done."""
+    missing = missing_for_cuda() if mode in ("auto", "cuda") else f"ECO_M2F_BUILD={mode}"
+    if missing and mode == "cuda":
         raise SystemExit(
-            f"ECO_M2F_BUILD=cuda needs a PyTorch with CUDA (found {torch.__version__}) and nvcc (CUDA_HOME is "
-            f"{CUDA_HOME}). Install both, or build with ECO_M2F_BUILD=cpu."
+            f"ECO_M2F_BUILD=cuda cannot be done: {missing}. Install a PyTorch with CUDA and a CUDA toolkit of its major version, "
+            "or build with ECO_M2F_BUILD=cpu."
         )
-    return possible and mode in ("auto", "cuda")
-
-
-def bundled_cuda_includes() -> list[str]:
-    """The CUDA headers that PyTorch's wheels bring along, for a toolkit that lacks some (cuSPARSE, cuBLAS, ...)."""
-    import torch
-
-    return [str(path) for path in Path(torch.__file__).parents[1].glob("nvidia/cu*/include")]
+    print(f"eco_m2f: building the CPU kernels {'alone: ' + missing if missing else 'and the CUDA kernels'}", flush=True)
+    return not missing
 
 
 def extensions() -> list:
@@ -49,6 +67,7 @@ def extensions() -> list:
         raise SystemExit(f"ECO_M2F_BUILD is {mode!r}, expected auto, cpu, cuda or none")
     if mode == "none":
         return []
+    set_cuda_home()  # before PyTorch guesses it
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     # No contraction into fused multiply-adds: all backends must compute the same pixel coordinate.
@@ -57,10 +76,9 @@ def extensions() -> list:
     if not wants_cuda(mode):
         return [CppExtension("eco_m2f.ops._C", sources, extra_compile_args=flags)]
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
-    flags["nvcc"] = ["-O3", "-std=c++17", "--threads=2"]
-    sources += sorted(str(path) for path in SOURCES.glob("cuda/*.cu"))
-    includes = bundled_cuda_includes()
-    return [CUDAExtension("eco_m2f.ops._C", sources, include_dirs=includes, extra_compile_args=flags)]
+    flags["nvcc"] = ["-O3", "-std=c++17", f"--threads={min(4, int(os.environ.get('MAX_JOBS', 4)))}"]
+    sources += sorted(str(path) for pattern in ("cuda/*.cpp", "cuda/*.cu") for path in SOURCES.glob(pattern))
+    return [CUDAExtension("eco_m2f.ops._C", sources, extra_compile_args=flags)]
 
 
 def build_commands() -> dict:

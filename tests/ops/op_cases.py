@@ -1,9 +1,13 @@
-"""Inputs of the deformable attention, and one way to call each of its backends on the CPU."""
+"""Inputs of the deformable attention, and one way to call each of its backends on the CPU.
+
+"cuda on host" is the CUDA kernels' source, compiled for the processor.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import cuda_on_host
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +17,7 @@ from eco_m2f.ops.extension import cpu_sampler
 from eco_m2f.ops.reference import reference_ms_deform_attn_backward
 
 COMPILED = ("avx512", "avx2", "baseline", "portable")
-BACKENDS = ("reference", *COMPILED)
+BACKENDS = ("reference", *COMPILED, "cuda on host")
 PYRAMID = [(3, 4), (6, 8), (12, 16)]
 
 
@@ -72,7 +76,7 @@ def away_from_knots(case: Case, distance: float = 1e-3) -> Case:
 @contextmanager
 def use(backend: str) -> Iterator[None]:
     """Skips the test where this machine or build lacks the backend."""
-    if backend == "reference":
+    if backend in ("reference", "cuda on host"):
         yield
         return
     if "cpu" not in compiled_backends():
@@ -89,6 +93,8 @@ def run(backend: str, case: Case) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]
     with use(backend):
         if backend == "reference":
             return reference_ms_deform_attn(*arguments), reference_ms_deform_attn_backward(case.grad, *arguments)
+        if backend == "cuda on host":
+            return cuda_on_host.run(*arguments, case.grad)
         leaves = [t.detach().clone().requires_grad_() for t in case.leaves]
         out = ms_deform_attn(leaves[0], case.shapes, *leaves[1:])
         return out.detach(), torch.autograd.grad(out, leaves, case.grad)

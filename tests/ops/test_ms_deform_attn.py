@@ -125,9 +125,11 @@ def test_memory_layout_does_not_matter(backend, dtype, layout):
     with use(backend):
         expected, expected_grads = run(backend, case)
         out, grads = run(backend, other)
-    assert torch.equal(out, expected)
-    for actual, wanted in zip(grads, expected_grads):
-        assert torch.equal(actual, wanted)
+    for actual, wanted in zip((out, *grads), (expected, *expected_grads)):
+        if backend == "cuda on host" and layout == "misaligned":  # other kernels, which sum in another order
+            torch.testing.assert_close(actual, wanted)
+        else:
+            assert torch.equal(actual, wanted)
 
 
 @backends

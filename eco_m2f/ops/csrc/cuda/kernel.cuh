@@ -1,0 +1,375 @@
+// The CUDA kernels. Their source also compiles for the host, where tests run it thread by thread: what CUDA provides
+// (threadIdx, __shared__, __syncthreads, __shfl_xor_sync, ...) must then be defined before this file is included.
+//
+// Forward, per block: (1) each point is located by one thread, which leaves the weights of its four corners, attention
+// included, and their tokens in shared memory; (2) the lanes of each unit read 16 bytes of every corner and sum.
+// Backward: (1) as above; (2) the lanes read the corners, add to the gradient of value, and leave the four dot products
+// <value at the corner, gradient> of each point in shared memory; (3) one thread per point turns them into its
+// gradients. Sums are in float, in double for double. The rules for borders and what is not finite: see reference.py.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include "call.h"
+
+namespace eco_m2f {
+
+template <typename S>
+struct Sum {
+  using Type = float;
+};
+template <>
+struct Sum<double> {
+  using Type = double;
+};
+
+// A kernel's variant. S: how value is stored; kVector: channels per read, 16 bytes of them or 1. kFixed: 8 heads of 32
+// channels, 3 levels and 4 points, known to the compiler.
+template <typename S_, int kVector_, bool kFixed_>
+struct Variant {
+  using S = S_;
+  using T = typename Sum<S>::Type;
+  static constexpr int kVector = kVector_;
+  static constexpr bool kFixed = kFixed_;
+};
+
+template <typename S, int kCount>
+struct alignas(sizeof(S) * kCount) Pack {
+  S item[kCount];
+};
+
+template <typename T>
+struct alignas(16) Weights {
+  T corner[4];  // (y0, x0), (y0, x1), (y1, x0), (y1, x1)
+};
+
+struct alignas(16) Tokens {
+  int32_t corner[4];  // within the image; the first is -1 where the point touches no cell
+};
+
+// The same pointer, computed here: the compiler would compute it anew at every use in a branch.
+template <typename P>
+__device__ inline P* settled(P* pointer) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+l"(pointer));
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return pointer;
+}
+
+// A thread's view of the call.
+template <typename V>
+struct Shape {
+  uint32_t lanes, samples, points, tile, channels, heads;
+
+  __device__ explicit Shape(const Call& call)
+      : lanes(V::kFixed ? 32 / V::kVector : call.lanes),
+        samples(V::kFixed ? 12 : call.samples),
+        points(V::kFixed ? 4 : call.points),
+        tile(V::kFixed ? 12 : call.tile),
+        channels(V::kFixed ? 32 : call.channels),
+        heads(V::kFixed ? 8 : call.heads) {}
+
+  __device__ uint32_t block_units() const { return kThreads / lanes; }
+};
+
+__device__ inline float pixel(float x, int32_t size) { return __fadd_rn(__fmul_rn(x, float(size)), -0.5f); }
+__device__ inline double pixel(double x, int32_t size) { return __dadd_rn(__dmul_rn(x, double(size)), -0.5); }
+
+// Where a point lies: outside where it touches no cell, as where a coordinate is not finite.
+template <typename T>
+struct Place {
+  T fx, fy, poison;  // poison: 0, or NaN where a coordinate is not finite
+  int32_t x0, y0;
+  bool inside;
+
+  __device__ Place(Pack<T, 2> location, int32_t width, int32_t height) {
+    const T x = pixel(location.item[0], width), y = pixel(location.item[1], height);
+    inside = x >= T(-1) && x < T(width) && y >= T(-1) && y < T(height);
+    const T left = floor(inside ? x : T(0)), above = floor(inside ? y : T(0));
+    x0 = int32_t(left), y0 = int32_t(above);
+    fx = x - left, fy = y - above;
+    poison = x * T(0) + y * T(0);
+  }
+};
+
+// Step 1 for one point. Tokens of corners outside the map are those of the nearest cell, which the point touches too.
+template <typename T>
+__device__ void stage_point(const Call& call, uint32_t level, Pack<T, 2> location, T attention, Weights<T>& weights,
+                            Tokens& tokens) {
+  const int32_t width = call.width[level], height = call.height[level];
+  const Place<T> at(location, width, height);
+  const bool left = at.inside && at.x0 >= 0, right = at.inside && at.x0 + 1 < width;
+  const bool above = at.inside && at.y0 >= 0, below = at.inside && at.y0 + 1 < height;
+  const T scale = attention + at.poison;
+  const T wx0 = left ? 1 - at.fx : T(0), wx1 = right ? at.fx : T(0);
+  const T wy0 = scale * (above ? 1 - at.fy : T(0)), wy1 = scale * (below ? at.fy : T(0));
+  weights = {{wy0 * wx0, wy0 * wx1, wy1 * wx0, wy1 * wx1}};
+  const int32_t upper = call.start[level] + (above ? at.y0 : 0) * width;
+  const int32_t lower = upper + (above && below ? width : 0);
+  const int32_t x0 = left ? at.x0 : 0, x1 = right ? at.x0 + 1 : x0;
+  tokens = {{at.inside ? upper + x0 : -1, upper + x1, lower + x0, lower + x1}};
+}
+
+// Index of the first point of the block's first unit.
+template <typename V>
+__device__ int64_t first_point(const Call& call, const Shape<V>& shape) {
+  return (int64_t(blockIdx.y) * call.units + blockIdx.x * shape.block_units()) * shape.samples;
+}
+
+// Of the block's i-th point, i = threadIdx.x plus a multiple of kThreads, in a tile of samples [begin, begin + count)
+// per unit: `offset` behind the first point of the block's first unit, and `level`. The last block's missing units get
+// the last unit's points; their lanes drop what comes of it.
+template <typename V>
+struct Point {
+  uint32_t offset, level;
+
+  __device__ Point(const Call& call, const Shape<V>& shape, uint32_t i, uint32_t begin, uint32_t count) {
+    const uint32_t units = min(call.units - blockIdx.x * shape.block_units(), shape.block_units());
+    if (V::kFixed) {  // the level does not depend on the round, and the compiler sees it
+      static_assert(kThreads % 12 == 0, "a thread must meet the same sample in each round");
+      offset = min(i, units * 12 - 1), level = threadIdx.x % 12 / 4;
+    } else {
+      const uint32_t sample = begin + i % count;
+      offset = min(i / count, units - 1) * shape.samples + sample, level = sample / shape.points;
+    }
+  }
+};
+
+// Step 1: samples [begin, begin + count) of each of the block's units, in the order [unit, sample]. `locations` and
+// `attention` are those of the block's first unit.
+template <typename V>
+__device__ void stage(const Call& call, const Shape<V>& shape, uint32_t begin, uint32_t count,
+                      const Pack<typename V::T, 2>* locations, const typename V::S* attention,
+                      Weights<typename V::T>* staged_weights, Tokens* staged_tokens) {
+  using T = typename V::T;
+  const uint32_t total = shape.block_units() * count;
+#pragma unroll
+  for (uint32_t round = 0; round < (total + kThreads - 1) / kThreads; ++round) {  // a constant number where kFixed
+    const uint32_t i = round * kThreads + threadIdx.x;
+    if (i >= total) break;
+    const Point<V> at(call, shape, i, begin, count);
+    const T weight = attention[at.offset];
+    stage_point<T>(call, at.level, locations[at.offset], weight, staged_weights[i], staged_tokens[i]);
+  }
+}
+
+// kCount channels: zero until they are read, `bytes` behind an address; at(i) is one of them.
+template <typename S, int kCount>
+struct Channels {
+  Pack<S, kCount> pack = {};
+  __device__ void read(const S* base, uint64_t bytes) {
+    pack = *reinterpret_cast<const Pack<S, kCount>*>(reinterpret_cast<const char*>(base) + bytes);
+  }
+  __device__ typename Sum<S>::Type at(int i) const { return pack.item[i]; }
+};
+
+// Half precision in words, for else the compiler takes the zeros apart into halves and puts them together again.
+template <typename S>
+struct Channels<S, 8> {
+  static_assert(sizeof(S) == 2, "eight channels in 16 bytes");
+  Pack<uint32_t, 4> pack = {};
+  __device__ void read(const S* base, uint64_t bytes) {
+    pack = *reinterpret_cast<const Pack<uint32_t, 4>*>(reinterpret_cast<const char*>(base) + bytes);
+  }
+  __device__ float at(int i) const {
+    const uint32_t word = pack.item[i / 2];
+    return S(uint16_t(i % 2 ? word >> 16 : word & 0xffff), S::from_bits());
+  }
+};
+
+template <typename V>
+__global__ void __launch_bounds__(kThreads)
+    forward_kernel(const Call call, const typename V::S* __restrict__ value,
+                   const typename V::T* __restrict__ locations, const typename V::S* __restrict__ attention,
+                   typename V::S* __restrict__ output) {
+  using S = typename V::S;
+  using T = typename V::T;
+  __shared__ Weights<T> staged_weights[kStagedPoints];
+  __shared__ Tokens staged_tokens[kStagedPoints];
+  const Shape<V> shape(call);
+  const uint32_t local = threadIdx.x / shape.lanes, lane = threadIdx.x % shape.lanes;
+  const uint32_t unit = blockIdx.x * shape.block_units() + local, head = unit % shape.heads;
+  const int64_t image = blockIdx.y, block_point = first_point<V>(call, shape);
+  const auto* block_locations = settled(reinterpret_cast<const Pack<T, 2>*>(locations) + block_point);
+  const S* block_attention = settled(attention + block_point);
+  const uint32_t step = shape.lanes * V::kVector;
+  for (uint32_t first = 0; first < shape.channels; first += step) {
+    const uint32_t channel = first + lane * V::kVector;
+    const bool busy = unit < call.units && channel < shape.channels;
+    const S* rows = settled(value + image * call.tokens * call.row + head * shape.channels + channel);
+    T sum[V::kVector] = {};
+    for (uint32_t begin = 0; begin < shape.samples; begin += shape.tile) {
+      const uint32_t count = V::kFixed ? 12 : min(shape.tile, shape.samples - begin);
+      if (!V::kFixed) __syncthreads();  // the previous tile has been read
+      stage<V>(call, shape, begin, count, block_locations, block_attention, staged_weights, staged_tokens);
+      __syncthreads();
+#pragma unroll
+      for (uint32_t i = 0; i < count; ++i) {
+        const Tokens tokens = staged_tokens[local * count + i];
+        const Weights<T> weights = staged_weights[local * count + i];
+        const bool touches = busy && tokens.corner[0] >= 0;
+        Channels<S, V::kVector> cell[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          if (touches) cell[k].read(rows, uint64_t(uint32_t(tokens.corner[k])) * call.row_bytes);
+        }
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+#pragma unroll
+          for (int j = 0; j < V::kVector; ++j) sum[j] += weights.corner[k] * cell[k].at(j);
+        }
+      }
+    }
+    if (busy) {
+      Pack<S, V::kVector> pack;
+#pragma unroll
+      for (int j = 0; j < V::kVector; ++j) pack.item[j] = S(sum[j]);
+      S* to = output + (image * call.units + unit) * shape.channels + channel;
+      *reinterpret_cast<Pack<S, V::kVector>*>(to) = pack;
+    }
+  }
+}
+
+// Atomic additions whose old values nobody wants. On sm_90 four floats in one instruction.
+__device__ inline void add(double* to, double x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("red.global.add.f64 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "d"(x) : "memory");
+#else
+  *to += x;
+#endif
+}
+
+__device__ inline void add(float* to, float x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "f"(x) : "memory");
+#else
+  *to += x;
+#endif
+}
+
+template <typename T, int kCount>
+__device__ inline void add_all(T* to, const T (&x)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) add(to + i, x[i]);
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+__device__ inline void add_four(float* to, float a, float b, float c, float d) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "f"(a), "f"(b),
+               "f"(c), "f"(d)
+               : "memory");
+}
+__device__ inline void add_all(float* to, const float (&x)[4]) { add_four(to, x[0], x[1], x[2], x[3]); }
+__device__ inline void add_all(float* to, const float (&x)[8]) {
+  add_four(to, x[0], x[1], x[2], x[3]);
+  add_four(to + 4, x[4], x[5], x[6], x[7]);
+}
+#endif
+
+// Sums each of the four over the lanes of a unit; the totals go to `to`. Half of the values move in each step, so that
+// the four sums cost little more than one.
+template <typename T>
+__device__ void sum_over_lanes(const T (&x)[4], uint32_t lanes, uint32_t lane, T* to) {
+  constexpr uint32_t kAll = 0xffffffffu;
+  if (lanes < 4) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const T total = lanes == 1 ? x[k] : x[k] + __shfl_xor_sync(kAll, x[k], 1);
+      if (lane == 0) to[k] = total;
+    }
+    return;
+  }
+  const bool odd = lane & 1, second = lane & 2;
+  const T a = (odd ? x[2] : x[0]) + __shfl_xor_sync(kAll, odd ? x[0] : x[2], 1);
+  const T b = (odd ? x[3] : x[1]) + __shfl_xor_sync(kAll, odd ? x[1] : x[3], 1);
+  T total = (second ? b : a) + __shfl_xor_sync(kAll, second ? a : b, 2);
+#pragma unroll
+  for (uint32_t distance = 4; distance < lanes; distance *= 2) total += __shfl_xor_sync(kAll, total, distance);
+  if (lane < 4) to[2 * odd + second] = total;
+}
+
+// Step 3 for one point: gradients from dots[corner] = <value at the corner, gradient of the output>.
+template <typename T>
+__device__ void finish_point(const Call& call, uint32_t level, Pack<T, 2> location, T attention, Weights<T> dots,
+                             Pack<T, 2>& grad_location, T& grad_attention) {
+  const int32_t width = call.width[level], height = call.height[level];
+  const Place<T> at(location, width, height);
+  const bool left = at.x0 >= 0, right = at.x0 + 1 < width, above = at.y0 >= 0, below = at.y0 + 1 < height;
+  const bool valid[4] = {above && left, above && right, below && left, below && right};
+  T d[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) d[k] = at.inside && valid[k] ? dots.corner[k] : dots.corner[k] - dots.corner[k];
+  const T fx = at.inside ? at.fx : at.poison, fy = at.inside ? at.fy : at.poison;
+  const T upper = d[0] + fx * (d[1] - d[0]), lower = d[2] + fx * (d[3] - d[2]);
+  const T dx = (d[1] - d[0]) + fy * ((d[3] - d[2]) - (d[1] - d[0]));
+  const T dy = lower - upper;
+  grad_attention = upper + fy * dy;
+  grad_location = {{dx * attention * T(width), dy * attention * T(height)}};
+}
+
+template <typename V>
+__global__ void __launch_bounds__(kThreads)
+    backward_kernel(const Call call, const typename V::S* __restrict__ grad_output,
+                    const typename V::S* __restrict__ value, const typename V::T* __restrict__ locations,
+                    const typename V::S* __restrict__ attention, typename V::T* __restrict__ grad_value,
+                    typename V::T* __restrict__ grad_locations, typename V::S* __restrict__ grad_attention) {
+  using S = typename V::S;
+  using T = typename V::T;
+  __shared__ Weights<T> staged_weights[kStagedPoints];
+  __shared__ Tokens staged_tokens[kStagedPoints];
+  __shared__ Weights<T> dots[kStagedPoints];
+  const Shape<V> shape(call);
+  const uint32_t local = threadIdx.x / shape.lanes, lane = threadIdx.x % shape.lanes;
+  const uint32_t unit = blockIdx.x * shape.block_units() + local, head = unit % shape.heads;
+  const int64_t image = blockIdx.y, block_point = first_point<V>(call, shape);
+  const auto* block_locations = reinterpret_cast<const Pack<T, 2>*>(locations) + block_point;
+  auto* block_grads = reinterpret_cast<Pack<T, 2>*>(grad_locations) + block_point;
+  const int64_t head_row = image * call.tokens * call.row + head * shape.channels;
+  const S* rows = settled(value + head_row);
+  T* grad_rows = settled(grad_value + head_row);
+  const S* grad_row = grad_output + (image * call.units + unit) * shape.channels;
+  for (uint32_t begin = 0; begin < shape.samples; begin += shape.tile) {
+    const uint32_t count = V::kFixed ? 12 : min(shape.tile, shape.samples - begin);
+    if (!V::kFixed) __syncthreads();  // the previous tile has been read
+    stage<V>(call, shape, begin, count, block_locations, attention + block_point, staged_weights, staged_tokens);
+    __syncthreads();
+#pragma unroll(V::kFixed ? 4 : 1)
+    for (uint32_t i = 0; i < count; ++i) {
+      const Tokens tokens = staged_tokens[local * count + i];
+      const Weights<T> weights = staged_weights[local * count + i];
+      T dot[4] = {};
+      for (uint32_t channel = lane * V::kVector; channel < shape.channels; channel += shape.lanes * V::kVector) {
+        Channels<S, V::kVector> grad;
+        if (unit < call.units) grad.read(grad_row + channel, 0);
+        const bool touches = unit < call.units && tokens.corner[0] >= 0;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const uint64_t token = uint32_t(tokens.corner[k]);
+          Channels<S, V::kVector> cell;
+          if (touches) cell.read(rows + channel, token * call.row_bytes);
+          T part[V::kVector];
+#pragma unroll
+          for (int j = 0; j < V::kVector; ++j) {
+            dot[k] += cell.at(j) * grad.at(j);
+            part[j] = weights.corner[k] * grad.at(j);
+          }
+          if (touches) add_all(grad_rows + token * call.row + channel, part);
+        }
+      }
+      sum_over_lanes(dot, shape.lanes, lane, dots[local * count + i].corner);
+    }
+    __syncthreads();
+    const uint32_t units = min(shape.block_units(), call.units - blockIdx.x * shape.block_units());
+    for (uint32_t i = threadIdx.x; i < units * count; i += kThreads) {
+      const Point<V> at(call, shape, i, begin, count);
+      const T weight = attention[block_point + at.offset];
+      T along;
+      finish_point<T>(call, at.level, block_locations[at.offset], weight, dots[i], block_grads[at.offset], along);
+      grad_attention[block_point + at.offset] = S(along);
+    }
+  }
+}
+
+}  // namespace eco_m2f

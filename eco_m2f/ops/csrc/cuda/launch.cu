@@ -1,0 +1,29 @@
+// Launches on a stream. No synchronisation and no allocation, so that calls can be captured in graphs.
+#include "launch.h"
+
+#include "variants.cuh"
+
+namespace eco_m2f {
+namespace {
+
+struct StreamStart {
+  static constexpr int64_t kMaxImages = 65535;  // of grid.y
+  cudaStream_t stream;
+
+  template <typename Kernel, typename... Arguments>
+  void operator()(Kernel kernel, int64_t blocks, int64_t images, Arguments... arguments) const {
+    kernel<<<dim3(unsigned(blocks), unsigned(images)), kThreads, 0, stream>>>(arguments...);
+  }
+};
+
+}  // namespace
+
+const char* launch_forward(const Problem& p, Storage storage, ForwardPointers pointers, cudaStream_t stream) {
+  return start_forward(p, storage, pointers, StreamStart{stream});
+}
+
+const char* launch_backward(const Problem& p, Storage storage, BackwardPointers pointers, cudaStream_t stream) {
+  return start_backward(p, storage, pointers, StreamStart{stream});
+}
+
+}  // namespace eco_m2f

@@ -1,0 +1,87 @@
+// The op on CUDA devices: checks the tensors, lays them out and hands them to the kernels on the current stream.
+#include <ATen/Context.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "../check.h"
+#include "launch.h"
+
+namespace eco_m2f {
+namespace {
+
+Storage storage_of(const at::Tensor& value) {
+  switch (value.scalar_type()) {
+    case at::kDouble:
+      return Storage::kDouble;
+    case at::kFloat:
+      return Storage::kFloat;
+    case at::kHalf:
+      return Storage::kHalf;
+    case at::kBFloat16:
+      return Storage::kBFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, "value must be float64, float32, float16 or bfloat16, got ", value.scalar_type());
+  }
+}
+
+void check_launch(const char* too_large, const Problem& p) {
+  TORCH_CHECK_VALUE(!too_large, "the CUDA kernels cannot take ", too_large, ": batch ", p.batch, ", tokens ", p.tokens,
+                    ", queries ", p.queries, ", heads ", p.heads, ", channels ", p.channels, "; split the call");
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+at::Tensor forward(const at::Tensor& value, at::IntArrayRef shapes, const at::Tensor& locations,
+                   const at::Tensor& weights) {
+  const Problem p = make_problem(value, shapes, locations, weights);
+  const Storage storage = storage_of(value);
+  const c10::cuda::CUDAGuard guard(value.device());
+  const at::Tensor v = value.contiguous(), l = locations.contiguous(), w = weights.contiguous();
+  const at::Tensor output = at::empty({p.batch, p.queries, p.heads * p.channels}, v.options());
+  if (output.numel() > 0) {
+    const ForwardPointers pointers{v.const_data_ptr(), l.const_data_ptr(), w.const_data_ptr(),
+                                   output.mutable_data_ptr()};
+    check_launch(launch_forward(p, storage, pointers, c10::cuda::getCurrentCUDAStream()), p);
+  }
+  return output;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_output, const at::Tensor& value,
+                                                        at::IntArrayRef shapes, const at::Tensor& locations,
+                                                        const at::Tensor& weights) {
+  const Problem p = make_problem(value, shapes, locations, weights);
+  const Storage storage = storage_of(value);
+  check_grad_output(p, grad_output, value);
+  at::globalContext().alertNotDeterministic("ms_deform_attn_backward on CUDA");
+  const c10::cuda::CUDAGuard guard(value.device());
+  const at::Tensor g = grad_output.contiguous(), v = value.contiguous();
+  const at::Tensor l = locations.contiguous(), w = weights.contiguous();
+  const at::Tensor grad_value = at::zeros(v.sizes(), l.options());  // hundreds of additions a row: never in half
+  const at::Tensor grad_locations = at::empty(l.sizes(), l.options()), grad_weights = at::empty(w.sizes(), w.options());
+  if (w.numel() > 0) {
+    const BackwardPointers pointers{g.const_data_ptr(),
+                                    v.const_data_ptr(),
+                                    l.const_data_ptr(),
+                                    w.const_data_ptr(),
+                                    grad_value.mutable_data_ptr(),
+                                    grad_locations.mutable_data_ptr(),
+                                    grad_weights.mutable_data_ptr()};
+    check_launch(launch_backward(p, storage, pointers, c10::cuda::getCurrentCUDAStream()), p);
+  }
+  return {grad_value.to(v.scalar_type()), grad_locations, grad_weights};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(eco_m2f, CUDA, m) {
+  m.impl("ms_deform_attn", forward);
+  m.impl("ms_deform_attn_backward", backward);
+}
+
+}  // namespace eco_m2f
