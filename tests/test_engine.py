@@ -469,6 +469,29 @@ def test_a_mistake_in_a_loaders_process_is_one_line_too(capsys):
     assert capsys.readouterr().err == "error: image 7 is broken: restore it\n"
 
 
+def test_a_mistake_in_one_of_several_processes_is_one_line(capsys):
+    try:
+        raise DataError("7.png is broken: restore it")
+    except DataError:
+        trace = traceback.format_exc()
+    message = f"\n\n-- Process 1 terminated with the following error:\n{trace}\n"
+    assert engine.run(fail_with, torch.multiprocessing.ProcessRaisedException(message, 1, 4711)) == 1
+    assert capsys.readouterr().err == "error: 7.png is broken: restore it\n"
+
+
+def test_a_fault_in_one_of_several_processes_shows_its_trace():
+    error = torch.multiprocessing.ProcessRaisedException("Traceback (most recent call last):\nKeyError: 'bug'", 1, 4711)
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="bug"):
+        engine.run(fail_with, error)
+
+
+def test_a_killed_process_is_told(capsys):
+    told = "process 1 terminated with signal SIGKILL"
+    error = torch.multiprocessing.ProcessExitedException(told, 1, 4711, exit_code=-9, signal_name="SIGKILL")
+    assert engine.run(fail_with, error) == 1
+    assert capsys.readouterr().err.startswith(f"error: {told} (out of memory?)")
+
+
 @pytest.mark.parametrize(
     "error, message", [(ValueError("a: b"), "a: b"), (CheckpointError("a\n  b\n  c"), "a\n  b\n  c")]
 )
