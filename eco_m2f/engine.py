@@ -72,6 +72,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """Config of the command line, output folder, loggers, seeds."""
     _hide_training_trace()
     cfg = load_cfg(args.config_file, args.opts)
+    if comm.get_world_size() > 1 and cfg.MODEL.DEVICE == "cpu" and torch.distributed.get_backend() == "nccl":
+        raise ValueError(
+            "MODEL.DEVICE is cpu, but the processes took a GPU each: hide these by CUDA_VISIBLE_DEVICES=''"
+        )
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="eco_m2f")
     return cfg

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from minis import CONFIGS, ECO, MINI, build, fill, make_batch
+from PIL import Image
 from tiny import Tiny
 from torch import nn
 
@@ -124,6 +125,23 @@ def test_evaluation_in_mixed_precision(tiny, precision):
     results = engine.evaluate(cfg, model)
     assert dtypes == {getattr(torch, precision)}
     assert 0 <= results["panoptic_seg"]["PQ"] <= 100 and results["sem_seg"]["mIoU"] >= 0
+
+
+def test_the_predictor_gives_what_the_evaluation_sees(tiny, tmp_path):
+    """An image from memory, at its own size; by the exit that the options say."""
+    cfg = engine.load_cfg(tiny.config())
+    model = fill(engine.build_model(cfg)).eval()
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+    predict = engine.load_predictor(tiny.config(), ["MODEL.WEIGHTS", str(tmp_path / "model.pth"), "MODEL.ECO.EXIT", 4])
+    x = next(iter(engine.build_test_loader(cfg, cfg.DATASETS.TEST[0])))[0]
+    with Image.open(x["file_name"]) as image:
+        result = predict(np.asarray(image.convert("RGB")))
+    model.exit_policy.exits = (4,)
+    with torch.no_grad():
+        wanted = model([x])[0]
+    assert result["exit"] == wanted["exit"] == 4
+    assert torch.equal(result["sem_seg"], wanted["sem_seg"]) and result["sem_seg"].shape[1:] == (64, 64)
+    assert torch.equal(result["panoptic_seg"][0], wanted["panoptic_seg"][0])
 
 
 def test_unknown_precision_is_refused():

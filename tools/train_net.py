@@ -17,6 +17,8 @@ from eco_m2f import engine
 def main(args) -> None:
     cfg = engine.setup(args)
     if args.eval_only:
+        if not cfg.DATASETS.TEST:
+            raise ValueError("DATASETS.TEST is empty: name a dataset to evaluate on")
         engine.evaluate(cfg, engine.build_trained(cfg))
         return
     trainer = engine.Trainer(cfg)
@@ -26,8 +28,9 @@ def main(args) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = engine.argument_parser(__doc__)
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR, if any")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR, if any")
+    mode.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST")
     return parser
 
 

@@ -170,6 +170,10 @@ def test_no_dataset_to_train_on(tools):
     assert_names(tools.message(tools.train("DATASETS.TRAIN", "()")), "DATASETS.TRAIN")
 
 
+def test_no_dataset_to_evaluate_on(tools):
+    assert_names(tools.message(tools.evaluate("DATASETS.TEST", "()")), "DATASETS.TEST")
+
+
 def test_a_custom_dataset_without_its_json(tools, spoilt):
     spoilt.json("train").unlink()
     assert_names(tools.message(tools.train(data=spoilt)), spoilt.json("train"), "not found")
@@ -189,6 +193,18 @@ def test_a_batch_that_cannot_be_shared(tools):
 )
 def test_processes_that_cannot_be(tools, flags):
     assert_names(tools.message(tools.train(flags=flags)), flags[0])
+
+
+def test_options_that_contradict_each_other(tools):
+    with pytest.raises(SystemExit) as end:
+        tools.train(flags=["--resume", "--eval-only"])
+    assert end.value.code == 2 and "not allowed with" in tools.capfd.readouterr().err
+
+
+def test_processes_with_gpus_for_a_model_without(tools, monkeypatch):
+    monkeypatch.setattr(engine.comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
+    assert_names(tools.message(tools.train()), "MODEL.DEVICE is cpu", "CUDA_VISIBLE_DEVICES")
 
 
 def test_half_of_torchruns_environment(tools, monkeypatch):
