@@ -487,6 +487,19 @@ def test_a_mistake_in_a_loaders_process_is_one_line_too(capsys):
     assert capsys.readouterr().err == "error: image 7 is broken: restore it\n"
 
 
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    args = engine.argument_parser("").parse_args(["--config-file", "c.yaml", "--num-gpus", "2"])
+    with pytest.raises(ValueError, match="--num-gpus 2 is more than this machine's 1"):
+        engine.launch(fail_with, args)
+
+
+def test_the_common_options_have_their_defaults_in_the_help():
+    printed = " ".join(engine.argument_parser("What it does.").format_help().split())
+    assert "What it does." in printed and "(default: auto)" in printed and "KEY VALUE" in printed
+
+
 def test_a_mistake_in_one_of_several_processes_is_one_line(capsys):
     try:
         raise DataError("7.png is broken: restore it")
