@@ -26,7 +26,7 @@ def version() -> str:
 
 
 def set_cuda_home() -> None:
-    """Sets CUDA_HOME, unless it is set, to the toolkit of the nvcc on PATH; to ask it finds that also behind a wrapper."""
+    """Sets CUDA_HOME, unless it is set, to the toolkit of the nvcc on PATH, which may be a wrapper: so nvcc is asked."""
     nvcc = shutil.which("nvcc")
     if nvcc is None or "CUDA_HOME" in os.environ or "CUDA_PATH" in os.environ:
         return
@@ -54,8 +54,8 @@ def wants_cuda(mode: str) -> bool:
     missing = missing_for_cuda() if mode in ("auto", "cuda") else f"ECO_M2F_BUILD={mode}"
     if missing and mode == "cuda":
         raise SystemExit(
-            f"ECO_M2F_BUILD=cuda cannot be done: {missing}. Install a PyTorch with CUDA and a CUDA toolkit of its major version, "
-            "or build with ECO_M2F_BUILD=cpu."
+            f"ECO_M2F_BUILD=cuda cannot be done: {missing}. Install a PyTorch with CUDA and a CUDA toolkit of its "
+            "major version, or build with ECO_M2F_BUILD=cpu."
         )
     print(f"eco_m2f: building the CPU kernels {'alone: ' + missing if missing else 'and the CUDA kernels'}", flush=True)
     return not missing

@@ -14,7 +14,7 @@
 
 #define __global__
 #define __device__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(threads, blocks)
 #define __shared__ static
 
 struct Index {
@@ -50,6 +50,7 @@ static void yield(Stop stop) {
 }
 
 static void __syncthreads() { yield(Stop::kBarrier); }
+static void __syncwarp() { yield(Stop::kShuffle); }
 
 template <typename T>
 static T __shfl_xor_sync(uint32_t mask, T value, uint32_t distance) {

@@ -14,6 +14,7 @@ namespace eco_m2f {
 
 constexpr int64_t kMaxInt32 = 2147483647;
 constexpr int kThreads = 96;        // of a block; 12 points and any number of lanes divide it
+constexpr int kBlocks = 10;         // at a time on a multiprocessor, for which the compiler leaves registers
 constexpr int kStagedPoints = 288;  // of a block
 
 struct Call {

@@ -4,8 +4,9 @@
 // Forward, per block: (1) each point is located by one thread, which leaves the weights of its four corners, attention
 // included, and their tokens in shared memory; (2) the lanes of each unit read 16 bytes of every corner and sum.
 // Backward: (1) as above; (2) the lanes read the corners, add to the gradient of value, and leave the four dot products
-// <value at the corner, gradient> of each point in shared memory; (3) one thread per point turns them into its
-// gradients. Sums are in float, in double for double. The rules for borders and what is not finite: see reference.py.
+// <value at the corner, gradient> of each point in shared memory, in place of its weights; (3) one thread per point
+// turns them into its gradients. Sums are in float, in double for double. The rules for borders and what is not finite:
+// see reference.py.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -165,7 +166,19 @@ struct Channels {
   __device__ typename Sum<S>::Type at(int i) const { return pack.item[i]; }
 };
 
-// Half precision in words, for else the compiler takes the zeros apart into halves and puts them together again.
+// One of the two 16-bit numbers in a word.
+__device__ inline float half_of(c10::Half, uint32_t word, bool upper) {
+  return c10::Half(uint16_t(upper ? word >> 16 : word), c10::Half::from_bits());
+}
+
+__device__ inline float half_of(c10::BFloat16, uint32_t word, bool upper) {
+  const uint32_t bits = upper ? word & 0xffff0000u : word << 16;  // bfloat16 is the upper half of a float
+  float number;
+  memcpy(&number, &bits, sizeof(number));
+  return number;
+}
+
+// Half precision is kept in words: else the compiler takes the zeros apart into halves and puts them together again.
 template <typename S>
 struct Channels<S, 8> {
   static_assert(sizeof(S) == 2, "eight channels in 16 bytes");
@@ -173,14 +186,11 @@ struct Channels<S, 8> {
   __device__ void read(const S* base, uint64_t bytes) {
     pack = *reinterpret_cast<const Pack<uint32_t, 4>*>(reinterpret_cast<const char*>(base) + bytes);
   }
-  __device__ float at(int i) const {
-    const uint32_t word = pack.item[i / 2];
-    return S(uint16_t(i % 2 ? word >> 16 : word & 0xffff), S::from_bits());
-  }
+  __device__ float at(int i) const { return half_of(S(), pack.item[i / 2], i % 2); }
 };
 
 template <typename V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     forward_kernel(const Call call, const typename V::S* __restrict__ value,
                    const typename V::T* __restrict__ locations, const typename V::S* __restrict__ attention,
                    typename V::S* __restrict__ output) {
@@ -310,7 +320,7 @@ __device__ void finish_point(const Call& call, uint32_t level, Pack<T, 2> locati
 }
 
 template <typename V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     backward_kernel(const Call call, const typename V::S* __restrict__ grad_output,
                     const typename V::S* __restrict__ value, const typename V::T* __restrict__ locations,
                     const typename V::S* __restrict__ attention, typename V::T* __restrict__ grad_value,
@@ -319,7 +329,6 @@ __global__ void __launch_bounds__(kThreads)
   using T = typename V::T;
   __shared__ Weights<T> staged_weights[kStagedPoints];
   __shared__ Tokens staged_tokens[kStagedPoints];
-  __shared__ Weights<T> dots[kStagedPoints];
   const Shape<V> shape(call);
   const uint32_t local = threadIdx.x / shape.lanes, lane = threadIdx.x % shape.lanes;
   const uint32_t unit = blockIdx.x * shape.block_units() + local, head = unit % shape.heads;
@@ -358,7 +367,8 @@ __global__ void __launch_bounds__(kThreads)
           if (touches) add_all(grad_rows + token * call.row + channel, part);
         }
       }
-      sum_over_lanes(dot, shape.lanes, lane, dots[local * count + i].corner);
+      __syncwarp();  // all lanes have read the weights, whose place the dot products take
+      sum_over_lanes(dot, shape.lanes, lane, staged_weights[local * count + i].corner);
     }
     __syncthreads();
     const uint32_t units = min(shape.block_units(), call.units - blockIdx.x * shape.block_units());
@@ -366,7 +376,8 @@ __global__ void __launch_bounds__(kThreads)
       const Point<V> at(call, shape, i, begin, count);
       const T weight = attention[block_point + at.offset];
       T along;
-      finish_point<T>(call, at.level, block_locations[at.offset], weight, dots[i], block_grads[at.offset], along);
+      finish_point<T>(call, at.level, block_locations[at.offset], weight, staged_weights[i], block_grads[at.offset],
+                      along);
       grad_attention[block_point + at.offset] = S(along);
     }
   }
