@@ -1,9 +1,8 @@
-"""Config mistakes, optimizer, schedules, mixed precision, accumulation, and how a tool's mistakes end."""
+"""Config mistakes, optimizer, schedules, mixed precision, accumulation, resuming."""
 
 import json
 import logging
 import math
-import traceback
 
 import numpy as np
 import pytest
@@ -14,8 +13,6 @@ from tiny import Tiny
 from torch import nn
 
 from eco_m2f import engine
-from eco_m2f.checkpoint import CheckpointError
-from eco_m2f.data.panoptic_map import DataError
 
 
 def load(*opts, config: str = ECO):
@@ -444,91 +441,3 @@ def test_without_a_gpu_the_cpu_is_used(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cfg = engine.load_cfg(str(CONFIGS / ECO), ["MODEL.DEVICE", "cuda:0", "MODEL.RESNETS.NORM", "SyncBN"])
     assert (cfg.MODEL.DEVICE, cfg.MODEL.RESNETS.NORM) == ("cpu", "BN")
-
-
-# --- command lines ---------------------------------------------------------------------------------------------------
-
-
-def fail_with(error: BaseException):
-    raise error
-
-
-@pytest.mark.parametrize(
-    "error",
-    [ValueError("v"), FileNotFoundError("no file"), ImportError("i"), FloatingPointError("nan"), CheckpointError("c")],
-)
-def test_a_mistake_ends_in_one_line_and_status_1(capsys, error):
-    assert engine.run(fail_with, error) == 1
-    assert capsys.readouterr().err == f"error: {error}\n"
-
-
-def test_a_fault_of_the_program_shows_its_trace():
-    with pytest.raises(KeyError):
-        engine.run(fail_with, KeyError("bug"))
-
-
-def test_success_is_status_0_and_an_interruption_130(capsys):
-    assert engine.run(lambda: None) == 0
-    assert engine.run(fail_with, KeyboardInterrupt()) == 130
-    assert "--resume" in capsys.readouterr().err
-
-
-class Broken(torch.utils.data.Dataset):
-    def __len__(self):
-        return 1
-
-    def __getitem__(self, i):
-        raise DataError("image 7 is broken: restore it")
-
-
-def test_a_mistake_in_a_loaders_process_is_one_line_too(capsys):
-    loader = torch.utils.data.DataLoader(Broken(), num_workers=1)
-    assert engine.run(list, loader) == 1
-    assert capsys.readouterr().err == "error: image 7 is broken: restore it\n"
-
-
-def test_more_processes_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    args = engine.argument_parser("").parse_args(["--config-file", "c.yaml", "--num-gpus", "2"])
-    with pytest.raises(ValueError, match="--num-gpus 2 is more than this machine's 1"):
-        engine.launch(fail_with, args)
-
-
-def test_the_common_options_have_their_defaults_in_the_help():
-    printed = " ".join(engine.argument_parser("What it does.").format_help().split())
-    assert "What it does." in printed and "(default: auto)" in printed and "KEY VALUE" in printed
-
-
-def test_a_mistake_in_one_of_several_processes_is_one_line(capsys):
-    try:
-        raise DataError("7.png is broken: restore it")
-    except DataError:
-        trace = traceback.format_exc()
-    message = f"\n\n-- Process 1 terminated with the following error:\n{trace}\n"
-    assert engine.run(fail_with, torch.multiprocessing.ProcessRaisedException(message, 1, 4711)) == 1
-    assert capsys.readouterr().err == "error: 7.png is broken: restore it\n"
-
-
-def test_a_fault_in_one_of_several_processes_shows_its_trace():
-    error = torch.multiprocessing.ProcessRaisedException("Traceback (most recent call last):\nKeyError: 'bug'", 1, 4711)
-    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="bug"):
-        engine.run(fail_with, error)
-
-
-def test_a_killed_process_is_told(capsys):
-    told = "process 1 terminated with signal SIGKILL"
-    error = torch.multiprocessing.ProcessExitedException(told, 1, 4711, exit_code=-9, signal_name="SIGKILL")
-    assert engine.run(fail_with, error) == 1
-    assert capsys.readouterr().err.startswith(f"error: {told} (out of memory?)")
-
-
-@pytest.mark.parametrize(
-    "error, message", [(ValueError("a: b"), "a: b"), (CheckpointError("a\n  b\n  c"), "a\n  b\n  c")]
-)
-def test_a_trace_from_another_process_is_its_last_message(error, message):
-    try:
-        raise error
-    except (ValueError, CheckpointError):
-        trace = f"\n\n-- Process 1 terminated with the following error:\n{traceback.format_exc()}"
-    assert engine._last_exception(trace) == (type(error), message)

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from eco_m2f.budget import HEADER, Row, format_row, frontier, search_budget, write_csv
+from eco_m2f.command_line import run
 from eco_m2f.derived import DerivedDataset
 from eco_m2f.exits import GATE_LOSSES
 from eco_m2f.gate import OPTIMIZERS
@@ -96,6 +97,4 @@ def gate_path(output: str, row: Row, alone: bool) -> Path:
 
 
 if __name__ == "__main__":
-    from eco_m2f.engine import run  # only here: it pulls in the models, which a gate can do without
-
     sys.exit(run(main))
