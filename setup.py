@@ -26,7 +26,7 @@ def version() -> str:
 
 
 def set_cuda_home() -> None:
-    """Sets CUDA_HOME, unless it is set, to the toolkit of the nvcc on PATH, which may be a wrapper: so nvcc is asked."""
+    """Sets CUDA_HOME, unless it is set, to the toolkit of the nvcc on PATH, which may be a wrapper: ask it."""
     nvcc = shutil.which("nvcc")
     if nvcc is None or "CUDA_HOME" in os.environ or "CUDA_PATH" in os.environ:
         return

@@ -1,5 +1,5 @@
-"""How the CUDA kernels' launches are cut and indexed, at sizes that need no memory; what they compute is tested with the
-other backends in test_ms_deform_attn.py.
+"""How the CUDA kernels' launches are cut and indexed, at sizes that need no memory; what they compute is tested
+with the other backends in test_ms_deform_attn.py.
 """
 
 import ctypes
