@@ -29,14 +29,47 @@ inline Problem make_problem(const at::Tensor& value, at::IntArrayRef shapes, con
   }
   TORCH_CHECK_VALUE(start == problem.tokens, "value has ", problem.tokens, " tokens, but spatial_shapes ", shapes,
                     " make ", start);
-  const auto wide = value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  TORCH_CHECK_TYPE(locations.scalar_type() == wide, "sampling_locations must be ", wide, " for a ", value.scalar_type(),
-                   " value, got ", locations.scalar_type());
+  return problem;
+}
+
+inline void check_devices(const at::Tensor& value, const at::Tensor& other) {
+  TORCH_CHECK_VALUE(value.device() == other.device(), "arguments on ", value.device(), " and ", other.device(),
+                    ": put them on one device");
+}
+
+inline at::ScalarType wide_dtype(const at::Tensor& value) {
+  return value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// The arguments of ms_deform_attn.
+inline Problem make_checked_problem(const at::Tensor& value, at::IntArrayRef shapes, const at::Tensor& locations,
+                                    const at::Tensor& weights) {
+  const Problem problem = make_problem(value, shapes, locations, weights);
+  TORCH_CHECK_TYPE(locations.scalar_type() == wide_dtype(value), "sampling_locations must be ", wide_dtype(value),
+                   " for a ", value.scalar_type(), " value, got ", locations.scalar_type());
   TORCH_CHECK_TYPE(weights.scalar_type() == value.scalar_type(), "attention_weights must have value's dtype ",
                    value.scalar_type(), ", got ", weights.scalar_type());
-  TORCH_CHECK_VALUE(value.device() == locations.device() && value.device() == weights.device(), "arguments on ",
-                    value.device(), ", ", locations.device(), " and ", weights.device(), ": put them on one device");
+  check_devices(value, locations), check_devices(value, weights);
   return problem;
+}
+
+// The arguments of ms_deform_attn_fused.
+inline Problem make_fused_problem(const at::Tensor& value, at::IntArrayRef shapes, const at::Tensor& offsets,
+                                  const at::Tensor& logits, const at::Tensor& reference) {
+  const Problem p = make_problem(value, shapes, offsets, logits);
+  TORCH_CHECK_VALUE(reference.dim() == 4 && (reference.size(0) == p.batch || reference.size(0) == 1) &&
+                        reference.size(1) == p.queries && (reference.size(2) == p.levels || reference.size(2) == 1) &&
+                        reference.size(3) == 2,
+                    "reference_points ", reference.sizes(), " must be [", p.batch, " or 1, ", p.queries, ", ", p.levels,
+                    " or 1, 2]");
+  for (const at::Tensor* tensor : {&reference, &offsets, &logits}) {
+    TORCH_CHECK_TYPE(tensor->scalar_type() == wide_dtype(value),
+                     "reference_points, sampling_offsets and "
+                     "attention_logits must be ",
+                     wide_dtype(value), " for a ", value.scalar_type(), " value, got ", tensor->scalar_type());
+    check_devices(value, *tensor);
+  }
+  return p;
 }
 
 inline void check_grad_output(const Problem& p, const at::Tensor& grad_output, const at::Tensor& value) {

@@ -5,6 +5,9 @@
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/div.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -75,6 +78,14 @@ struct Plan {
     return task;
   }
 
+  // What the fused forward needs besides; reference [batch or 1, queries, levels or 1, 2].
+  void add_reference(HeadTask<T>& task, int64_t unit, const at::Tensor& reference, std::vector<T>& room) const {
+    const int64_t image = reference.size(0) == 1 ? 0 : unit / p.heads;
+    task.reference_levels = reference.size(2), task.reference_row = 2 * task.reference_levels;
+    task.reference = reference.const_data_ptr<T>() + image * p.queries * task.reference_row;
+    task.padded_samples = int64_t(table.width.size()), task.scratch = room.data();
+  }
+
   // Offset of a unit's first row, in a tensor [batch, tokens or queries, heads, channels].
   int64_t first_row(int64_t unit, int64_t rows) const {
     return (unit / p.heads * rows * p.heads + unit % p.heads) * p.channels;
@@ -92,9 +103,11 @@ struct Plan {
   }
 };
 
+// With a reference, `locations` and `weights` are offsets and logits.
 template <typename S, typename T>
-void staged_forward(const Problem& p, const Sampler<T>& sampler, const at::Tensor& value, const at::Tensor& locations,
-                    const at::Tensor& weights, const at::Tensor& output) {
+void staged_forward(const Problem& p, const Sampler<T>& sampler, const at::Tensor& value, const at::Tensor& reference,
+                    const at::Tensor& locations, const at::Tensor& weights, const at::Tensor& output) {
+  const auto kernel = reference.defined() ? sampler.fused_forward : sampler.forward;
   const Plan<T> plan(p, sampler);
   const at::Tensor scratch = empty_large({plan.units_per_round, plan.map_size}, locations.options());
   T* maps = scratch.mutable_data_ptr<T>();
@@ -102,11 +115,13 @@ void staged_forward(const Problem& p, const Sampler<T>& sampler, const at::Tenso
     const int64_t count = std::min(plan.units_per_round, plan.units - unit);
     plan.stage(value.const_data_ptr<S>(), unit, count, maps);
     at::parallel_for(0, count * p.queries, kQueriesPerTask, [&](int64_t begin, int64_t end) {
+      std::vector<T> room(reference.defined() ? 5 * plan.table.width.size() : 0);
       for (int64_t i = begin / p.queries; i * p.queries < end; ++i) {
         HeadTask<T> task = plan.task(unit + i, maps + i * plan.map_size, locations, weights);
+        if (reference.defined()) plan.add_reference(task, unit + i, reference, room);
         task.output = output.mutable_data_ptr<T>() + plan.first_row(unit + i, p.queries);
         const int64_t offset = i * p.queries;
-        sampler.forward(task, std::max(begin - offset, int64_t(0)), std::min(end - offset, p.queries));
+        kernel(task, std::max(begin - offset, int64_t(0)), std::min(end - offset, p.queries));
       }
     });
   }
@@ -124,7 +139,7 @@ void portable_forward(const Problem& p, const at::Tensor& value, const at::Tenso
 
 at::Tensor forward(const at::Tensor& value, at::IntArrayRef shapes, const at::Tensor& locations,
                    const at::Tensor& weights) {
-  const Problem p = make_problem(value, shapes, locations, weights);
+  const Problem p = make_checked_problem(value, shapes, locations, weights);
   const at::Tensor v = value.contiguous(), l = locations.contiguous();
   const at::Tensor w = weights.to(l.scalar_type()).contiguous();
   const at::Tensor output = empty_large({p.batch, p.queries, p.heads * p.channels}, l.options());
@@ -132,12 +147,41 @@ at::Tensor forward(const at::Tensor& value, at::IntArrayRef shapes, const at::Te
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, v.scalar_type(), "ms_deform_attn", [&] {
       using T = at::opmath_type<scalar_t>;
       if (const Sampler<T>* sampler = sampler_for<T>(p)) {
-        staged_forward<scalar_t, T>(p, *sampler, v, l, w, output);
+        staged_forward<scalar_t, T>(p, *sampler, v, at::Tensor(), l, w, output);
       } else {
         portable_forward<scalar_t, T>(p, v, l, w, output);
       }
     });
   }
+  return output.to(v.scalar_type());
+}
+
+// The locations and weights that a fused call implies: for where no sampler is.
+std::tuple<at::Tensor, at::Tensor> materialise(const Problem& p, const at::Tensor& reference, const at::Tensor& offsets,
+                                               const at::Tensor& logits) {
+  at::Tensor sizes = at::empty({p.levels, 1, 2}, offsets.options());
+  for (int64_t i = 0; i < p.levels; ++i) {
+    sizes.select(0, i).select(1, 0).fill_(p.level[i].width), sizes.select(0, i).select(1, 1).fill_(p.level[i].height);
+  }
+  const at::Tensor weights = logits.flatten(3).softmax(-1).view(logits.sizes());
+  return {at::add(reference.unsqueeze(2).unsqueeze(4), at::div(offsets, sizes)), weights};
+}
+
+at::Tensor fused_forward(const at::Tensor& value, at::IntArrayRef shapes, const at::Tensor& offsets,
+                         const at::Tensor& logits, const at::Tensor& reference) {
+  const Problem p = make_fused_problem(value, shapes, offsets, logits, reference);
+  const at::Tensor v = value.contiguous(), r = reference.contiguous();
+  const at::Tensor output = empty_large({p.batch, p.queries, p.heads * p.channels}, offsets.options());
+  if (output.numel() == 0) return output.to(v.scalar_type());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, v.scalar_type(), "ms_deform_attn_fused", [&] {
+    using T = at::opmath_type<scalar_t>;
+    if (const Sampler<T>* sampler = sampler_for<T>(p)) {
+      staged_forward<scalar_t, T>(p, *sampler, v, r, offsets.contiguous(), logits.contiguous(), output);
+    } else {
+      const auto [locations, weights] = materialise(p, r, offsets, logits);
+      portable_forward<scalar_t, T>(p, v, locations.contiguous(), weights.contiguous(), output);
+    }
+  });
   return output.to(v.scalar_type());
 }
 
@@ -198,7 +242,7 @@ void portable_backward(const Problem& p, const at::Tensor& grad_output, const at
 std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_output, const at::Tensor& value,
                                                         at::IntArrayRef shapes, const at::Tensor& locations,
                                                         const at::Tensor& weights) {
-  const Problem p = make_problem(value, shapes, locations, weights);
+  const Problem p = make_checked_problem(value, shapes, locations, weights);
   check_grad_output(p, grad_output, value);
   const at::Tensor v = value.contiguous(), l = locations.contiguous();
   const at::Tensor g = grad_output.to(l.scalar_type()).contiguous(), w = weights.to(l.scalar_type()).contiguous();
@@ -221,6 +265,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
 TORCH_LIBRARY_IMPL(eco_m2f, CPU, m) {
   m.impl("ms_deform_attn", forward);
   m.impl("ms_deform_attn_backward", backward);
+  m.impl("ms_deform_attn_fused", fused_forward);
 }
 
 TORCH_LIBRARY_FRAGMENT(eco_m2f, m) {

@@ -13,7 +13,8 @@ namespace eco_m2f {
 template <typename T>
 struct SampleTable {
   std::vector<T> width, height;
-  std::vector<int32_t> origin, row_cells, outside;
+  std::vector<T> size;  // width and height by turns
+  std::vector<int32_t> level, origin, row_cells, outside;
 
   SampleTable(const Problem& p, const StagedLayout& layout, int64_t vector_lanes) {
     const int64_t samples = p.levels * p.points, padded = (samples + vector_lanes - 1) / vector_lanes * vector_lanes;
@@ -21,6 +22,8 @@ struct SampleTable {
       const int64_t level = i < samples ? i / p.points : 0;
       width.push_back(i < samples ? T(p.level[level].width) : T(-1));  // no x is >= -1 and < -1
       height.push_back(T(p.level[level].height));
+      size.push_back(T(p.level[level].width)), size.push_back(T(p.level[level].height));
+      this->level.push_back(int32_t(level));
       origin.push_back(int32_t(layout.origin[level]));
       row_cells.push_back(int32_t(layout.row_cells[level]));
       outside.push_back(int32_t(layout.outside(p, level)));
@@ -35,14 +38,19 @@ struct HeadTask {
   int64_t query_rows, query_samples;  // from one query to the next: heads * channels, heads * samples
   int64_t staged_channels;            // channels with padding
   const SampleTable<T>* table;
-  const T* map;  // staged
-  const T* locations;
-  const T* locations_end;  // of the whole tensor: a vector may read beyond its head, but not beyond this
-  const T* weights;
-  const T* weights_end;  // likewise
-  T* output;             // forward
-  const T* grad_output;  // backward, as all below
-  T* grad_map;           // staged, added to
+  const T* map;              // staged
+  const T* locations;        // fused: offsets in pixels
+  const T* locations_end;    // of the whole tensor: a vector may read beyond its head, but not beyond this
+  const T* weights;          // fused: logits
+  const T* weights_end;      // likewise
+  const T* reference;        // fused, as the next four
+  int64_t reference_row;     // from one query to the next
+  int64_t reference_levels;  // 1: the same point for all levels
+  int64_t padded_samples;    // to whole vectors
+  T* scratch;                // five times padded_samples, of this thread
+  T* output;                 // forward
+  const T* grad_output;      // backward, as all below
+  T* grad_map;               // staged, added to
   T* grad_locations;
   T* grad_weights;
 };
@@ -54,6 +62,7 @@ struct Sampler {
   int64_t lanes;         // of a vector
   int64_t max_channels;  // more are left to the portable kernels
   void (*forward)(const HeadTask<T>&, int64_t begin, int64_t end);
+  void (*fused_forward)(const HeadTask<T>&, int64_t begin, int64_t end);
   void (*backward)(const HeadTask<T>&, int64_t begin, int64_t end);
 };
 

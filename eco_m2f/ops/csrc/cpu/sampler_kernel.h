@@ -94,6 +94,111 @@ ECO_INLINE void prefetch(const HeadTask<T>& task, int64_t query, const T* rows) 
   for (int64_t i = 0; rows && i < task.channels; i += kLine) __builtin_prefetch(rows + query * task.query_rows + i);
 }
 
+// Where the locations and weights of one query and head lie; a vector may read up to the ends.
+template <typename T>
+struct Inputs {
+  const T *locations, *locations_end, *weights, *weights_end;
+};
+
+template <typename T>
+ECO_INLINE Inputs<T> given(const HeadTask<T>& task, int64_t query) {
+  const int64_t at = query * task.query_samples;
+  return {task.locations + 2 * at, task.locations_end, task.weights + at, task.weights_end};
+}
+
+// Locations = reference point + offset / (width, height), into the scratch. Interleaved: x and y by turns.
+template <typename T>
+ECO_INLINE void compute_locations(const HeadTask<T>& task, int64_t query) {
+  using V = typename Vectors<T>::Real;
+  constexpr int kLanes = Vectors<T>::kLanes;
+  const T* reference = task.reference + query * task.reference_row;
+  const T* offsets = task.locations + 2 * query * task.query_samples;
+  T *points = task.scratch + 3 * task.padded_samples, *locations = task.scratch;
+  V same;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) same[i] = reference[i & 1];
+  for (int64_t i = 0; task.reference_levels > 1 && i < task.samples; ++i) {
+    const T* point = reference + 2 * task.table->level[i];
+    points[2 * i] = point[0], points[2 * i + 1] = point[1];
+  }
+  for (int64_t i = 0; i < 2 * task.samples; i += kLanes) {
+    const V offset = load_first<V>(offsets + i, 2 * task.samples - i, task.locations_end);
+    const V point = task.reference_levels > 1 ? load<V>(points + i) : same;
+    store(locations + i, V(point + offset / load<V>(task.table->size.data() + i)));
+  }
+}
+
+// exp of numbers <= 0, to a few units in the last place: 2^n * exp(r), |r| <= log(2) / 2, exp(r) by its Taylor series.
+template <typename V>
+ECO_INLINE V exp_not_positive(V x) {
+  using T = decltype(x[0] + x[0]);
+  using Mask = decltype(V{} < V{});
+  constexpr bool kSingle = sizeof(T) == 4;
+  constexpr int kTerms = kSingle ? 7 : 13, kMantissa = kSingle ? 23 : 52, kBias = kSingle ? 127 : 1023;
+  const T round = kSingle ? T(12582912) : T(6755399441055744);  // 1.5 * 2^mantissa: adding it rounds to whole numbers
+  const V n = (x * T(1.44269504088896340736) + round) - round;
+  const T high = kSingle ? T(0.693359375) : T(0.693147180369123816490);  // log(2) in two parts, n * high is exact
+  const T low = kSingle ? T(-2.12194440054690583e-4) : T(1.90821492927058770002e-10);
+  const V r = (x - n * high) - n * low;
+  V series = V{} + T(1);
+#pragma GCC unroll 16
+  for (int i = kTerms; i > 0; --i) series = multiply_add(V(series * r), broadcast<V>(T(1) / T(i)), broadcast<V>(T(1)));
+  const Mask exponent = (__builtin_convertvector(n, Mask) + kBias) << kMantissa;
+  V power;
+  __builtin_memcpy(&power, &exponent, sizeof(V));
+  return x < T(kSingle ? -87 : -708) ? V{} : series * power;  // smaller ones count nothing beside the largest, 1
+}
+
+// Folds all lanes into one number, with a function of two vectors.
+template <typename V, typename Function>
+ECO_INLINE V fold_lanes(V v, Function function) {
+  constexpr int kLanes = sizeof(V) / sizeof(v[0]);
+  using Mask = decltype(V{} < V{});
+#pragma GCC unroll 4
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    Mask other;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) other[i] = i ^ distance;
+    v = function(v, __builtin_shuffle(v, other));
+  }
+  return v;
+}
+
+// Weights = softmax of the logits over all samples, into the scratch.
+template <typename T>
+ECO_INLINE void compute_weights(const HeadTask<T>& task, int64_t query) {
+  using V = typename Vectors<T>::Real;
+  constexpr int kLanes = Vectors<T>::kLanes;
+  const T *logits = task.weights + query * task.query_samples, *width = task.table->width.data();
+  T* weights = task.scratch + 2 * task.padded_samples;
+  const V least = V{} - T(__builtin_inf());
+  V top = least;
+  for (int64_t i = 0; i < task.samples; i += kLanes) {
+    V logit = load_first<V>(logits + i, task.samples - i, task.weights_end);
+    logit = load<V>(width + i) < 0 ? least : logit;  // padding
+    store(weights + i, logit);
+    top = logit > top ? logit : top;
+  }
+  top = fold_lanes(top, [](V a, V b) __attribute__((always_inline)) { return a > b ? a : b; });
+  V sum = {};
+  for (int64_t i = 0; i < task.samples; i += kLanes) {
+    const V part = exp_not_positive(V(load<V>(weights + i) - top));
+    store(weights + i, part);
+    sum += part;
+  }
+  sum = fold_lanes(sum, [](V a, V b) __attribute__((always_inline)) { return a + b; });
+  const V factor = T(1) / sum;
+  for (int64_t i = 0; i < task.samples; i += kLanes) store(weights + i, V(load<V>(weights + i) * factor));
+}
+
+template <typename T>
+ECO_INLINE Inputs<T> computed(const HeadTask<T>& task, int64_t query) {
+  compute_locations(task, query);
+  compute_weights(task, query);
+  const T *locations = task.scratch, *weights = locations + 2 * task.padded_samples;
+  return {locations, weights, weights, weights + task.padded_samples};
+}
+
 // Up to a vector of samples of one query and head, located.
 template <typename T>
 struct Located {
@@ -106,15 +211,15 @@ struct Located {
 // Samples [first, first + count) of a query. The pixel is a product and then a difference, never fused: all backends
 // must pick the same cell.
 template <typename T>
-ECO_INLINE void locate(const HeadTask<T>& task, int64_t query, int64_t first, int64_t count, Located<T>& out) {
+ECO_INLINE void locate(const HeadTask<T>& task, const Inputs<T>& inputs, int64_t first, int64_t count,
+                       Located<T>& out) {
   using V = typename Vectors<T>::Real;
   using I = typename Vectors<T>::Int;
   constexpr int kLanes = Vectors<T>::kLanes;
   using Mask = decltype(V{} < V{});
-  const int64_t at = query * task.query_samples + first;
-  const T* location = task.locations + 2 * at;
-  const V front = load_first<V>(location, 2 * count, task.locations_end);
-  const V back = load_first<V>(location + kLanes, 2 * count - kLanes, task.locations_end);
+  const T* location = inputs.locations + 2 * first;
+  const V front = load_first<V>(location, 2 * count, inputs.locations_end);
+  const V back = load_first<V>(location + kLanes, 2 * count - kLanes, inputs.locations_end);
   Mask even, odd;
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
@@ -134,7 +239,7 @@ ECO_INLINE void locate(const HeadTask<T>& task, int64_t query, int64_t first, in
   const I cell = load<I>(table.origin.data() + first) + y0 * load<I>(table.row_cells.data() + first) + x0;
   const I inside_int = __builtin_convertvector(inside, I);
   store(out.cell, inside_int ? cell : load<I>(table.outside.data() + first));
-  const V attention = load_first<V>(task.weights + at, count, task.weights_end);
+  const V attention = load_first<V>(inputs.weights + first, count, inputs.weights_end);
   const V lower = attention * fy, upper = attention * (1 - fy);
   store(out.weight[0], V(upper * (1 - fx))), store(out.weight[1], V(upper * fx));
   store(out.weight[2], V(lower * (1 - fx))), store(out.weight[3], V(lower * fx));
@@ -142,7 +247,7 @@ ECO_INLINE void locate(const HeadTask<T>& task, int64_t query, int64_t first, in
 }
 
 // kVectors vectors make up the channels of a cell. Several sums per channel hide the latency of the additions.
-template <typename T, int kVectors>
+template <typename T, int kVectors, bool kFused>
 void forward_queries(const HeadTask<T>& task, int64_t begin, int64_t end) {
   using V = typename Vectors<T>::Real;
   constexpr int kLanes = Vectors<T>::kLanes, kSums = kVectors <= 2 ? 4 : kVectors <= 4 ? 2 : 1;
@@ -151,11 +256,12 @@ void forward_queries(const HeadTask<T>& task, int64_t begin, int64_t end) {
   const int32_t* row_cells = task.table->row_cells.data();
   for (int64_t query = begin; query < end; ++query) {
     prefetch<T>(task, query + kAhead, nullptr);
+    const Inputs<T> inputs = kFused ? computed(task, query) : given(task, query);
     V sum[kSums][kVectors] = {};
     for (int64_t first = 0; first < task.samples; first += kLanes) {
       const int64_t count = task.samples - first < kLanes ? task.samples - first : kLanes;
       Located<T> at;
-      locate(task, query, first, count, at);
+      locate(task, inputs, first, count, at);
       for (int64_t i = 0; i < count; ++i) {
         const T* upper = map + int64_t(at.cell[i]) * cell_size;
         const T* lower = upper + row_cells[first + i] * cell_size;
@@ -218,6 +324,7 @@ void backward_queries(const HeadTask<T>& task, int64_t begin, int64_t end) {
   const int32_t* row_cells = task.table->row_cells.data();
   for (int64_t query = begin; query < end; ++query) {
     prefetch<T>(task, query + kAhead, task.grad_output);
+    const Inputs<T> inputs = given(task, query);
     const T* grad_output = task.grad_output + query * task.query_rows;
     V grad[kVectors];
 #pragma GCC unroll 8
@@ -227,7 +334,7 @@ void backward_queries(const HeadTask<T>& task, int64_t begin, int64_t end) {
     for (int64_t first = 0; first < task.samples; first += kLanes) {
       const int64_t count = task.samples - first < kLanes ? task.samples - first : kLanes;
       Located<T> at;
-      locate(task, query, first, count, at);
+      locate(task, inputs, first, count, at);
       T dots[4][kLanes] = {};
       for (int64_t group = 0; group < count; group += kGroup) {
         V partial[kLanes];
@@ -260,17 +367,17 @@ void backward_queries(const HeadTask<T>& task, int64_t begin, int64_t end) {
 }
 
 // Picks the kernel for the number of vectors per cell.
-template <typename T>
+template <typename T, bool kFused>
 void forward(const HeadTask<T>& task, int64_t begin, int64_t end) {
   switch (task.staged_channels / Vectors<T>::kLanes) {
     case 1:
-      return forward_queries<T, 1>(task, begin, end);
+      return forward_queries<T, 1, kFused>(task, begin, end);
     case 2:
-      return forward_queries<T, 2>(task, begin, end);
+      return forward_queries<T, 2, kFused>(task, begin, end);
     case 4:
-      return forward_queries<T, 4>(task, begin, end);
+      return forward_queries<T, 4, kFused>(task, begin, end);
     case 8:
-      return forward_queries<T, 8>(task, begin, end);
+      return forward_queries<T, 8, kFused>(task, begin, end);
   }
 }
 
@@ -291,7 +398,7 @@ void backward(const HeadTask<T>& task, int64_t begin, int64_t end) {
 template <typename T>
 Sampler<T> sampler(const char* name) {
   constexpr int kLanes = Vectors<T>::kLanes;
-  return {name, kLanes, 8 * kLanes, &forward<T>, &backward<T>};
+  return {name, kLanes, 8 * kLanes, &forward<T, false>, &forward<T, true>, &backward<T>};
 }
 
 }  // namespace ECO_ISA

@@ -39,7 +39,7 @@ void check_launch(const char* too_large, const Problem& p) {
 
 at::Tensor forward(const at::Tensor& value, at::IntArrayRef shapes, const at::Tensor& locations,
                    const at::Tensor& weights) {
-  const Problem p = make_problem(value, shapes, locations, weights);
+  const Problem p = make_checked_problem(value, shapes, locations, weights);
   const Storage storage = storage_of(value);
   const c10::cuda::CUDAGuard guard(value.device());
   const at::Tensor v = value.contiguous(), l = locations.contiguous(), w = weights.contiguous();
@@ -55,7 +55,7 @@ at::Tensor forward(const at::Tensor& value, at::IntArrayRef shapes, const at::Te
 std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_output, const at::Tensor& value,
                                                         at::IntArrayRef shapes, const at::Tensor& locations,
                                                         const at::Tensor& weights) {
-  const Problem p = make_problem(value, shapes, locations, weights);
+  const Problem p = make_checked_problem(value, shapes, locations, weights);
   const Storage storage = storage_of(value);
   check_grad_output(p, grad_output, value);
   at::globalContext().alertNotDeterministic("ms_deform_attn_backward on CUDA");

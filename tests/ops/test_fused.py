@@ -1,0 +1,212 @@
+"""The fused op: equal to the softmax, the locations and the op one after the other, gradients included."""
+
+import pytest
+import torch
+from fvcore.nn import FlopCountAnalysis
+from op_cases import COMPILED, make_case, relative_error, use
+from torch.utils.flop_counter import FlopCounterMode
+
+from eco_m2f.ops import FUSED_NAME, ms_deform_attn_flop_jit, ms_deform_attn_fused, reference_ms_deform_attn
+from eco_m2f.ops.fused import FUSED, _composed_forward
+
+SHAPES = [(3, 4), (6, 8), (12, 16)]
+backends = pytest.mark.parametrize("backend", COMPILED)
+
+
+def make_inputs(
+    shapes=SHAPES, batch=2, queries=40, heads=8, channels=32, points=4, dtype=torch.float64, reference=(2, 3)
+):
+    """(value, offsets in pixels, logits, reference points, gradient); reference: its batch and levels."""
+    case = make_case(shapes, batch, queries, heads, channels, points)
+    generator = torch.Generator().manual_seed(1)
+    offsets = 3 * torch.randn(case.locations.shape, generator=generator, dtype=torch.float64)
+    logits = 2 * torch.randn(case.weights.shape, generator=generator, dtype=torch.float64)
+    points = torch.rand(reference[0], queries, reference[1], 2, generator=generator, dtype=torch.float64)
+    wide = torch.promote_types(dtype, torch.float32)
+    return case.value.to(dtype), offsets.to(wide), logits.to(wide), points.to(wide), case.grad.to(dtype)
+
+
+def by_parts(value, shapes, offsets, logits, points):
+    """The definition, by operators of PyTorch that autograd knows."""
+    sizes = torch.tensor([(w, h) for h, w in shapes], dtype=offsets.dtype)[:, None]
+    weights = logits.flatten(3).softmax(-1).view(logits.shape)
+    flat = [size for shape in shapes for size in shape]
+    return reference_ms_deform_attn(value, flat, points[:, :, None, :, None] + offsets / sizes, weights)
+
+
+@pytest.mark.parametrize("reference", ((2, 3), (1, 3), (2, 1), (1, 1)))
+@backends
+def test_values_and_gradients(backend, reference):
+    *inputs, grad = make_inputs(reference=reference)
+    leaves = [t.requires_grad_() for t in inputs]
+    with use(backend):
+        out = ms_deform_attn_fused(leaves[0], SHAPES, *leaves[1:])
+        grads = torch.autograd.grad(out, leaves, grad)
+    expected = by_parts(leaves[0], SHAPES, *leaves[1:])
+    torch.testing.assert_close(out, expected)
+    for actual, wanted in zip(grads, torch.autograd.grad(expected, leaves, grad)):
+        torch.testing.assert_close(actual, wanted)
+
+
+def test_without_the_fused_kernel():
+    """What runs on other devices, and where nothing was compiled."""
+    value, offsets, logits, points, _ = make_inputs()
+    flat = [size for shape in SHAPES for size in shape]
+    expected = by_parts(value, SHAPES, offsets, logits, points)
+    torch.testing.assert_close(_composed_forward(value, flat, offsets, logits, points), expected)
+
+
+@pytest.mark.parametrize("levels, points, channels", ((1, 1, 4), (1, 7, 33), (2, 4, 130), (4, 4, 16), (5, 7, 64)))
+@backends
+def test_other_sizes(backend, levels, points, channels):
+    shapes = [(2 + i, 7 - i) for i in range(levels)]
+    for count in (1, levels):
+        inputs = make_inputs(shapes, 2, 9, 3, channels, points, torch.float32, (1, count))[:4]
+        with use(backend):
+            out = ms_deform_attn_fused(inputs[0], shapes, *inputs[1:])
+        expected = by_parts(inputs[0].double(), shapes, *(t.double() for t in inputs[1:]))
+        assert relative_error(out, expected) < 3e-6
+
+
+BOUNDS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@backends
+def test_precision_of_each_dtype(backend, dtype):
+    exact = make_inputs(reference=(1, 1))[:4]
+    exact = [exact[0], *(t.float().double() for t in exact[1:])]
+    wide = torch.promote_types(dtype, torch.float32)
+    rounded = [exact[0].to(dtype), *(t.to(wide) for t in exact[1:])]
+    with use(backend):
+        out = ms_deform_attn_fused(rounded[0], SHAPES, *rounded[1:])
+    assert out.dtype == dtype
+    assert relative_error(out, by_parts(exact[0], SHAPES, *exact[1:])) < 2 * BOUNDS[dtype]
+
+
+@backends
+def test_strided_inputs(backend):
+    value, offsets, logits, points, _ = make_inputs(dtype=torch.float32)
+    with use(backend):
+        expected = ms_deform_attn_fused(value, SHAPES, offsets, logits, points)
+        strided = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (value, offsets, logits, points)]
+        assert torch.equal(ms_deform_attn_fused(strided[0], SHAPES, *strided[1:]), expected)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+@backends
+def test_softmax_of_extreme_logits(backend, dtype):
+    """Far apart, all large, all small, some at minus infinity: as PyTorch's softmax."""
+    value, offsets, logits, points, _ = make_inputs(dtype=dtype)
+    logits[:, 0] *= 100
+    logits[:, 1] += 1e4
+    logits[:, 2] -= 1e4
+    logits[:, 3, :, 0] = -torch.inf
+    logits[:, 4] = torch.linspace(-120, 0, 12, dtype=dtype).view(3, 4)
+    with use(backend):
+        out = ms_deform_attn_fused(value, SHAPES, offsets, logits, points)
+    torch.testing.assert_close(out, by_parts(value, SHAPES, offsets, logits, points))
+
+
+@pytest.mark.parametrize("what", ("offset", "logit", "infinite logit", "no finite logit", "reference"))
+@backends
+def test_what_is_not_finite_is_not_hidden(backend, what):
+    value, offsets, logits, points, _ = make_inputs(dtype=torch.float32)
+    hit = torch.zeros(2, 40, 8, dtype=torch.bool)
+    hit[1, 7, 3] = True
+    if what == "offset":
+        offsets[1, 7, 3, 2, 1, 0] = torch.nan
+    elif what == "reference":
+        points[1, 7, 2, 1] = torch.inf
+        hit[1, 7] = True
+    else:
+        bad = {"logit": torch.nan, "infinite logit": torch.inf, "no finite logit": -torch.inf}[what]
+        logits[1, 7, 3, *([] if what == "no finite logit" else [2, 1])] = bad
+    with use(backend):
+        out = ms_deform_attn_fused(value, SHAPES, offsets, logits, points)
+    assert torch.equal(out.view(2, 40, 8, 32).isnan().all(-1), hit)
+    assert torch.equal(out.view(2, 40, 8, 32).isfinite().all(-1), ~hit)
+
+
+@pytest.mark.parametrize("empty", ("batch", "queries", "heads", "channels", "points"))
+def test_empty_dimensions(empty):
+    sizes = {"batch": 2, "queries": 5, "heads": 3, "channels": 8, "points": 2} | {empty: 0}
+    *inputs, grad = make_inputs(**sizes, reference=(1, 1))
+    leaves = [t.requires_grad_() for t in inputs]
+    out = ms_deform_attn_fused(leaves[0], SHAPES, *leaves[1:])
+    assert out.shape == grad.shape and not out.any()
+    assert not any(g.any() for g in torch.autograd.grad(out, leaves, grad))
+
+
+def small(dtype=torch.float64, **sizes):
+    sizes = {"batch": 2, "queries": 5, "heads": 2, "channels": 4, "points": 2} | sizes
+    return make_inputs([(3, 4), (2, 5)], **sizes, dtype=dtype, reference=(1, 2))[:4]
+
+
+def test_gradcheck():
+    leaves = [t.requires_grad_() for t in small(queries=3, heads=1, channels=2)]
+    assert torch.autograd.gradcheck(lambda *t: ms_deform_attn_fused(t[0], [(3, 4), (2, 5)], *t[1:]), leaves)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_opcheck(dtype):
+    value, *rest = (t.requires_grad_() for t in small(dtype))
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(FUSED, (value, [3, 4, 2, 5], *rest), test_utils=checks)
+
+
+def test_compile_in_one_graph():
+    torch._dynamo.reset()
+
+    def attend(value, *rest):
+        return ms_deform_attn_fused(value, [(3, 4), (2, 5)], *rest)
+
+    leaves = [t.requires_grad_() for t in small(torch.float32)]
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    out, expected = compiled(*leaves), by_parts(leaves[0], [(3, 4), (2, 5)], *leaves[1:])
+    torch.testing.assert_close(out, expected)
+    ones = torch.ones_like(out)
+    for actual, wanted in zip(torch.autograd.grad(out, leaves, ones), torch.autograd.grad(expected, leaves, ones)):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_keeps_all_but_the_value_exact():
+    value, *rest = small(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ms_deform_attn_fused(value.bfloat16(), [(3, 4), (2, 5)], *(t.double() for t in rest))
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, ms_deform_attn_fused(value.bfloat16(), [(3, 4), (2, 5)], *rest))
+
+
+def test_flops_are_those_of_the_plain_op():
+    value, *rest = small(torch.float32)
+    multiply_adds = 4 * 2 * 5 * 2 * 2 * 2 * 4  # corners N Lq M L P D
+    with FlopCounterMode(display=False) as counter:
+        ms_deform_attn_fused(value, [(3, 4), (2, 5)], *rest)
+    assert counter.get_total_flops() == 2 * multiply_adds
+
+    class Attend(torch.nn.Module):
+        def forward(self, value, offsets, logits, points):
+            return ms_deform_attn_fused(value, [(3, 4), (2, 5)], offsets, logits, points)
+
+    analysis = FlopCountAnalysis(Attend(), (value, *rest)).set_op_handle(FUSED_NAME, ms_deform_attn_flop_jit)
+    assert analysis.total() == multiply_adds
+
+
+ERRORS = (
+    (ValueError, "reference_points", lambda v, o, w, r: (v, o, w, r[:, :3])),
+    (ValueError, "reference_points", lambda v, o, w, r: (v, o, w, r.expand(3, -1, -1, -1))),
+    (ValueError, "spatial_shapes|must be", lambda v, o, w, r: (v, o[:, :, :, :1], w[:, :, :, :1], r[:, :, :1])),
+    (ValueError, "attention_logits|attention_weights", lambda v, o, w, r: (v, o, w[..., :1], r)),
+    (TypeError, "must be .*loat", lambda v, o, w, r: (v, o.half(), w, r)),
+    (TypeError, "must be .*loat", lambda v, o, w, r: (v, o, w.double(), r)),
+    (TypeError, "must be .*loat", lambda v, o, w, r: (v, o, w, r.half())),
+)
+
+
+@pytest.mark.parametrize("device", ("cpu", "meta"))
+@pytest.mark.parametrize("kind, message, change", ERRORS)
+def test_errors_name_what_does_not_fit(kind, message, change, device):
+    value, *rest = (t.to(device) for t in change(*small(torch.float32)))
+    with pytest.raises(kind, match=message):
+        ms_deform_attn_fused(value, [(3, 4), (2, 5)], *rest)
