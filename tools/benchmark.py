@@ -1,21 +1,28 @@
 #!/usr/bin/env python3
 """Measures speed; each subcommand measures one thing and writes a CSV that names the versions and the machine.
 
-    python tools/benchmark.py op --threads 2 --output output/op_cpu.csv
+    python tools/benchmark.py op --threads 2 --rounds 15 --output output/op_cpu.csv
+    python tools/benchmark.py op --threads 2 --rounds 15 --from-logits --output output/op_cpu_from_logits.csv
+    python tools/benchmark.py op --device cuda --dtype float16 --rounds 50 --output output/op_cuda.csv
 
 op: the deformable attention alone, against PyTorch's own operators and, where it is installed, torch-ms-deform-attn.
-All contestants take turns within each round, so that a busy machine slows them alike. The times are medians over the
-rounds: wall time, and on a CPU also the CPU time of the process, which neighbours disturb less.
+With --from-logits the softmax and the sampling locations belong to it, and the fused op takes part.
+
+All contestants take turns within each round, so that a busy machine slows them alike. Times are medians over the
+rounds: wall time, and on a CPU also the CPU time of the process, which neighbours disturb less. A ratio is the median
+of the rounds' quotients, contestant over eco_m2f: above 1 where eco_m2f is faster. The bound is the time that only
+moving each input and output once would take, at the speed of copying memory, measured in the same run.
 """
 
 import argparse
 import csv
 import importlib.util
+import math
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,112 +31,205 @@ from torch import Tensor
 
 from eco_m2f import ops
 from eco_m2f.files import atomic_write
+from eco_m2f.ops.fused import compose
 
-LEVELS = {
-    "A": [(32, 64), (64, 128), (128, 256)],  # a 1024 x 2048 image
-    "B": [(25, 42), (50, 84), (100, 167)],  # an 800 x 1333 image
-}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OURS = "eco_m2f"
+COPY_BYTES = 2**28  # beyond every cache
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one model's call; `queries` 0 means one per token, as in an encoder."""
+
+    levels: tuple[tuple[int, int], ...]
+    queries: int = 0
+    points: int = 4
+    heads: int = 8
+    channels: int = 32
+
+    @property
+    def tokens(self) -> int:
+        return sum(h * w for h, w in self.levels)
+
+
+DETR_LEVELS = ((100, 167), (50, 84), (25, 42), (13, 21))
+SHAPES = {
+    "mask2former-cityscapes": Shape(((32, 64), (64, 128), (128, 256))),  # 1024 x 2048 pixels
+    "mask2former-coco": Shape(((25, 42), (50, 84), (100, 167))),  # 800 x 1333
+    "mask2former-coco-train": Shape(((32, 32), (64, 64), (128, 128))),  # 1024 x 1024
+    "deformable-detr-encoder": Shape(DETR_LEVELS),  # 800 x 1333
+    "deformable-detr-decoder": Shape(DETR_LEVELS, queries=300),
+    "rt-detr-decoder": Shape(((80, 80), (40, 40), (20, 20)), queries=300),  # 640 x 640
+}
 
 
 @dataclass
 class OpInputs:
-    """Arguments of one call and the gradient that comes back."""
+    """Arguments of one call, before and after the softmax and the locations, and the gradient that comes back."""
 
+    shape: Shape
     value: Tensor
-    shapes: list[tuple[int, int]]
+    offsets: Tensor
+    logits: Tensor
+    reference: Tensor
     locations: Tensor
     weights: Tensor
     grad: Tensor
 
+    @property
+    def flat(self) -> list[int]:
+        return [size for level in self.shape.levels for size in level]
 
-def op_inputs(shapes, batch: int, pattern: str, dtype: torch.dtype, device: str, heads=8, channels=32, points=4):
-    """Random inputs with a query per token. "encoder": around the query's own position, as an untrained encoder looks
-    (1 to `points` pixels along the head's direction, 1 pixel of noise); "uniform": anywhere, the worst case.
+    def leaves(self, from_logits: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """What a contestant is called with, and differentiated by."""
+        pair = (self.offsets, self.logits) if from_logits else (self.locations, self.weights)
+        return self.value, *pair
+
+
+def op_inputs(shape: Shape, batch: int, pattern: str, dtype: torch.dtype, device: str) -> OpInputs:
+    """Random inputs. "encoder": around the query's own position, as an untrained encoder looks (1 to `points` pixels
+    along the head's direction, 1 pixel of noise; a decoder's queries sit anywhere). "uniform": anywhere, the worst.
     """
     generator = torch.Generator().manual_seed(0)
-    attention = ops.MSDeformAttn(heads * channels, len(shapes), heads, points)
-    centres = [torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w) for h, w in shapes]
-    centres = torch.cat(centres).flip(-1)  # [S, 2], (x, y)
-    tokens, levels = len(centres), len(shapes)
-    grid = (batch, tokens, heads, levels, points)
-    if pattern == "uniform":
-        locations = torch.rand(*grid, 2, generator=generator)
+    attention = ops.MSDeformAttn(shape.heads * shape.channels, len(shape.levels), shape.heads, shape.points)
+    queries = shape.queries or shape.tokens
+    grid = (batch, queries, shape.heads, len(shape.levels), shape.points)
+    sizes = torch.tensor([(w, h) for h, w in shape.levels], dtype=torch.float32)[:, None]
+    if shape.queries:
+        reference = torch.rand(1, queries, 1, 2, generator=generator)
     else:
-        offsets = attention.sampling_offsets.bias.detach().view(heads, levels, points, 2)
+        reference = [
+            torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w) for h, w in shape.levels
+        ]
+        reference = torch.cat(reference).flip(-1)[None, :, None]  # [1, S, 1, 2], (x, y)
+    if pattern == "uniform":
+        offsets = (torch.rand(*grid, 2, generator=generator) - reference[:, :, None, :, None]) * sizes
+    else:
+        offsets = attention.sampling_offsets.bias.detach().view(grid[2:] + (2,))
         offsets = offsets + torch.randn(*grid, 2, generator=generator)
-        sizes = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32)
-        locations = centres[:, None, None, None] + offsets / sizes[:, None]
-    weights = torch.randn(batch, tokens, heads, levels * points, generator=generator).softmax(-1).view(grid)
-    value = torch.randn(batch, tokens, heads, channels, generator=generator)
-    grad = torch.randn(batch, tokens, heads * channels, generator=generator)
+    logits = torch.randn(grid, generator=generator)
+    value = torch.randn(batch, shape.tokens, shape.heads, shape.channels, generator=generator)
+    grad = torch.randn(batch, queries, shape.heads * shape.channels, generator=generator)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
+    offsets, logits, reference = (t.to(device, wide) for t in (offsets, logits, reference))
+    locations, weights = compose([size for level in shape.levels for size in level], offsets, logits, reference)
     value, weights, grad = (t.to(device, dtype) for t in (value, weights, grad))
-    return OpInputs(value, shapes, locations.to(device, wide), weights, grad)
+    return OpInputs(shape, value, offsets, logits, reference, locations, weights, grad)
 
 
-def op_contestants(inputs: OpInputs, names: list[str]) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """Name -> function of (value, locations, weights); torch-ms-deform-attn only where it can be imported."""
-    shapes, flat = inputs.shapes, [size for shape in inputs.shapes for size in shape]
-    table = {
-        "eco_m2f": lambda value, locations, weights: ops.ms_deform_attn(value, shapes, locations, weights),
+Contestant = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def op_contestants(inputs: OpInputs, names: Sequence[str], from_logits: bool = False) -> dict[str, Contestant]:
+    """Name -> function of `inputs.leaves(from_logits)`; ours comes first.
+
+    Raises:
+        SystemExit: a name that is unknown, or whose package is not installed.
+    """
+    flat = inputs.flat
+    table: dict[str, Contestant] = {
+        OURS: lambda value, locations, weights: ops.ms_deform_attn(value, flat, locations, weights),
         "embedding_bag": lambda *t: ops.reference_ms_deform_attn(t[0], flat, t[1], t[2]),
         "grid_sample": lambda *t: ops.grid_sample_ms_deform_attn(t[0], flat, t[1], t[2]),
     }
     if importlib.util.find_spec("torch_ms_deform_attn"):
-        from torch_ms_deform_attn import ms_deform_attn as rival
-
-        sizes = torch.tensor(shapes, device=inputs.value.device)
-        areas = [h * w for h, w in shapes]
-        starts = torch.tensor([sum(areas[:i]) for i in range(len(areas))], device=inputs.value.device)
-        table["torch-ms-deform-attn"] = lambda *t: rival(t[0], sizes, starts, t[1].to(t[2].dtype), t[2])
+        table["torch-ms-deform-attn"] = rival(inputs)
+    if from_logits:
+        fused = {f"{OURS}_fused": lambda *t: ops.ms_deform_attn_fused(t[0], flat, t[1], t[2], inputs.reference)}
+        table = {name: after_softmax(function, inputs) for name, function in table.items()} | fused
     unknown = set(names) - set(table)
     if unknown:
         raise SystemExit(f"no contestant {sorted(unknown)}: choose from {sorted(table)}, or install it")
-    return {name: table[name] for name in names or table}
+    return {name: function for name, function in table.items() if not names or name == OURS or name in names}
 
 
-def timed(function: Callable[[], object], device: str) -> tuple[float, float]:
-    """(wall, CPU) milliseconds of one call; the device has finished before and after."""
+def rival(inputs: OpInputs) -> Contestant:
+    """The op of the package torch-ms-deform-attn."""
+    from torch_ms_deform_attn import ms_deform_attn
+
+    sizes = torch.tensor(inputs.shape.levels, device=inputs.value.device)
+    areas = [h * w for h, w in inputs.shape.levels]
+    starts = torch.tensor([sum(areas[:i]) for i in range(len(areas))], device=inputs.value.device)
+    return lambda *t: ms_deform_attn(t[0], sizes, starts, t[1].to(t[2].dtype), t[2])
+
+
+def after_softmax(function: Contestant, inputs: OpInputs) -> Contestant:
+    """The same from offsets and logits, with PyTorch's softmax and arithmetic."""
+
+    def call(value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+        locations, weights = compose(inputs.flat, offsets, logits, inputs.reference)
+        return function(value, locations, weights.to(value.dtype))
+
+    return call
+
+
+def timed(function: Callable[[], object], device: str, calls: int = 1) -> tuple[float, float]:
+    """(wall, CPU) milliseconds per call; the device has finished before and after all of them."""
     if device == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         begin.record()
-        function()
+        for _ in range(calls):
+            function()
         end.record()
         torch.cuda.synchronize()
-        return begin.elapsed_time(end), float("nan")
+        return begin.elapsed_time(end) / calls, math.nan
     wall, cpu = time.perf_counter(), time.process_time()
-    function()
-    return 1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu)
+    for _ in range(calls):
+        function()
+    return 1e3 * (time.perf_counter() - wall) / calls, 1e3 * (time.process_time() - cpu) / calls
 
 
-def measure_op(inputs: OpInputs, names: list[str], rounds: int, device: str) -> list[dict]:
+def copy_speed(device: str, rounds: int = 5, size: int = COPY_BYTES) -> float:
+    """Bytes per millisecond, read and written, of copying a tensor: the best of some rounds."""
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / min(timed(lambda: target.copy_(source), device)[0] for _ in range(rounds + 1))
+
+
+def compulsory_bytes(inputs: OpInputs, from_logits: bool) -> dict[str, int]:
+    """What must be moved at least: each input read, each output written. The backward reads the inputs again."""
+    leaves = sum(t.nbytes for t in inputs.leaves(from_logits)) + (inputs.reference.nbytes if from_logits else 0)
+    return {"forward": leaves + inputs.grad.nbytes, "forward_backward": 3 * leaves + 2 * inputs.grad.nbytes}
+
+
+def measure_op(
+    inputs: OpInputs, names: Sequence[str], rounds: int, device: str, from_logits: bool = False, calls: int = 1
+) -> list[dict]:
     """One row per contestant: medians of the forward, and of the forward with its backward."""
-    contestants = op_contestants(inputs, names)
-    leaves = [t.clone().requires_grad_() for t in (inputs.value, inputs.locations, inputs.weights)]
+    contestants = op_contestants(inputs, names, from_logits)
+    leaves = [t.detach().clone().requires_grad_() for t in inputs.leaves(from_logits)]
 
-    def both(function):
+    def forward(function: Contestant) -> None:
+        with torch.no_grad():
+            function(*leaves)
+
+    def both(function: Contestant) -> None:
         torch.autograd.grad(function(*leaves), leaves, inputs.grad)
 
-    samples = {name: ([], []) for name in contestants}
+    samples = {name: {"forward": [], "forward_backward": []} for name in contestants}
     for turn in range(rounds + 1):  # turn 0 warms up
         for name, function in contestants.items():
-            with torch.no_grad():
-                forward = timed(lambda: function(*leaves), device)
-            backward = timed(lambda: both(function), device)
-            if turn:
-                samples[name][0].append(forward)
-                samples[name][1].append(backward)
-    return [{"contestant": name, **medians(*pair)} for name, pair in samples.items()]
+            for kind, run in (("forward", forward), ("forward_backward", both)):
+                times = timed(lambda: run(function), device, calls)
+                if turn:
+                    samples[name][kind].append(times)
+    speed, least = copy_speed(device), compulsory_bytes(inputs, from_logits)
+    bounds = {kind: count / speed for kind, count in least.items()}
+    return [{"contestant": name, **summary(samples[name], samples[OURS], bounds)} for name in contestants]
 
 
-def medians(forward: list[tuple[float, float]], both: list[tuple[float, float]]) -> dict[str, str]:
-    """Column -> median over the rounds, in milliseconds."""
+def summary(own: dict[str, list], ours: dict[str, list], bounds: dict[str, float]) -> dict[str, str]:
+    """Column -> number, from the rounds' (wall, CPU) milliseconds."""
     columns = {}
-    for kind, samples in (("forward", forward), ("forward_backward", both)):
-        for clock, values in zip(("wall_ms", "cpu_ms"), zip(*samples)):
-            columns[f"{kind}_{clock}"] = f"{statistics.median(values):.3f}"
+    for kind, bound in bounds.items():
+        for i, clock in enumerate(("wall_ms", "cpu_ms")):
+            columns[f"{kind}_{clock}"] = f"{statistics.median(times[i] for times in own[kind]):.3f}"
+        quotients = [a[0] / b[0] for a, b in zip(own[kind], ours[kind])]
+        columns[f"{kind}_ratio"] = f"{statistics.median(quotients):.2f}"
+        columns[f"{kind}_bound_ms"] = f"{bound:.4g}"
+        columns[f"{kind}_over_bound"] = f"{float(columns[f'{kind}_wall_ms']) / bound:.2f}"
     return columns
 
 
@@ -141,7 +241,8 @@ def machine(device: str) -> dict[str, str]:
     elif Path("/proc/cpuinfo").exists():
         lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         name = lines[0].split(":")[1].strip() if lines else name
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return {"machine": name, "torch": torch.__version__, "cuda": str(torch.version.cuda), "commit": commit or "unknown"}
 
 
@@ -159,28 +260,38 @@ def run_op(args: argparse.Namespace) -> None:
     print(ops.build_info())
     if args.threads:
         torch.set_num_threads(args.threads)
+    calls = args.calls or (10 if args.device == "cuda" else 1)
     rows = []
-    for shape in args.shapes:
+    for name in args.shapes:
         for pattern in args.patterns:
-            inputs = op_inputs(LEVELS[shape], args.batch, pattern, DTYPES[args.dtype], args.device)
-            setting = {"shape": shape, "batch": args.batch, "pattern": pattern, "dtype": args.dtype}
-            setting |= {"device": args.device, "threads": torch.get_num_threads(), "rounds": args.rounds}
-            for row in measure_op(inputs, args.contestants, args.rounds, args.device):
+            inputs = op_inputs(SHAPES[name], args.batch, pattern, DTYPES[args.dtype], args.device)
+            setting = {"shape": name, "batch": args.batch, "pattern": pattern, "dtype": args.dtype}
+            setting |= {"from_logits": args.from_logits, "device": args.device, "threads": torch.get_num_threads()}
+            setting |= {"rounds": args.rounds, "calls": calls}
+            for row in measure_op(inputs, args.contestants, args.rounds, args.device, args.from_logits, calls):
                 rows.append({**setting, **row, **machine(args.device)})
-                print(", ".join(f"{key} {value}" for key, value in {"shape": shape, "pattern": pattern, **row}.items()))
+                print(", ".join(f"{key} {value}" for key, value in {"shape": name, "pattern": pattern, **row}.items()))
     if args.output:
         write_csv(args.output, rows)
 
 
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return int(text)
+
+
 def add_op_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shapes", nargs="+", choices=sorted(LEVELS), default=["A"], help="A 1024x2048, B 800x1333")
+    parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=["mask2former-cityscapes"])
     parser.add_argument("--patterns", nargs="+", choices=("encoder", "uniform"), default=["encoder", "uniform"])
-    parser.add_argument("--contestants", nargs="+", default=[], help="default: all that can be imported")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--contestants", nargs="+", default=[], help="besides eco_m2f; default: all that are installed")
+    parser.add_argument("--from-logits", action="store_true", help="with the softmax and the locations")
+    parser.add_argument("--batch", type=positive, default=1)
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=positive, help="CPU threads; default: PyTorch's choice")
+    parser.add_argument("--rounds", type=positive, default=9, help="after one that warms up")
+    parser.add_argument("--calls", type=positive, help="per contestant and round; default: 1, on cuda 10")
     parser.add_argument("--output", type=Path, help="CSV file to write")
     parser.set_defaults(run=run_op)
 
