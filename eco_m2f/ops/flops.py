@@ -25,22 +25,16 @@ def ms_deform_attn_flop_jit(inputs: list, outputs: list) -> int:
     return multiply_adds(get_shape(inputs[0]), get_shape(inputs[2]))
 
 
-def register_torch_formula(forward_op) -> None:
-    """Teaches `torch.utils.flop_counter.FlopCounterMode`, which counts 2 per multiply-add, one of the two ops."""
+def register_torch_formulas(forward_op, backward_op) -> None:
+    """Teaches `torch.utils.flop_counter.FlopCounterMode`, which counts 2 per multiply-add, an op and its backward.
+
+    The backward costs twice the forward: one dot product and one scatter per corner.
+    """
 
     @register_flop_formula(forward_op)
     def forward_flops(value_shape, spatial_shapes, location_shape, *args, out_shape=None, **kwargs):
         return 2 * multiply_adds(value_shape, location_shape)
 
-
-def register_torch_formulas(forward_op, backward_op) -> None:
-    """The same for the op and its backward.
-
-    The backward costs twice the forward: one dot product and one scatter per corner.
-    """
-
-    register_torch_formula(forward_op)
-
     @register_flop_formula(backward_op)
-    def backward_flops(grad_shape, value_shape, spatial_shapes, location_shape, weight_shape, *args, **kwargs):
+    def backward_flops(grad_shape, value_shape, spatial_shapes, location_shape, *args, **kwargs):
         return 4 * multiply_adds(value_shape, location_shape)

@@ -1,7 +1,7 @@
 """The op `eco_m2f::ms_deform_attn_fused`: `ms_deform_attn` with what comes before it, from the two projections on.
 
 It takes the offsets in pixels, the attention's logits and the reference points, and never writes the locations and the
-weights into memory, nor keeps them for the backward, which computes them anew. The compiled CPU kernel does it in one
+weights into memory, nor keeps them for the backward, which computes them anew. The compiled CPU kernels do it in one
 pass; on other devices, and with nothing compiled, it is PyTorch operators and then `ms_deform_attn`. Both round alike:
 location = reference + offset / (w, h), the softmax in at least float32, and the pixel of `reference.py`.
 """
@@ -11,14 +11,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .flops import register_torch_formula
+from .flops import register_torch_formulas
 from .ms_deform_attn import BACKWARD, FORWARD, LIBRARY, flat_shapes
 
 LIBRARY.define(
     "ms_deform_attn_fused(Tensor value, SymInt[] spatial_shapes, Tensor sampling_offsets, Tensor attention_logits,"
     " Tensor reference_points) -> Tensor"
 )
+LIBRARY.define(
+    "ms_deform_attn_fused_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, Tensor sampling_offsets,"
+    " Tensor attention_logits, Tensor reference_points) -> (Tensor, Tensor, Tensor)"  # of value, offsets, logits
+)
 FUSED = torch.ops.eco_m2f.ms_deform_attn_fused.default
+FUSED_BACKWARD = torch.ops.eco_m2f.ms_deform_attn_fused_backward.default
 
 
 def ms_deform_attn_fused(
@@ -93,6 +98,22 @@ def _fake_forward(value, spatial_shapes, sampling_offsets, attention_logits, ref
     return value.new_empty(value.shape[0], sampling_offsets.shape[1], value.shape[2] * value.shape[3])
 
 
+def _composed_backward(grad_output, value, spatial_shapes, sampling_offsets, attention_logits, reference_points):
+    check_fused_arguments(value, spatial_shapes, sampling_offsets, attention_logits, reference_points)
+    locations, weights = compose(spatial_shapes, sampling_offsets, attention_logits, reference_points)
+    narrow = weights.to(value.dtype)
+    grad_value, grad_locations, grad_weights = BACKWARD(grad_output, value, spatial_shapes, locations, narrow)
+    grad_weights = grad_weights.to(weights.dtype)
+    total = (grad_weights * weights).sum((-2, -1), keepdim=True)
+    grad_offsets = grad_locations / level_sizes(spatial_shapes, sampling_offsets)
+    return grad_value, grad_offsets, weights * (grad_weights - total)
+
+
+def _fake_backward(grad_output, value, spatial_shapes, sampling_offsets, attention_logits, reference_points):
+    check_fused_arguments(value, spatial_shapes, sampling_offsets, attention_logits, reference_points)
+    return tuple(t.new_empty(t.shape) for t in (value, sampling_offsets, attention_logits))
+
+
 def _setup_context(ctx, inputs, output):
     value, ctx.spatial_shapes, *rest = inputs
     ctx.save_for_backward(value, *rest)
@@ -100,17 +121,16 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd_backward(ctx, grad_output):
     value, offsets, logits, reference = ctx.saved_tensors
-    locations, weights = compose(ctx.spatial_shapes, offsets, logits, reference)
-    grad_value, grad_locations, grad_weights = BACKWARD(
-        grad_output, value, ctx.spatial_shapes, locations, weights.to(value.dtype)
-    )
-    grad_offsets = grad_locations / level_sizes(ctx.spatial_shapes, offsets)
-    grad_weights = grad_weights.to(weights.dtype)
-    grad_logits = weights * (grad_weights - (grad_weights * weights).sum((-2, -1), keepdim=True))
+    grads = FUSED_BACKWARD(grad_output, value, ctx.spatial_shapes, offsets, logits, reference)
     grad_reference = None
-    if ctx.needs_input_grad[4]:
-        grad_reference = grad_locations.sum((2, 4)).sum_to_size(reference.shape)  # over heads and points
-    return grad_value, None, grad_offsets, grad_logits, grad_reference
+    if ctx.needs_input_grad[4]:  # a location moves with its point as with its offset times (w, h)
+        by_level = grads[1].sum((2, 4), keepdim=True) * level_sizes(ctx.spatial_shapes, offsets)
+        grad_reference = by_level[:, :, 0, :, 0].sum_to_size(reference.shape)
+    return grads[0], None, grads[1], grads[2], grad_reference
+
+
+def _no_double_backward(ctx, *grads):
+    raise NotImplementedError("ms_deform_attn_fused has no second derivative; differentiate the reference op twice")
 
 
 def _autocast(value, spatial_shapes, sampling_offsets, attention_logits, reference_points):
@@ -126,11 +146,14 @@ def _autocast(value, spatial_shapes, sampling_offsets, attention_logits, referen
 
 def _register() -> None:
     LIBRARY.impl("ms_deform_attn_fused", _composed_forward, "CompositeExplicitAutograd")
+    LIBRARY.impl("ms_deform_attn_fused_backward", _composed_backward, "CompositeExplicitAutograd")
     for key in ("AutocastCPU", "AutocastCUDA"):
         LIBRARY.impl("ms_deform_attn_fused", _autocast, key)
     torch.library.register_fake(FUSED, _fake_forward, lib=LIBRARY)
+    torch.library.register_fake(FUSED_BACKWARD, _fake_backward, lib=LIBRARY)
+    torch.library.register_autograd(FUSED_BACKWARD, _no_double_backward, lib=LIBRARY)
     torch.library.register_autograd(FUSED, _autograd_backward, setup_context=_setup_context, lib=LIBRARY)
-    register_torch_formula(FUSED.overloadpacket)
+    register_torch_formulas(FUSED.overloadpacket, FUSED_BACKWARD.overloadpacket)
 
 
 _register()

@@ -7,7 +7,7 @@ from op_cases import COMPILED, make_case, relative_error, use
 from torch.utils.flop_counter import FlopCounterMode
 
 from eco_m2f.ops import FUSED_NAME, ms_deform_attn_flop_jit, ms_deform_attn_fused, reference_ms_deform_attn
-from eco_m2f.ops.fused import FUSED, _composed_forward
+from eco_m2f.ops.fused import FUSED, FUSED_BACKWARD, _composed_backward, _composed_forward
 
 SHAPES = [(3, 4), (6, 8), (12, 16)]
 backends = pytest.mark.parametrize("backend", COMPILED)
@@ -48,12 +48,32 @@ def test_values_and_gradients(backend, reference):
         torch.testing.assert_close(actual, wanted)
 
 
-def test_without_the_fused_kernel():
+def test_without_the_fused_kernels():
     """What runs on other devices, and where nothing was compiled."""
-    value, offsets, logits, points, _ = make_inputs()
+    *inputs, grad = make_inputs()
     flat = [size for shape in SHAPES for size in shape]
-    expected = by_parts(value, SHAPES, offsets, logits, points)
-    torch.testing.assert_close(_composed_forward(value, flat, offsets, logits, points), expected)
+    leaves = [t.requires_grad_() for t in inputs]
+    expected = by_parts(leaves[0], SHAPES, *leaves[1:])
+    with torch.no_grad():
+        torch.testing.assert_close(_composed_forward(leaves[0], flat, *leaves[1:]), expected)
+        grads = _composed_backward(grad, leaves[0], flat, *leaves[1:])
+    for actual, wanted in zip(grads, torch.autograd.grad(expected, leaves[:3], grad)):
+        torch.testing.assert_close(actual, wanted)
+
+
+@backends
+def test_gradients_in_half_precision(backend):
+    *inputs, grad = make_inputs(reference=(1, 1))
+    exact = [inputs[0], *(t.float().double() for t in inputs[1:])]
+    leaves = [t.requires_grad_() for t in exact]
+    wanted = torch.autograd.grad(by_parts(leaves[0], SHAPES, *leaves[1:]), leaves, grad)
+    half = [exact[0].detach().bfloat16(), *(t.detach().float() for t in exact[1:])]
+    leaves = [t.requires_grad_() for t in half]
+    with use(backend):
+        out = ms_deform_attn_fused(leaves[0], SHAPES, *leaves[1:])
+        grads = torch.autograd.grad(out, leaves, grad.bfloat16())
+    for actual, expected, leaf in zip(grads, wanted, leaves):
+        assert actual.dtype == leaf.dtype and relative_error(actual, expected) < 1e-2
 
 
 @pytest.mark.parametrize("levels, points, channels", ((1, 1, 4), (1, 7, 33), (2, 4, 130), (4, 4, 16), (5, 7, 64)))
@@ -61,11 +81,16 @@ def test_without_the_fused_kernel():
 def test_other_sizes(backend, levels, points, channels):
     shapes = [(2 + i, 7 - i) for i in range(levels)]
     for count in (1, levels):
-        inputs = make_inputs(shapes, 2, 9, 3, channels, points, torch.float32, (1, count))[:4]
+        *inputs, grad = make_inputs(shapes, 2, 9, 3, channels, points, torch.float32, (1, count))
+        leaves = [t.requires_grad_() for t in inputs]
         with use(backend):
-            out = ms_deform_attn_fused(inputs[0], shapes, *inputs[1:])
-        expected = by_parts(inputs[0].double(), shapes, *(t.double() for t in inputs[1:]))
+            out = ms_deform_attn_fused(leaves[0], shapes, *leaves[1:])
+            grads = torch.autograd.grad(out, leaves, grad)
+        exact = [t.detach().double().requires_grad_() for t in leaves]
+        expected = by_parts(exact[0], shapes, *exact[1:])
         assert relative_error(out, expected) < 3e-6
+        for actual, wanted in zip(grads, torch.autograd.grad(expected, exact, grad.double())):
+            assert (actual.double() - wanted).norm() < 2e-5 * (1 + wanted.norm())
 
 
 BOUNDS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
@@ -106,6 +131,22 @@ def test_softmax_of_extreme_logits(backend, dtype):
     with use(backend):
         out = ms_deform_attn_fused(value, SHAPES, offsets, logits, points)
     torch.testing.assert_close(out, by_parts(value, SHAPES, offsets, logits, points))
+
+
+@backends
+def test_gradients_that_are_not_finite_stay_with_their_head(backend):
+    *inputs, grad = make_inputs(dtype=torch.float32, reference=(1, 1))
+    inputs[1][1, 7, 3, 2, 1, 0] = torch.nan
+    grad[0, 5, 2 * 32 + 1] = torch.inf
+    leaves = [t.requires_grad_() for t in inputs]
+    with use(backend):
+        out = ms_deform_attn_fused(leaves[0], SHAPES, *leaves[1:])
+        grads = torch.autograd.grad(out, leaves[:3], grad)
+    hit = torch.zeros(2, 40, 8, dtype=torch.bool)
+    hit[1, 7, 3] = hit[0, 5, 2] = True
+    assert torch.equal(~grads[2].isfinite().flatten(3).any(-1), hit)  # the softmax shares it among the samples
+    assert torch.equal(~grads[1].isfinite().flatten(3).all(-1), hit)
+    assert grads[0][1].isfinite().all() and grads[0][0, :, [0, 1, 3]].isfinite().all()
 
 
 @pytest.mark.parametrize("what", ("offset", "logit", "infinite logit", "no finite logit", "reference"))
@@ -153,6 +194,20 @@ def test_opcheck(dtype):
     value, *rest = (t.requires_grad_() for t in small(dtype))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(FUSED, (value, [3, 4, 2, 5], *rest), test_utils=checks)
+
+
+def test_opcheck_backward():
+    value, *rest = small(torch.float32)
+    grad = torch.ones(2, 5, 8)
+    torch.library.opcheck(FUSED_BACKWARD, (grad, value, [3, 4, 2, 5], *rest))
+
+
+def test_second_derivative_is_refused():
+    leaves = [t.requires_grad_() for t in small()]
+    out = ms_deform_attn_fused(leaves[0], [(3, 4), (2, 5)], *leaves[1:])
+    first = torch.autograd.grad(out, leaves, torch.ones_like(out).requires_grad_(), create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        first[0].sum().backward()
 
 
 def test_compile_in_one_graph():

@@ -8,6 +8,7 @@
 #include <ATen/ops/add.h>
 #include <ATen/ops/div.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -156,15 +157,15 @@ at::Tensor forward(const at::Tensor& value, at::IntArrayRef shapes, const at::Te
   return output.to(v.scalar_type());
 }
 
-// The locations and weights that a fused call implies: for where no sampler is.
-std::tuple<at::Tensor, at::Tensor> materialise(const Problem& p, const at::Tensor& reference, const at::Tensor& offsets,
-                                               const at::Tensor& logits) {
+// The locations and weights that a fused call implies, and (w, h) per level: for where no sampler is.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> materialise(const Problem& p, const at::Tensor& offsets,
+                                                           const at::Tensor& logits, const at::Tensor& reference) {
   at::Tensor sizes = at::empty({p.levels, 1, 2}, offsets.options());
   for (int64_t i = 0; i < p.levels; ++i) {
     sizes.select(0, i).select(1, 0).fill_(p.level[i].width), sizes.select(0, i).select(1, 1).fill_(p.level[i].height);
   }
-  const at::Tensor weights = logits.flatten(3).softmax(-1).view(logits.sizes());
-  return {at::add(reference.unsqueeze(2).unsqueeze(4), at::div(offsets, sizes)), weights};
+  const at::Tensor locations = at::add(reference.unsqueeze(2).unsqueeze(4), at::div(offsets, sizes));
+  return {locations.contiguous(), logits.flatten(3).softmax(-1).view(logits.sizes()).contiguous(), sizes};
 }
 
 at::Tensor fused_forward(const at::Tensor& value, at::IntArrayRef shapes, const at::Tensor& offsets,
@@ -178,8 +179,8 @@ at::Tensor fused_forward(const at::Tensor& value, at::IntArrayRef shapes, const 
     if (const Sampler<T>* sampler = sampler_for<T>(p)) {
       staged_forward<scalar_t, T>(p, *sampler, v, r, offsets.contiguous(), logits.contiguous(), output);
     } else {
-      const auto [locations, weights] = materialise(p, r, offsets, logits);
-      portable_forward<scalar_t, T>(p, v, locations.contiguous(), weights.contiguous(), output);
+      const auto [locations, weights, sizes] = materialise(p, offsets, logits, r);
+      portable_forward<scalar_t, T>(p, v, locations, weights, output);
     }
   });
   return output.to(v.scalar_type());
@@ -190,11 +191,13 @@ struct Gradients {
   at::Tensor value, locations, weights;
 };
 
-// Each unit's queries are split where there are more threads than units; each part then adds to a map of its own.
+// With a reference, `locations` and `weights` are offsets and logits. Each unit's queries are split where there are
+// more threads than units; each part then adds to a map of its own.
 template <typename S, typename T>
 void staged_backward(const Problem& p, const Sampler<T>& sampler, const at::Tensor& grad_output,
-                     const at::Tensor& value, const at::Tensor& locations, const at::Tensor& weights,
-                     const Gradients& gradients) {
+                     const at::Tensor& value, const at::Tensor& reference, const at::Tensor& locations,
+                     const at::Tensor& weights, const Gradients& gradients) {
+  const auto kernel = reference.defined() ? sampler.fused_backward : sampler.backward;
   const Plan<T> plan(p, sampler);
   const int64_t parts = (at::get_num_threads() + plan.units_per_round - 1) / plan.units_per_round;
   const at::Tensor scratch = empty_large({plan.units_per_round, plan.map_size}, locations.options());
@@ -204,15 +207,17 @@ void staged_backward(const Problem& p, const Sampler<T>& sampler, const at::Tens
     const int64_t count = std::min(plan.units_per_round, plan.units - unit);
     plan.stage(value.const_data_ptr<S>(), unit, count, maps);
     at::parallel_for(0, count * parts, 1, [&](int64_t begin, int64_t end) {
+      std::vector<T> room(reference.defined() ? 5 * plan.table.width.size() : 0);
       for (int64_t i = begin; i < end; ++i) {
         HeadTask<T> task = plan.task(unit + i / parts, maps + i / parts * plan.map_size, locations, weights);
+        if (reference.defined()) plan.add_reference(task, unit + i / parts, reference, room);
         const int64_t sample = task.weights - weights.const_data_ptr<T>(), part = i % parts;
         task.grad_output = grad_output.const_data_ptr<T>() + plan.first_row(unit + i / parts, p.queries);
         task.grad_map = grad_maps + i * plan.map_size;
         task.grad_locations = gradients.locations.mutable_data_ptr<T>() + 2 * sample;
         task.grad_weights = gradients.weights.mutable_data_ptr<T>() + sample;
         std::fill(task.grad_map, task.grad_map + plan.map_size, T(0));
-        sampler.backward(task, p.queries * part / parts, p.queries * (part + 1) / parts);
+        kernel(task, p.queries * part / parts, p.queries * (part + 1) / parts);
       }
     });
     at::parallel_for(0, count * p.tokens, kCellsPerTask, [&](int64_t begin, int64_t end) {
@@ -252,12 +257,38 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
     using T = at::opmath_type<scalar_t>;
     const Sampler<T>* sampler = sampler_for<T>(p);
     if (sampler && g.numel() > 0) {
-      staged_backward<scalar_t, T>(p, *sampler, g, v, l, w, gradients);
+      staged_backward<scalar_t, T>(p, *sampler, g, v, at::Tensor(), l, w, gradients);
     } else {
       portable_backward<scalar_t, T>(p, g, v, l, w, gradients);
     }
   });
   return {gradients.value, gradients.locations, gradients.weights.to(v.scalar_type())};
+}
+
+// Of value, offsets and logits.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> fused_backward(const at::Tensor& grad_output, const at::Tensor& value,
+                                                              at::IntArrayRef shapes, const at::Tensor& offsets,
+                                                              const at::Tensor& logits, const at::Tensor& reference) {
+  const Problem p = make_fused_problem(value, shapes, offsets, logits, reference);
+  check_grad_output(p, grad_output, value);
+  const at::Tensor v = value.contiguous(), o = offsets.contiguous(), l = logits.contiguous();
+  const at::Tensor g = grad_output.to(o.scalar_type()).contiguous(), r = reference.contiguous();
+  Gradients gradients{empty_large(v.sizes(), v.options()), empty_large(o.sizes(), o.options()),
+                      empty_large(l.sizes(), l.options())};
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, v.scalar_type(), "ms_deform_attn_fused_backward", [&] {
+    using T = at::opmath_type<scalar_t>;
+    const Sampler<T>* sampler = sampler_for<T>(p);
+    if (sampler && g.numel() > 0) {
+      staged_backward<scalar_t, T>(p, *sampler, g, v, r, o, l, gradients);
+    } else {
+      const auto [locations, weights, sizes] = materialise(p, o, l, r);
+      portable_backward<scalar_t, T>(p, g, v, locations, weights, gradients);
+      gradients.locations.div_(sizes);
+      const at::Tensor total = at::mul(gradients.weights, weights).sum({-2, -1}, /*keepdim=*/true);
+      gradients.weights.sub_(total).mul_(weights);
+    }
+  });
+  return {gradients.value, gradients.locations, gradients.weights};
 }
 
 }  // namespace
@@ -266,6 +297,7 @@ TORCH_LIBRARY_IMPL(eco_m2f, CPU, m) {
   m.impl("ms_deform_attn", forward);
   m.impl("ms_deform_attn_backward", backward);
   m.impl("ms_deform_attn_fused", fused_forward);
+  m.impl("ms_deform_attn_fused_backward", fused_backward);
 }
 
 TORCH_LIBRARY_FRAGMENT(eco_m2f, m) {

@@ -51,8 +51,8 @@ struct HeadTask {
   T* output;                 // forward
   const T* grad_output;      // backward, as all below
   T* grad_map;               // staged, added to
-  T* grad_locations;
-  T* grad_weights;
+  T* grad_locations;         // fused: of the offsets
+  T* grad_weights;           // fused: of the logits
 };
 
 // One instruction set's kernels, for the queries [begin, end).
@@ -64,6 +64,7 @@ struct Sampler {
   void (*forward)(const HeadTask<T>&, int64_t begin, int64_t end);
   void (*fused_forward)(const HeadTask<T>&, int64_t begin, int64_t end);
   void (*backward)(const HeadTask<T>&, int64_t begin, int64_t end);
+  void (*fused_backward)(const HeadTask<T>&, int64_t begin, int64_t end);
 };
 
 template <typename T>

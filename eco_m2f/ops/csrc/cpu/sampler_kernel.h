@@ -287,8 +287,9 @@ void forward_queries(const HeadTask<T>& task, int64_t begin, int64_t end) {
   }
 }
 
-// Gradients of the samples from dots[corner][sample] = <value at the corner, grad_output>.
-template <typename T>
+// Gradients of the samples from dots[corner][sample] = <value at the corner, grad_output>. Fused: by the offsets in
+// place of the locations; by the weights into the scratch, for finish_softmax.
+template <typename T, bool kFused>
 ECO_INLINE void finish_backward(const HeadTask<T>& task, int64_t query, int64_t first, int64_t count,
                                 const Located<T>& at, const T (*dots)[Vectors<T>::kLanes]) {
   using V = typename Vectors<T>::Real;
@@ -298,8 +299,10 @@ ECO_INLINE void finish_backward(const HeadTask<T>& task, int64_t query, int64_t 
   const V fx = load<V>(at.fx), fy = load<V>(at.fy), attention = load<V>(at.attention);
   const V upper = d00 + fx * (d01 - d00), lower = d10 + fx * (d11 - d10);
   const V dx = (d01 - d00) + fy * ((d11 - d10) - (d01 - d00));
-  const V slope_x = dx * attention * load<V>(task.table->width.data() + first);
-  const V slope_y = (lower - upper) * attention * load<V>(task.table->height.data() + first);
+  V slope_x = dx * attention, slope_y = (lower - upper) * attention;
+  if constexpr (!kFused) {
+    slope_x *= load<V>(task.table->width.data() + first), slope_y *= load<V>(task.table->height.data() + first);
+  }
   Mask front, back;
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
@@ -308,12 +311,35 @@ ECO_INLINE void finish_backward(const HeadTask<T>& task, int64_t query, int64_t 
   }
   const int64_t to = query * task.query_samples + first;
   T* grad_locations = task.grad_locations + 2 * to;
-  store_first(task.grad_weights + to, V(upper + fy * (lower - upper)), count);
+  const V along = upper + fy * (lower - upper);
+  if constexpr (kFused) {
+    store(task.scratch + 3 * task.padded_samples + first, along);
+  } else {
+    store_first(task.grad_weights + to, along, count);
+  }
   store_first(grad_locations, __builtin_shuffle(slope_x, slope_y, front), 2 * count);
   store_first(grad_locations + kLanes, __builtin_shuffle(slope_x, slope_y, back), 2 * count - kLanes);
 }
 
-template <typename T, int kVectors>
+// Gradients of the logits from those of the weights: weight * (gradient - <weights, gradients>).
+template <typename T>
+ECO_INLINE void finish_softmax(const HeadTask<T>& task, int64_t query) {
+  using V = typename Vectors<T>::Real;
+  constexpr int kLanes = Vectors<T>::kLanes;
+  const T *weights = task.scratch + 2 * task.padded_samples, *grads = weights + task.padded_samples;
+  V total = {};
+  for (int64_t i = 0; i < task.samples; i += kLanes) {
+    const V part = load<V>(weights + i) * load<V>(grads + i);
+    total += load<V>(task.table->width.data() + i) < 0 ? V{} : part;  // padding may hold anything
+  }
+  total = fold_lanes(total, [](V a, V b) __attribute__((always_inline)) { return a + b; });
+  T* to = task.grad_weights + query * task.query_samples;
+  for (int64_t i = 0; i < task.samples; i += kLanes) {
+    store_first(to + i, V(load<V>(weights + i) * (load<V>(grads + i) - total)), task.samples - i);
+  }
+}
+
+template <typename T, int kVectors, bool kFused>
 void backward_queries(const HeadTask<T>& task, int64_t begin, int64_t end) {
   using V = typename Vectors<T>::Real;
   constexpr int kLanes = Vectors<T>::kLanes, kGroup = kLanes / 4;  // samples whose dot products are summed together
@@ -324,7 +350,7 @@ void backward_queries(const HeadTask<T>& task, int64_t begin, int64_t end) {
   const int32_t* row_cells = task.table->row_cells.data();
   for (int64_t query = begin; query < end; ++query) {
     prefetch<T>(task, query + kAhead, task.grad_output);
-    const Inputs<T> inputs = given(task, query);
+    const Inputs<T> inputs = kFused ? computed(task, query) : given(task, query);
     const T* grad_output = task.grad_output + query * task.query_rows;
     V grad[kVectors];
 #pragma GCC unroll 8
@@ -361,8 +387,9 @@ void backward_queries(const HeadTask<T>& task, int64_t begin, int64_t end) {
 #pragma GCC unroll 4
         for (int k = 0; k < 4; ++k) __builtin_memcpy(&dots[k][group], sums + k * kGroup, sizeof(T) * kGroup);
       }
-      finish_backward(task, query, first, count, at, dots);
+      finish_backward<T, kFused>(task, query, first, count, at, dots);
     }
+    if constexpr (kFused) finish_softmax(task, query);
   }
 }
 
@@ -381,24 +408,24 @@ void forward(const HeadTask<T>& task, int64_t begin, int64_t end) {
   }
 }
 
-template <typename T>
+template <typename T, bool kFused>
 void backward(const HeadTask<T>& task, int64_t begin, int64_t end) {
   switch (task.staged_channels / Vectors<T>::kLanes) {
     case 1:
-      return backward_queries<T, 1>(task, begin, end);
+      return backward_queries<T, 1, kFused>(task, begin, end);
     case 2:
-      return backward_queries<T, 2>(task, begin, end);
+      return backward_queries<T, 2, kFused>(task, begin, end);
     case 4:
-      return backward_queries<T, 4>(task, begin, end);
+      return backward_queries<T, 4, kFused>(task, begin, end);
     case 8:
-      return backward_queries<T, 8>(task, begin, end);
+      return backward_queries<T, 8, kFused>(task, begin, end);
   }
 }
 
 template <typename T>
 Sampler<T> sampler(const char* name) {
   constexpr int kLanes = Vectors<T>::kLanes;
-  return {name, kLanes, 8 * kLanes, &forward<T, false>, &forward<T, true>, &backward<T>};
+  return {name, kLanes, 8 * kLanes, &forward<T, false>, &forward<T, true>, &backward<T, false>, &backward<T, true>};
 }
 
 }  // namespace ECO_ISA
