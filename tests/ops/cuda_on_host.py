@@ -30,6 +30,8 @@ def library() -> ctypes.CDLL:
     # fmt: off
     command = [
         compiler, "-O1", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-w",
+        # A misaligned vector read is an error on a GPU: end the process here too.
+        "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error",
         f"-I{Path(torch.__file__).parent / 'include'}", f"-I{KERNELS}", str(HERE / "cuda_on_host.cpp"), "-o", target,
     ]
     # fmt: on

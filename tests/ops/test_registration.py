@@ -91,7 +91,7 @@ def test_onnx_export_of_the_grid_sample_form(tmp_path):
     pytest.importorskip("onnxscript", reason="torch.onnx needs onnxscript")
     onnx = pytest.importorskip("onnx", reason="torch.onnx needs onnx")
     case = small()
-    model = Attend(case.flat_shapes, grid_sample_ms_deform_attn)
+    model = Attend(case.flat_shapes, grid_sample_ms_deform_attn).eval()
     torch.onnx.export(model, case.leaves, tmp_path / "op.onnx", dynamo=True)
     kinds = {node.op_type for node in onnx.load(tmp_path / "op.onnx").graph.node}
     assert "GridSample" in kinds

@@ -31,6 +31,13 @@ Storage storage_of(const at::Tensor& value) {
   }
 }
 
+// Contiguous and, for reads of whole points, aligned: a view may begin anywhere.
+at::Tensor aligned(const at::Tensor& tensor) {
+  const at::Tensor contiguous = tensor.contiguous();
+  const bool is_aligned = reinterpret_cast<uintptr_t>(contiguous.const_data_ptr()) % 16 == 0;
+  return is_aligned ? contiguous : contiguous.clone();
+}
+
 void check_launch(const char* too_large, const Problem& p) {
   TORCH_CHECK_VALUE(!too_large, "the CUDA kernels cannot take ", too_large, ": batch ", p.batch, ", tokens ", p.tokens,
                     ", queries ", p.queries, ", heads ", p.heads, ", channels ", p.channels, "; split the call");
@@ -42,7 +49,7 @@ at::Tensor forward(const at::Tensor& value, at::IntArrayRef shapes, const at::Te
   const Problem p = make_checked_problem(value, shapes, locations, weights);
   const Storage storage = storage_of(value);
   const c10::cuda::CUDAGuard guard(value.device());
-  const at::Tensor v = value.contiguous(), l = locations.contiguous(), w = weights.contiguous();
+  const at::Tensor v = value.contiguous(), l = aligned(locations), w = weights.contiguous();
   const at::Tensor output = at::empty({p.batch, p.queries, p.heads * p.channels}, v.options());
   if (output.numel() > 0) {
     const ForwardPointers pointers{v.const_data_ptr(), l.const_data_ptr(), w.const_data_ptr(),
@@ -61,7 +68,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
   at::globalContext().alertNotDeterministic("ms_deform_attn_backward on CUDA");
   const c10::cuda::CUDAGuard guard(value.device());
   const at::Tensor g = grad_output.contiguous(), v = value.contiguous();
-  const at::Tensor l = locations.contiguous(), w = weights.contiguous();
+  const at::Tensor l = aligned(locations), w = weights.contiguous();
   const at::Tensor grad_value = at::zeros(v.sizes(), l.options());  // hundreds of additions a row: never in half
   const at::Tensor grad_locations = at::empty(l.sizes(), l.options()), grad_weights = at::empty(w.sizes(), w.options());
   if (w.numel() > 0) {
