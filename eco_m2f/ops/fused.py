@@ -1,8 +1,8 @@
 """The op `eco_m2f::ms_deform_attn_fused`: `ms_deform_attn` with what comes before it, from the two projections on.
 
 It takes the offsets in pixels, the attention's logits and the reference points, and never writes the locations and the
-weights into memory, nor keeps them for the backward, which computes them anew. The compiled CPU kernels do it in one
-pass; on other devices, and with nothing compiled, it is PyTorch operators and then `ms_deform_attn`. Both round alike:
+weights into memory, nor keeps them for the backward, which computes them anew. The compiled kernels do it in one pass
+(CUDA: up to 96 samples per query and head); else it is PyTorch operators and then `ms_deform_attn`. Both round alike:
 location = reference + offset / (w, h), the softmax in at least float32, and the pixel of `reference.py`.
 """
 

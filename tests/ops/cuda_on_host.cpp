@@ -124,28 +124,39 @@ static const char* checked(const char* error) {
   return error ? error : diverged ? "threads of a block went separate ways at a barrier or shuffle" : nullptr;
 }
 
-// sizes: batch, tokens, heads, channels, queries, levels, points. Return null or what went wrong.
+// As ms_deform_attn.cpp makes it of reference points [batch or 1, queries, levels or 1, 2]; strides: image, query,
+// level.
+static Reference reference_of(const void* points, const int64_t* strides) {
+  return points ? Reference{points, strides[0], strides[1], strides[2]} : Reference{};
+}
+
+// sizes: batch, tokens, heads, channels, queries, levels, points. With a reference, from offsets and logits. Return
+// null or what went wrong.
 extern "C" const char* host_forward(const int64_t* sizes, const int64_t* shapes, int storage, const void* value,
-                                    const void* locations, const void* weights, void* output) {
+                                    const void* locations, const void* weights, const void* reference,
+                                    const int64_t* strides, void* output) {
   diverged = false, launches = 0;
-  return checked(start_forward(problem_of(sizes, shapes), Storage(storage),
-                               ForwardPointers{value, locations, weights, output}, HostStart{}));
+  const ForwardPointers pointers{value, locations, weights, output, reference_of(reference, strides)};
+  return checked(start_forward(problem_of(sizes, shapes), Storage(storage), pointers, HostStart{}));
 }
 
 extern "C" const char* host_backward(const int64_t* sizes, const int64_t* shapes, int storage, const void* grad_output,
-                                     const void* value, const void* locations, const void* weights, void* grad_value,
+                                     const void* value, const void* locations, const void* weights,
+                                     const void* reference, const int64_t* strides, void* grad_value,
                                      void* grad_locations, void* grad_weights) {
   diverged = false, launches = 0;
-  const BackwardPointers pointers{grad_output, value, locations, weights, grad_value, grad_locations, grad_weights};
+  const BackwardPointers pointers{grad_output, value,          locations,    weights,
+                                  grad_value,  grad_locations, grad_weights, reference_of(reference, strides)};
   return checked(start_backward(problem_of(sizes, shapes), Storage(storage), pointers, HostStart{}));
 }
 
 extern "C" int64_t host_launches() { return launches; }
 
 // The plan for sizes that need not fit into memory: lanes, tile, blocks, fixed; returns null or what is too large.
-extern "C" const char* host_plan(const int64_t* sizes, int64_t vector, int64_t element_bytes, int64_t* plan) {
+extern "C" const char* host_plan(const int64_t* sizes, int64_t vector, int64_t element_bytes, int fused,
+                                 int64_t* plan) {
   Problem p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6]};
-  const Plan made = make_plan(p, vector, element_bytes);
+  const Plan made = make_plan(p, vector, element_bytes, fused);
   plan[0] = made.call.lanes, plan[1] = made.call.tile, plan[2] = made.blocks, plan[3] = made.fixed;
   return made.error;
 }
@@ -160,6 +171,6 @@ extern "C" void host_strides(const int64_t* sizes, int64_t* strides) {
 extern "C" int64_t host_first_point(const int64_t* sizes, int64_t block, int64_t image) {
   const Plan made = make_plan(Problem{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6]}, 4, 4);
   blockIdx.x = uint32_t(block), blockIdx.y = uint32_t(image);
-  using Generic = Variant<float, 4, false>;
+  using Generic = Variant<float, 4, false, false>;
   return first_point<Generic>(made.call, Shape<Generic>(made.call));
 }

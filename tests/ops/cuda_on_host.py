@@ -67,25 +67,32 @@ class Guarded:
         assert outside.isnan().all(), "a kernel wrote beside its tensor"
 
 
-def run(value, flat_shapes, locations, weights, grad) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """-> output, gradients; the launches are the CUDA build's. Inputs that were not aligned stay so."""
+def run(value, flat_shapes, locations, weights, grad, reference=None) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """-> output, gradients; the launches are the CUDA build's. Inputs that were not aligned stay so.
+
+    With reference points, the fused kernels: locations are offsets, weights are logits.
+    """
     batch, tokens, heads, channels = value.shape
     levels, points = locations.shape[3:5]
     sizes = ints((batch, tokens, heads, channels, locations.shape[1], levels, points))
     shapes, storage = ints(flat_shapes), STORAGE.index(value.dtype)
     shift = 1 if value.data_ptr() % 16 else 0
     inputs = [Guarded(t, shift if t is value else 0) for t in (value, locations, weights)]
+    strides, fused = ints((0, 0, 0)), None
+    if reference is not None:
+        fused, (images, _, by_level, _) = Guarded(reference), reference.shape
+        row = 2 * by_level
+        strides = ints((row * reference.shape[1] if images > 1 else 0, row, 2 if by_level > 1 else 0))
+    given = [*(t.pointer for t in inputs), fused.pointer if fused else None, strides]
     out = Guarded(torch.full_like(grad, torch.nan, memory_format=torch.contiguous_format))
     if out.tensor.numel():  # as ms_deform_attn.cpp
-        error = library().host_forward(sizes, shapes, storage, *(t.pointer for t in inputs), out.pointer)
+        error = library().host_forward(sizes, shapes, storage, *given, out.pointer)
         assert error is None, error
     nan = functools.partial(torch.full_like, fill_value=torch.nan, memory_format=torch.contiguous_format)
     zeros = torch.zeros(value.shape, dtype=locations.dtype)
-    grads = [Guarded(zeros), Guarded(nan(locations)), Guarded(nan(weights))]
+    held, grads = Guarded(grad), [Guarded(zeros), Guarded(nan(locations)), Guarded(nan(weights))]
     if weights.numel():
-        held = Guarded(grad)
-        pointers = [t.pointer for t in (held, *inputs, *grads)]
-        error = library().host_backward(sizes, shapes, storage, *pointers)
+        error = library().host_backward(sizes, shapes, storage, held.pointer, *given, *(t.pointer for t in grads))
         assert error is None, error
     for guarded in (out, *grads, *inputs):
         guarded.check()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from op_cases import Case, away_from_knots, make_case, relative_error, run
 
-from eco_m2f.ops import MSDeformAttn, compiled_backends, ms_deform_attn
+from eco_m2f.ops import MSDeformAttn, compiled_backends, ms_deform_attn, ms_deform_attn_fused
 from eco_m2f.ops.ms_deform_attn import FORWARD
 
 pytestmark = [
@@ -37,6 +37,25 @@ def test_values_and_gradients_of_each_dtype(dtype, heads, channels):
     assert out.dtype == dtype and relative_error(out, expected) < PRECISION[dtype][0]
     for actual, wanted in zip(grads, expected_grads):
         assert relative_error(actual, wanted) < PRECISION[dtype][1]
+
+
+@pytest.mark.parametrize("reference", ((2, 3), (1, 1)))
+@pytest.mark.parametrize("dtype", PRECISION, ids=str)
+@pytest.mark.parametrize("heads, channels, points", ((8, 32, 4), (4, 64, 4), (3, 7, 2), (2, 32, 40)))
+def test_fused_values_and_gradients(dtype, heads, channels, points, reference):
+    """Against the CPU's in float64; 3 * 40 samples are more than the fused kernels take, and take the plain ones."""
+    case = make_case(ENCODER, 2, 101, heads, channels, points)
+    offsets, logits = 3 * torch.randn_like(case.locations), torch.randn_like(case.weights)
+    places = torch.rand(reference[0], 101, reference[1], 2, dtype=torch.float64)
+    wide = torch.promote_types(dtype, torch.float32)
+    inputs = [case.value, *(t.to(wide).double() for t in (offsets, logits, places))]
+    results = []
+    for device, value_type, other_type in (("cpu", torch.float64, torch.float64), ("cuda", dtype, wide)):
+        leaves = [t.to(device, value_type if i == 0 else other_type).requires_grad_() for i, t in enumerate(inputs)]
+        out = ms_deform_attn_fused(leaves[0], ENCODER, *leaves[1:])
+        results.append((out, *torch.autograd.grad(out, leaves, case.grad.to(device, value_type))))
+    for i, (expected, actual) in enumerate(zip(*results)):
+        assert relative_error(actual.detach().cpu(), expected.detach()) < 3 * PRECISION[dtype][i > 0]
 
 
 @pytest.mark.parametrize("layout", ("transposed", "misaligned"))

@@ -17,11 +17,11 @@ def sizes(**changes):
     return cuda_on_host.ints((SHAPE_A | changes)[name] for name in SIZES)
 
 
-def plan(vector=4, element_bytes=4, **changes) -> dict:
+def plan(vector=4, element_bytes=4, fused=False, **changes) -> dict:
     """Raises ValueError with what is too large."""
     result = cuda_on_host.ints([0] * 4)
     error = cuda_on_host.library().host_plan(
-        sizes(**changes), ctypes.c_int64(vector), ctypes.c_int64(element_bytes), result
+        sizes(**changes), ctypes.c_int64(vector), ctypes.c_int64(element_bytes), int(fused), result
     )
     if error:
         raise ValueError(error.decode())
@@ -48,6 +48,17 @@ def test_lanes_divide_the_block_and_stay_in_a_warp(channels):
     assert 96 % made["lanes"] == 0 and made["lanes"] <= 32
     assert made["lanes"] >= min(channels, 32)
     assert 96 // made["lanes"] * made["tile"] <= 288 and made["tile"] >= 1
+
+
+@pytest.mark.parametrize("levels, points, lanes", ((3, 4, 4), (4, 4, 8), (4, 8, 16), (8, 12, 32)))
+def test_fused_tile_holds_all_samples_of_a_softmax(levels, points, lanes):
+    made = plan(8, 2, fused=True, levels=levels, points=points)
+    assert made["tile"] == levels * points and made["lanes"] == lanes
+
+
+def test_fused_plan_refuses_more_samples():
+    with pytest.raises(ValueError, match="more than 96"):
+        plan(fused=True, levels=16, points=7)
 
 
 def test_image_strides_beyond_32_bits():

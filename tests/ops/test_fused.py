@@ -1,5 +1,6 @@
 """The fused op: equal to the softmax, the locations and the op one after the other, gradients included."""
 
+import cuda_on_host
 import pytest
 import torch
 from fvcore.nn import FlopCountAnalysis
@@ -10,7 +11,7 @@ from eco_m2f.ops import FUSED_NAME, ms_deform_attn_flop_jit, ms_deform_attn_fuse
 from eco_m2f.ops.fused import FUSED, FUSED_BACKWARD, _composed_backward, _composed_forward
 
 SHAPES = [(3, 4), (6, 8), (12, 16)]
-backends = pytest.mark.parametrize("backend", COMPILED)
+backends = pytest.mark.parametrize("backend", (*COMPILED, "cuda on host"))
 
 
 def make_inputs(
@@ -26,6 +27,17 @@ def make_inputs(
     return case.value.to(dtype), offsets.to(wide), logits.to(wide), points.to(wide), case.grad.to(dtype)
 
 
+def run(backend, shapes, value, offsets, logits, points, grad):
+    """-> output, gradients of value, offsets and logits, and of the points where the op's autograd makes them."""
+    if backend == "cuda on host":
+        flat = [size for shape in shapes for size in shape]
+        return cuda_on_host.run(value.detach(), flat, offsets.detach(), logits.detach(), grad, points.detach())
+    leaves = [t.detach().requires_grad_() for t in (value, offsets, logits, points)]
+    with use(backend):
+        out = ms_deform_attn_fused(leaves[0], shapes, *leaves[1:])
+        return out.detach(), torch.autograd.grad(out, leaves, grad)
+
+
 def by_parts(value, shapes, offsets, logits, points):
     """The definition, by operators of PyTorch that autograd knows."""
     sizes = torch.tensor([(w, h) for h, w in shapes], dtype=offsets.dtype)[:, None]
@@ -39,9 +51,7 @@ def by_parts(value, shapes, offsets, logits, points):
 def test_values_and_gradients(backend, reference):
     *inputs, grad = make_inputs(reference=reference)
     leaves = [t.requires_grad_() for t in inputs]
-    with use(backend):
-        out = ms_deform_attn_fused(leaves[0], SHAPES, *leaves[1:])
-        grads = torch.autograd.grad(out, leaves, grad)
+    out, grads = run(backend, SHAPES, *leaves, grad)
     expected = by_parts(leaves[0], SHAPES, *leaves[1:])
     torch.testing.assert_close(out, expected)
     for actual, wanted in zip(grads, torch.autograd.grad(expected, leaves, grad)):
@@ -68,11 +78,8 @@ def test_gradients_in_half_precision(backend):
     leaves = [t.requires_grad_() for t in exact]
     wanted = torch.autograd.grad(by_parts(leaves[0], SHAPES, *leaves[1:]), leaves, grad)
     half = [exact[0].detach().bfloat16(), *(t.detach().float() for t in exact[1:])]
-    leaves = [t.requires_grad_() for t in half]
-    with use(backend):
-        out = ms_deform_attn_fused(leaves[0], SHAPES, *leaves[1:])
-        grads = torch.autograd.grad(out, leaves, grad.bfloat16())
-    for actual, expected, leaf in zip(grads, wanted, leaves):
+    _, grads = run(backend, SHAPES, *half, grad.bfloat16())
+    for actual, expected, leaf in zip(grads, wanted, half):
         assert actual.dtype == leaf.dtype and relative_error(actual, expected) < 1e-2
 
 
@@ -82,11 +89,8 @@ def test_other_sizes(backend, levels, points, channels):
     shapes = [(2 + i, 7 - i) for i in range(levels)]
     for count in (1, levels):
         *inputs, grad = make_inputs(shapes, 2, 9, 3, channels, points, torch.float32, (1, count))
-        leaves = [t.requires_grad_() for t in inputs]
-        with use(backend):
-            out = ms_deform_attn_fused(leaves[0], shapes, *leaves[1:])
-            grads = torch.autograd.grad(out, leaves, grad)
-        exact = [t.detach().double().requires_grad_() for t in leaves]
+        out, grads = run(backend, shapes, *inputs, grad)
+        exact = [t.double().requires_grad_() for t in inputs]
         expected = by_parts(exact[0], shapes, *exact[1:])
         assert relative_error(out, expected) < 3e-6
         for actual, wanted in zip(grads, torch.autograd.grad(expected, exact, grad.double())):
@@ -103,13 +107,12 @@ def test_precision_of_each_dtype(backend, dtype):
     exact = [exact[0], *(t.float().double() for t in exact[1:])]
     wide = torch.promote_types(dtype, torch.float32)
     rounded = [exact[0].to(dtype), *(t.to(wide) for t in exact[1:])]
-    with use(backend):
-        out = ms_deform_attn_fused(rounded[0], SHAPES, *rounded[1:])
+    out, _ = run(backend, SHAPES, *rounded, make_inputs(dtype=dtype)[4])
     assert out.dtype == dtype
     assert relative_error(out, by_parts(exact[0], SHAPES, *exact[1:])) < 2 * BOUNDS[dtype]
 
 
-@backends
+@pytest.mark.parametrize("backend", COMPILED)
 def test_strided_inputs(backend):
     value, offsets, logits, points, _ = make_inputs(dtype=torch.float32)
     with use(backend):
@@ -122,14 +125,13 @@ def test_strided_inputs(backend):
 @backends
 def test_softmax_of_extreme_logits(backend, dtype):
     """Far apart, all large, all small, some at minus infinity: as PyTorch's softmax."""
-    value, offsets, logits, points, _ = make_inputs(dtype=dtype)
+    value, offsets, logits, points, grad = make_inputs(dtype=dtype)
     logits[:, 0] *= 100
     logits[:, 1] += 1e4
     logits[:, 2] -= 1e4
     logits[:, 3, :, 0] = -torch.inf
     logits[:, 4] = torch.linspace(-120, 0, 12, dtype=dtype).view(3, 4)
-    with use(backend):
-        out = ms_deform_attn_fused(value, SHAPES, offsets, logits, points)
+    out, _ = run(backend, SHAPES, value, offsets, logits, points, grad)
     torch.testing.assert_close(out, by_parts(value, SHAPES, offsets, logits, points))
 
 
@@ -138,10 +140,7 @@ def test_gradients_that_are_not_finite_stay_with_their_head(backend):
     *inputs, grad = make_inputs(dtype=torch.float32, reference=(1, 1))
     inputs[1][1, 7, 3, 2, 1, 0] = torch.nan
     grad[0, 5, 2 * 32 + 1] = torch.inf
-    leaves = [t.requires_grad_() for t in inputs]
-    with use(backend):
-        out = ms_deform_attn_fused(leaves[0], SHAPES, *leaves[1:])
-        grads = torch.autograd.grad(out, leaves[:3], grad)
+    _, grads = run(backend, SHAPES, *inputs, grad)
     hit = torch.zeros(2, 40, 8, dtype=torch.bool)
     hit[1, 7, 3] = hit[0, 5, 2] = True
     assert torch.equal(~grads[2].isfinite().flatten(3).any(-1), hit)  # the softmax shares it among the samples
@@ -152,7 +151,7 @@ def test_gradients_that_are_not_finite_stay_with_their_head(backend):
 @pytest.mark.parametrize("what", ("offset", "logit", "infinite logit", "no finite logit", "reference"))
 @backends
 def test_what_is_not_finite_is_not_hidden(backend, what):
-    value, offsets, logits, points, _ = make_inputs(dtype=torch.float32)
+    value, offsets, logits, points, grad = make_inputs(dtype=torch.float32)
     hit = torch.zeros(2, 40, 8, dtype=torch.bool)
     hit[1, 7, 3] = True
     if what == "offset":
@@ -163,8 +162,7 @@ def test_what_is_not_finite_is_not_hidden(backend, what):
     else:
         bad = {"logit": torch.nan, "infinite logit": torch.inf, "no finite logit": -torch.inf}[what]
         logits[1, 7, 3, *([] if what == "no finite logit" else [2, 1])] = bad
-    with use(backend):
-        out = ms_deform_attn_fused(value, SHAPES, offsets, logits, points)
+    out, _ = run(backend, SHAPES, value, offsets, logits, points, grad)
     assert torch.equal(out.view(2, 40, 8, 32).isnan().all(-1), hit)
     assert torch.equal(out.view(2, 40, 8, 32).isfinite().all(-1), ~hit)
 

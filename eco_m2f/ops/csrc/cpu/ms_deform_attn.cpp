@@ -5,10 +5,6 @@
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/add.h>
-#include <ATen/ops/div.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/mul.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -18,6 +14,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "../compose.h"
 #include "large_tensor.h"
 #include "portable.h"
 #include "sampler.h"
@@ -157,17 +154,6 @@ at::Tensor forward(const at::Tensor& value, at::IntArrayRef shapes, const at::Te
   return output.to(v.scalar_type());
 }
 
-// The locations and weights that a fused call implies, and (w, h) per level: for where no sampler is.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> materialise(const Problem& p, const at::Tensor& offsets,
-                                                           const at::Tensor& logits, const at::Tensor& reference) {
-  at::Tensor sizes = at::empty({p.levels, 1, 2}, offsets.options());
-  for (int64_t i = 0; i < p.levels; ++i) {
-    sizes.select(0, i).select(1, 0).fill_(p.level[i].width), sizes.select(0, i).select(1, 1).fill_(p.level[i].height);
-  }
-  const at::Tensor locations = at::add(reference.unsqueeze(2).unsqueeze(4), at::div(offsets, sizes));
-  return {locations.contiguous(), logits.flatten(3).softmax(-1).view(logits.sizes()).contiguous(), sizes};
-}
-
 at::Tensor fused_forward(const at::Tensor& value, at::IntArrayRef shapes, const at::Tensor& offsets,
                          const at::Tensor& logits, const at::Tensor& reference) {
   const Problem p = make_fused_problem(value, shapes, offsets, logits, reference);
@@ -283,9 +269,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fused_backward(const at::Tensor& 
     } else {
       const auto [locations, weights, sizes] = materialise(p, o, l, r);
       portable_backward<scalar_t, T>(p, g, v, locations, weights, gradients);
-      gradients.locations.div_(sizes);
-      const at::Tensor total = at::mul(gradients.weights, weights).sum({-2, -1}, /*keepdim=*/true);
-      gradients.weights.sub_(total).mul_(weights);
+      through_composition(weights, sizes, gradients.locations, gradients.weights);
     }
   });
   return {gradients.value, gradients.locations, gradients.weights};

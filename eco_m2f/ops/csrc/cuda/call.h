@@ -14,8 +14,9 @@ namespace eco_m2f {
 
 constexpr int64_t kMaxInt32 = 2147483647;
 constexpr int kThreads = 96;        // of a block; 12 points and any number of lanes divide it
-constexpr int kBlocks = 10;         // at a time on a multiprocessor, for which the compiler leaves registers
+constexpr int kBlocks = 8;          // at a time on a multiprocessor, for which the compiler leaves registers
 constexpr int kStagedPoints = 288;  // of a block
+constexpr int kMaxFusedSamples = kStagedPoints / (kThreads / 32);  // of a unit; its softmax needs all at once
 
 struct Call {
   int64_t tokens;
@@ -23,6 +24,8 @@ struct Call {
   uint32_t heads, channels, points, samples;
   uint32_t lanes, tile;
   uint32_t row, row_bytes;  // from a token to the next: heads * channels elements, and these in bytes of value
+  uint32_t reference_query, reference_level;  // fused: from one reference point to the next, in numbers
+  int64_t reference_image;
   int32_t width[kMaxLevels], height[kMaxLevels], start[kMaxLevels];
 };
 
@@ -33,18 +36,20 @@ struct Plan {
   bool fixed;         // the kernel for 8 heads of 32 channels, 3 levels and 4 points fits
 };
 
-// vector: channels that a thread reads at once.
-inline Plan make_plan(const Problem& p, int64_t vector, int64_t element_bytes) {
+// vector: channels that a thread reads at once; fused: a unit's samples must fit into one tile.
+inline Plan make_plan(const Problem& p, int64_t vector, int64_t element_bytes, bool fused = false) {
   Plan plan{};
   const int64_t units = p.queries * p.heads, samples = p.levels * p.points, row = p.heads * p.channels;
-  plan.error = p.tokens > kMaxInt32              ? "more than 2^31 - 1 tokens"
-               : units > kMaxInt32 - kThreads    ? "queries * heads of more than 2^31 - 97"
-               : row * element_bytes > kMaxInt32 ? "a token of more than 2^31 - 1 bytes"
-               : p.levels * p.points >= 1 << 24  ? "levels * points of 2^24 or more"
-                                                 : nullptr;
+  plan.error = p.tokens > kMaxInt32                  ? "more than 2^31 - 1 tokens"
+               : units > kMaxInt32 - kThreads        ? "queries * heads of more than 2^31 - 97"
+               : row * element_bytes > kMaxInt32     ? "a token of more than 2^31 - 1 bytes"
+               : p.levels * p.points >= 1 << 24      ? "levels * points of 2^24 or more"
+               : fused && samples > kMaxFusedSamples ? "levels * points of more than 96"
+                                                     : nullptr;
   if (plan.error) return plan;
   int64_t lanes = 1;
   while (lanes < 32 && lanes * vector < p.channels) lanes *= 2;
+  while (fused && kStagedPoints / (kThreads / lanes) < samples) lanes *= 2;
   const int64_t block_units = kThreads / lanes;
   const int64_t tile = samples < kStagedPoints / block_units ? samples : kStagedPoints / block_units;
   plan.fixed = p.heads == 8 && p.channels == 32 && p.levels == 3 && p.points == 4;

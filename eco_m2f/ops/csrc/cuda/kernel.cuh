@@ -25,14 +25,24 @@ struct Sum<double> {
   using Type = double;
 };
 
+template <bool kFirst, typename A, typename B>
+struct Choose {
+  using Type = A;
+};
+template <typename A, typename B>
+struct Choose<false, A, B> {
+  using Type = B;
+};
+
 // A kernel's variant. S: how value is stored; kVector: channels per read, 16 bytes of them or 1. kFixed: 8 heads of 32
-// channels, 3 levels and 4 points, known to the compiler.
-template <typename S_, int kVector_, bool kFixed_>
+// channels, 3 levels and 4 points, known to the compiler. kFused: from offsets and logits.
+template <typename S_, int kVector_, bool kFixed_, bool kFused_>
 struct Variant {
   using S = S_;
   using T = typename Sum<S>::Type;
   static constexpr int kVector = kVector_;
-  static constexpr bool kFixed = kFixed_;
+  static constexpr bool kFixed = kFixed_, kFused = kFused_;
+  using W = typename Choose<kFused, T, S>::Type;  // of the weights or logits
 };
 
 template <typename S, int kCount>
@@ -119,30 +129,72 @@ __device__ int64_t first_point(const Call& call, const Shape<V>& shape) {
   return (int64_t(blockIdx.y) * call.units + blockIdx.x * shape.block_units()) * shape.samples;
 }
 
-// Of the block's i-th point, i = threadIdx.x plus a multiple of kThreads, in a tile of samples [begin, begin + count)
-// per unit: `offset` behind the first point of the block's first unit, and `level`. The last block's missing units get
-// the last unit's points; their lanes drop what comes of it.
+// The block's i-th point, i = threadIdx.x plus a multiple of kThreads, in a tile of samples [begin, begin + count) per
+// unit. The last block's missing units get the last unit's points; their lanes drop what comes of it.
 template <typename V>
 struct Point {
-  uint32_t offset, level;
+  uint32_t unit, sample, level;  // unit: of the block
+  uint32_t offset;               // behind the first point of the block's first unit
 
   __device__ Point(const Call& call, const Shape<V>& shape, uint32_t i, uint32_t begin, uint32_t count) {
     const uint32_t units = min(call.units - blockIdx.x * shape.block_units(), shape.block_units());
     if (V::kFixed) {  // the level does not depend on the round, and the compiler sees it
       static_assert(kThreads % 12 == 0, "a thread must meet the same sample in each round");
-      offset = min(i, units * 12 - 1), level = threadIdx.x % 12 / 4;
+      unit = min(i / 12, units - 1), sample = threadIdx.x % 12, level = sample / 4, offset = min(i, units * 12 - 1);
     } else {
-      const uint32_t sample = begin + i % count;
-      offset = min(i / count, units - 1) * shape.samples + sample, level = sample / shape.points;
+      unit = min(i / count, units - 1), sample = begin + i % count, level = sample / shape.points;
+      offset = unit * shape.samples + sample;
     }
   }
 };
 
-// Step 1: samples [begin, begin + count) of each of the block's units, in the order [unit, sample]. `locations` and
-// `attention` are those of the block's first unit.
+__device__ inline double exponential(double x) { return exp(x); }
+__device__ inline float exponential(float x) {
+#ifdef __CUDA_ARCH__
+  return __expf(x);  // its relative error grows with -x, as exp(x) itself shrinks
+#else
+  return exp(x);
+#endif
+}
+
+// The sample's share of the softmax over a unit's logits.
+template <typename T>
+__device__ T softmax_weight(const T* logits, uint32_t samples, uint32_t sample) {
+  T top = logits[0], sum = 0;
+#pragma unroll
+  for (uint32_t i = 1; i < samples; ++i) top = logits[i] > top ? logits[i] : top;
+#pragma unroll
+  for (uint32_t i = 0; i < samples; ++i) sum += exponential(logits[i] - top);
+  return exponential(logits[sample] - top) / sum;
+}
+
+// Where a block reads its points, from its first unit's on.
 template <typename V>
-__device__ void stage(const Call& call, const Shape<V>& shape, uint32_t begin, uint32_t count,
-                      const Pack<typename V::T, 2>* locations, const typename V::S* attention,
+struct Source {
+  using T = typename V::T;
+  const Pack<T, 2>* locations;
+  const typename V::W* weights;
+  const T* reference;  // fused: of this image
+
+  // Location and attention weight of a point.
+  __device__ void load(const Call& call, const Shape<V>& shape, const Point<V>& at, Pack<T, 2>& location,
+                       T& weight) const {
+    location = locations[at.offset];
+    if constexpr (V::kFused) {
+      const uint32_t query = (blockIdx.x * shape.block_units() + at.unit) / shape.heads;
+      const T* point = reference + int64_t(query) * call.reference_query + at.level * call.reference_level;
+      location = {{point[0] + location.item[0] / T(call.width[at.level]),
+                   point[1] + location.item[1] / T(call.height[at.level])}};
+      weight = softmax_weight<T>(weights + at.unit * shape.samples, shape.samples, at.sample);
+    } else {
+      weight = weights[at.offset];
+    }
+  }
+};
+
+// Step 1: samples [begin, begin + count) of each of the block's units, in the order [unit, sample].
+template <typename V>
+__device__ void stage(const Call& call, const Shape<V>& shape, uint32_t begin, uint32_t count, const Source<V>& source,
                       Weights<typename V::T>* staged_weights, Tokens* staged_tokens) {
   using T = typename V::T;
   const uint32_t total = shape.block_units() * count;
@@ -151,8 +203,10 @@ __device__ void stage(const Call& call, const Shape<V>& shape, uint32_t begin, u
     const uint32_t i = round * kThreads + threadIdx.x;
     if (i >= total) break;
     const Point<V> at(call, shape, i, begin, count);
-    const T weight = attention[at.offset];
-    stage_point<T>(call, at.level, locations[at.offset], weight, staged_weights[i], staged_tokens[i]);
+    Pack<T, 2> location;
+    T weight;
+    source.load(call, shape, at, location, weight);
+    stage_point<T>(call, at.level, location, weight, staged_weights[i], staged_tokens[i]);
   }
 }
 
@@ -192,8 +246,8 @@ struct Channels<S, 8> {
 template <typename V>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     forward_kernel(const Call call, const typename V::S* __restrict__ value,
-                   const typename V::T* __restrict__ locations, const typename V::S* __restrict__ attention,
-                   typename V::S* __restrict__ output) {
+                   const typename V::T* __restrict__ locations, const typename V::W* __restrict__ attention,
+                   const typename V::T* __restrict__ reference, typename V::S* __restrict__ output) {
   using S = typename V::S;
   using T = typename V::T;
   __shared__ Weights<T> staged_weights[kStagedPoints];
@@ -202,8 +256,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const uint32_t local = threadIdx.x / shape.lanes, lane = threadIdx.x % shape.lanes;
   const uint32_t unit = blockIdx.x * shape.block_units() + local, head = unit % shape.heads;
   const int64_t image = blockIdx.y, block_point = first_point<V>(call, shape);
-  const auto* block_locations = settled(reinterpret_cast<const Pack<T, 2>*>(locations) + block_point);
-  const S* block_attention = settled(attention + block_point);
+  const Source<V> source{settled(reinterpret_cast<const Pack<T, 2>*>(locations) + block_point),
+                         settled(attention + block_point), reference + image * call.reference_image};
   const uint32_t step = shape.lanes * V::kVector;
   for (uint32_t first = 0; first < shape.channels; first += step) {
     const uint32_t channel = first + lane * V::kVector;
@@ -213,7 +267,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     for (uint32_t begin = 0; begin < shape.samples; begin += shape.tile) {
       const uint32_t count = V::kFixed ? 12 : min(shape.tile, shape.samples - begin);
       if (!V::kFixed) __syncthreads();  // the previous tile has been read
-      stage<V>(call, shape, begin, count, block_locations, block_attention, staged_weights, staged_tokens);
+      stage<V>(call, shape, begin, count, source, staged_weights, staged_tokens);
       __syncthreads();
 #pragma unroll
       for (uint32_t i = 0; i < count; ++i) {
@@ -300,8 +354,9 @@ __device__ void sum_over_lanes(const T (&x)[4], uint32_t lanes, uint32_t lane, T
   if (lane < 4) to[2 * odd + second] = total;
 }
 
-// Step 3 for one point: gradients from dots[corner] = <value at the corner, gradient of the output>.
-template <typename T>
+// Step 3 for one point: gradients from dots[corner] = <value at the corner, gradient of the output>; of the offset in
+// place of the location where kFused.
+template <typename T, bool kFused>
 __device__ void finish_point(const Call& call, uint32_t level, Pack<T, 2> location, T attention, Weights<T> dots,
                              Pack<T, 2>& grad_location, T& grad_attention) {
   const int32_t width = call.width[level], height = call.height[level];
@@ -316,15 +371,46 @@ __device__ void finish_point(const Call& call, uint32_t level, Pack<T, 2> locati
   const T dx = (d[1] - d[0]) + fy * ((d[3] - d[2]) - (d[1] - d[0]));
   const T dy = lower - upper;
   grad_attention = upper + fy * dy;
-  grad_location = {{dx * attention * T(width), dy * attention * T(height)}};
+  grad_location = {{dx * attention * (kFused ? T(1) : T(width)), dy * attention * (kFused ? T(1) : T(height))}};
+}
+
+// Step 3 for all points of the block's tile; the dot products are in `staged`.
+template <typename V>
+__device__ void finish(const Call& call, const Shape<V>& shape, uint32_t begin, uint32_t count, const Source<V>& source,
+                       Weights<typename V::T>* staged, Pack<typename V::T, 2>* grad_locations,
+                       typename V::W* grad_weights) {
+  using T = typename V::T;
+  const uint32_t units = min(shape.block_units(), call.units - blockIdx.x * shape.block_units());
+  for (uint32_t i = threadIdx.x; i < units * count; i += kThreads) {
+    const Point<V> at(call, shape, i, begin, count);
+    Pack<T, 2> location;
+    T weight, along;
+    source.load(call, shape, at, location, weight);
+    finish_point<T, V::kFused>(call, at.level, location, weight, staged[i], grad_locations[at.offset], along);
+    if constexpr (V::kFused) {
+      staged[i].corner[0] = weight * along, staged[i].corner[1] = weight;
+    } else {
+      grad_weights[at.offset] = along;
+    }
+  }
+  if constexpr (V::kFused) {  // through the softmax: weight * (gradient - <weights, gradients>)
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < units * count; i += kThreads) {
+      const Point<V> at(call, shape, i, begin, count);
+      T total = 0;
+      for (uint32_t j = 0; j < count; ++j) total += staged[at.unit * count + j].corner[0];
+      grad_weights[at.offset] = staged[i].corner[0] - staged[i].corner[1] * total;
+    }
+  }
 }
 
 template <typename V>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     backward_kernel(const Call call, const typename V::S* __restrict__ grad_output,
                     const typename V::S* __restrict__ value, const typename V::T* __restrict__ locations,
-                    const typename V::S* __restrict__ attention, typename V::T* __restrict__ grad_value,
-                    typename V::T* __restrict__ grad_locations, typename V::S* __restrict__ grad_attention) {
+                    const typename V::W* __restrict__ attention, const typename V::T* __restrict__ reference,
+                    typename V::T* __restrict__ grad_value, typename V::T* __restrict__ grad_locations,
+                    typename V::W* __restrict__ grad_attention) {
   using S = typename V::S;
   using T = typename V::T;
   __shared__ Weights<T> staged_weights[kStagedPoints];
@@ -333,7 +419,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const uint32_t local = threadIdx.x / shape.lanes, lane = threadIdx.x % shape.lanes;
   const uint32_t unit = blockIdx.x * shape.block_units() + local, head = unit % shape.heads;
   const int64_t image = blockIdx.y, block_point = first_point<V>(call, shape);
-  const auto* block_locations = reinterpret_cast<const Pack<T, 2>*>(locations) + block_point;
+  const Source<V> source{reinterpret_cast<const Pack<T, 2>*>(locations) + block_point, attention + block_point,
+                         reference + image * call.reference_image};
   auto* block_grads = reinterpret_cast<Pack<T, 2>*>(grad_locations) + block_point;
   const int64_t head_row = image * call.tokens * call.row + head * shape.channels;
   const S* rows = settled(value + head_row);
@@ -342,7 +429,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   for (uint32_t begin = 0; begin < shape.samples; begin += shape.tile) {
     const uint32_t count = V::kFixed ? 12 : min(shape.tile, shape.samples - begin);
     if (!V::kFixed) __syncthreads();  // the previous tile has been read
-    stage<V>(call, shape, begin, count, block_locations, attention + block_point, staged_weights, staged_tokens);
+    stage<V>(call, shape, begin, count, source, staged_weights, staged_tokens);
     __syncthreads();
 #pragma unroll(V::kFixed ? 4 : 1)
     for (uint32_t i = 0; i < count; ++i) {
@@ -371,15 +458,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       sum_over_lanes(dot, shape.lanes, lane, staged_weights[local * count + i].corner);
     }
     __syncthreads();
-    const uint32_t units = min(shape.block_units(), call.units - blockIdx.x * shape.block_units());
-    for (uint32_t i = threadIdx.x; i < units * count; i += kThreads) {
-      const Point<V> at(call, shape, i, begin, count);
-      const T weight = attention[block_point + at.offset];
-      T along;
-      finish_point<T>(call, at.level, block_locations[at.offset], weight, staged_weights[i], block_grads[at.offset],
-                      along);
-      grad_attention[block_point + at.offset] = S(along);
-    }
+    finish<V>(call, shape, begin, count, source, staged_weights, block_grads, grad_attention + block_point);
   }
 }
 

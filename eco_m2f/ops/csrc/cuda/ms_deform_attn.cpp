@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "../check.h"
+#include "../compose.h"
 #include "launch.h"
 
 namespace eco_m2f {
@@ -84,11 +85,71 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
   return {grad_value.to(v.scalar_type()), grad_locations, grad_weights};
 }
 
+// The reference points as the kernels read them: [batch or 1, queries, levels or 1, 2], contiguous.
+Reference reference_of(const at::Tensor& points) {
+  const bool by_image = points.size(0) > 1, by_level = points.size(2) > 1;
+  return {points.const_data_ptr(), by_image ? points.stride(0) : 0, points.stride(1), by_level ? 2 : 0};
+}
+
+at::Tensor fused_forward(const at::Tensor& value, at::IntArrayRef shapes, const at::Tensor& offsets,
+                         const at::Tensor& logits, const at::Tensor& reference) {
+  const Problem p = make_fused_problem(value, shapes, offsets, logits, reference);
+  if (p.levels * p.points > kMaxFusedSamples || p.levels * p.points == 0) {
+    const auto [locations, weights, sizes] = materialise(p, offsets, logits, reference);
+    return forward(value, shapes, locations, weights.to(value.scalar_type()));
+  }
+  const c10::cuda::CUDAGuard guard(value.device());
+  const at::Tensor v = value.contiguous(), o = aligned(offsets), l = logits.contiguous(), r = reference.contiguous();
+  const at::Tensor output = at::empty({p.batch, p.queries, p.heads * p.channels}, v.options());
+  if (output.numel() > 0) {
+    const ForwardPointers pointers{v.const_data_ptr(), o.const_data_ptr(), l.const_data_ptr(),
+                                   output.mutable_data_ptr(), reference_of(r)};
+    check_launch(launch_forward(p, storage_of(value), pointers, c10::cuda::getCurrentCUDAStream()), p);
+  }
+  return output;
+}
+
+// Of value, offsets and logits.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> fused_backward(const at::Tensor& grad_output, const at::Tensor& value,
+                                                              at::IntArrayRef shapes, const at::Tensor& offsets,
+                                                              const at::Tensor& logits, const at::Tensor& reference) {
+  const Problem p = make_fused_problem(value, shapes, offsets, logits, reference);
+  check_grad_output(p, grad_output, value);
+  if (p.levels * p.points > kMaxFusedSamples || p.levels * p.points == 0) {
+    const auto [locations, weights, sizes] = materialise(p, offsets, logits, reference);
+    auto [grad_value, grad_locations, grad_weights] =
+        backward(grad_output, value, shapes, locations, weights.to(value.scalar_type()));
+    grad_weights = grad_weights.to(weights.scalar_type());
+    through_composition(weights, sizes, grad_locations, grad_weights);
+    return {grad_value, grad_locations, grad_weights};
+  }
+  at::globalContext().alertNotDeterministic("ms_deform_attn_fused_backward on CUDA");
+  const c10::cuda::CUDAGuard guard(value.device());
+  const at::Tensor g = grad_output.contiguous(), v = value.contiguous();
+  const at::Tensor o = aligned(offsets), l = logits.contiguous(), r = reference.contiguous();
+  const at::Tensor grad_value = at::zeros(v.sizes(), o.options());
+  const at::Tensor grad_offsets = at::empty(o.sizes(), o.options()), grad_logits = at::empty(l.sizes(), l.options());
+  if (l.numel() > 0) {
+    const BackwardPointers pointers{g.const_data_ptr(),
+                                    v.const_data_ptr(),
+                                    o.const_data_ptr(),
+                                    l.const_data_ptr(),
+                                    grad_value.mutable_data_ptr(),
+                                    grad_offsets.mutable_data_ptr(),
+                                    grad_logits.mutable_data_ptr(),
+                                    reference_of(r)};
+    check_launch(launch_backward(p, storage_of(value), pointers, c10::cuda::getCurrentCUDAStream()), p);
+  }
+  return {grad_value.to(v.scalar_type()), grad_offsets, grad_logits};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(eco_m2f, CUDA, m) {
   m.impl("ms_deform_attn", forward);
   m.impl("ms_deform_attn_backward", backward);
+  m.impl("ms_deform_attn_fused", fused_forward);
+  m.impl("ms_deform_attn_fused_backward", fused_backward);
 }
 
 }  // namespace eco_m2f

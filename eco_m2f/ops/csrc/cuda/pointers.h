@@ -3,6 +3,13 @@
 
 namespace eco_m2f {
 
+// Fused: the reference points, wide, and elements from one image, query and level to the next (0: the same for all).
+// Locations are then offsets, and weights are logits and wide.
+struct Reference {
+  const void* points = nullptr;
+  int64_t image = 0, query = 0, level = 0;
+};
+
 enum class Storage { kDouble, kFloat, kHalf, kBFloat16 };
 
 struct ForwardPointers {
@@ -10,6 +17,7 @@ struct ForwardPointers {
   const void* locations;  // wide
   const void* weights;
   void* output;
+  Reference reference = {};
 };
 
 struct BackwardPointers {
@@ -20,6 +28,7 @@ struct BackwardPointers {
   void* grad_value;      // wide, zeroed
   void* grad_locations;  // wide
   void* grad_weights;
+  Reference reference = {};
 };
 
 }  // namespace eco_m2f
