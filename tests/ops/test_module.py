@@ -122,6 +122,19 @@ def test_export(attention, inputs, choose, one_pass):
     torch.testing.assert_close(program.module()(*inputs[:3]), by_hand(attention, *inputs), rtol=1e-4, atol=1e-5)
 
 
+@ways
+def test_compile_in_one_graph(attention, inputs, choose, one_pass):
+    choose(one_pass)
+    torch._dynamo.reset()
+    query, points, value, shapes = inputs
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    out = compiled(query.requires_grad_(), points, value, shapes)
+    expected = by_hand(attention, query, points, value, shapes)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    grads = [torch.autograd.grad(y.sum(), query)[0] for y in (out, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)
+
+
 def test_a_trace_shows_the_plain_op(attention, inputs):
     """For tools that know its name alone."""
     from fvcore.nn import FlopCountAnalysis

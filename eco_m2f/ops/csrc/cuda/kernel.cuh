@@ -12,6 +12,8 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <type_traits>
+
 #include "call.h"
 
 namespace eco_m2f {
@@ -25,15 +27,6 @@ struct Sum<double> {
   using Type = double;
 };
 
-template <bool kFirst, typename A, typename B>
-struct Choose {
-  using Type = A;
-};
-template <typename A, typename B>
-struct Choose<false, A, B> {
-  using Type = B;
-};
-
 // A kernel's variant. S: how value is stored; kVector: channels per read, 16 bytes of them or 1. kFixed: 8 heads of 32
 // channels, 3 levels and 4 points, known to the compiler. kFused: from offsets and logits.
 template <typename S_, int kVector_, bool kFixed_, bool kFused_>
@@ -42,7 +35,7 @@ struct Variant {
   using T = typename Sum<S>::Type;
   static constexpr int kVector = kVector_;
   static constexpr bool kFixed = kFixed_, kFused = kFused_;
-  using W = typename Choose<kFused, T, S>::Type;  // of the weights or logits
+  using W = std::conditional_t<kFused, T, S>;  // of the weights or logits
 };
 
 template <typename S, int kCount>

@@ -43,7 +43,7 @@ struct Strides {
 template <typename S, bool kFused, typename Start>
 const char* forward_as(const Problem& p, ForwardPointers a, const Start& start) {
   using T = typename Sum<S>::Type;
-  using W = typename Choose<kFused, T, S>::Type;
+  using W = std::conditional_t<kFused, T, S>;
   const Strides stride(p);
   const T* reference = static_cast<const T*>(a.reference.points);
   return with_variant<S, kFused>(p, a.reference, aligned(a.value, a.output), [&](auto variant, const Plan& plan) {
@@ -60,7 +60,7 @@ const char* forward_as(const Problem& p, ForwardPointers a, const Start& start) 
 template <typename S, bool kFused, typename Start>
 const char* backward_as(const Problem& p, BackwardPointers a, const Start& start) {
   using T = typename Sum<S>::Type;
-  using W = typename Choose<kFused, T, S>::Type;
+  using W = std::conditional_t<kFused, T, S>;
   const Strides stride(p);
   const T* reference = static_cast<const T*>(a.reference.points);
   return with_variant<S, kFused>(
