@@ -15,25 +15,34 @@ The `paper` convention is that of detectron2's `FlopCountAnalysis` on a traced M
 - "Tx. Enc.", here `pixel_decoder`, is what runs in submodules of the pixel decoder: not the resizing between them.
 
 The `full` convention adds the deformable core by its own formula. A gate's few thousand multiply-adds are in neither.
+The paper's means over COCO resize every result to its image's own size: `mean` takes that size beside the padded one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import csv
 import functools
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
+from detectron2.data.transforms import ResizeShortestEdge
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..ops.flops import OP_NAME, multiply_adds
 
+CONVENTION = {
+    "unit": "GFLOPs: 1e9 multiply-adds; an element costs 5 in layer and group norm, 2 in batch norm, 4 when resized",
+    "paper": "total and its parts: the core of deformable attention and masked query-key products count nothing",
+    "full": "total_full and pixel_decoder_full: the same with the core, 4 per channel and sampling point",
+}
 PARTS = {"backbone": "backbone", "pixel_decoder": "sem_seg_head.pixel_decoder.", "predictor": "sem_seg_head.predictor"}
 
 
@@ -48,7 +57,7 @@ class ExitCosts:
         Args:
             model: has `backbone`, `sem_seg_head` (with `forward_exits`) and `postprocessor`; may be wrapped for
                 data-parallel training.
-            exits: those to cost; default: all that the model offers.
+            exits: those to cost; default: `exits_of(model)`.
 
         Raises:
             ValueError: the model lacks a part, or an exit.
@@ -56,8 +65,11 @@ class ExitCosts:
         model = getattr(model, "module", model)
         missing = [n for n in ("backbone", "sem_seg_head", "postprocessor") if not hasattr(model, n)]
         if missing:
-            raise ValueError(f"{type(model).__name__} has no {missing}: costs are known for MaskFormer models")
-        self.exits = tuple(exits if exits is not None else getattr(model, "exits", model.sem_seg_head.exits))
+            raise ValueError(
+                f"{type(model).__name__} has no {' and no '.join(missing)}, so no exits: costs are known for a "
+                "MODEL.META_ARCHITECTURE of MaskFormer or EcoMaskFormer"
+            )
+        self.exits = tuple(exits if exits is not None else exits_of(model))
         if not self.exits or not set(self.exits) <= set(model.sem_seg_head.exits):
             raise ValueError(f"exits {list(self.exits)} are not all offered: {list(model.sem_seg_head.exits)}")
         self._post = model.postprocessor
@@ -83,9 +95,10 @@ class ExitCosts:
     def details(
         self, padded_size: Sequence[int], output_size: Sequence[int] | None = None
     ) -> dict[int, dict[str, float]]:
-        """GFLOPs {exit: {"total", "backbone", "pixel_decoder", "predictor", "postprocessing", "total_full"}}.
+        """GFLOPs by part: {exit: {"total", "backbone", "pixel_decoder", "predictor", "postprocessing", ..}}.
 
-        All in the `paper` convention but the last, which has the deformable core in it. Arguments as in `__call__`.
+        These are in the `paper` convention; "total_full" and "pixel_decoder_full" have the deformable core in them.
+        The parts do not add up to the total by the resizing inside the pixel decoder. Arguments as in `__call__`.
         """
         padded = _checked_size(padded_size)
         output = padded if output_size is None else _checked_size(output_size)
@@ -94,8 +107,26 @@ class ExitCosts:
             post = postprocessing_flops(self._post, cost.num_queries, padded, output)
             flops = {"total": cost.flops + post, **cost.parts, "postprocessing": post}
             flops["total_full"] = flops["total"] + cost.core
+            flops["pixel_decoder_full"] = flops["pixel_decoder"] + cost.core
             result[k] = {name: value / 1e9 for name, value in flops.items()}
         return result
+
+    def mean(self, images: Iterable[tuple[Sequence[int], Sequence[int]]]) -> dict[int, dict[str, float]]:
+        """The mean of `details` over images, each of them (padded size, output size).
+
+        Every distinct pair is worked out once, and the model measured once per distinct padded size.
+
+        Raises:
+            ValueError: there is no image, or a size is none.
+        """
+        counts = Counter((_checked_size(padded), _checked_size(output)) for padded, output in images)
+        if not counts:
+            raise ValueError("there are no images to take the mean of")
+        sums = {k: Counter() for k in self.exits}
+        for (padded, output), count in counts.items():
+            for k, gflops in self.details(padded, output).items():
+                sums[k].update({name: count * value for name, value in gflops.items()})
+        return {k: {name: value / counts.total() for name, value in total.items()} for k, total in sums.items()}
 
     def measure(self, padded_size: Sequence[int]) -> dict[int, Measurement]:
         """{exit: what backbone and head cost}, in FLOPs, also by module."""
@@ -121,6 +152,12 @@ class ExitCosts:
 
     def __deepcopy__(self, memo) -> ExitCosts:
         return self  # a copy of the model costs the same
+
+
+def exits_of(model: nn.Module) -> tuple[int, ...]:
+    """The exits of an `EcoMaskFormer`; of a parent, the depths from 2 that its encoder offers, or else the last."""
+    offered = model.sem_seg_head.exits
+    return tuple(getattr(model, "exits", [k for k in offered if k >= 2])) or tuple(offered[-1:])
 
 
 @dataclass(frozen=True)
@@ -162,16 +199,120 @@ def postprocessing_flops(post, num_queries: int, padded: tuple[int, int], output
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Parameters (not buffers) of the parent's parts, their sum "total", and apart from it those of "exit_policy"."""
+    """Parameters of the parent's parts and their sum "total"; apart from it the weights of an "exit_policy".
+
+    Buffers do not count, but for those of the policy: a gate is no parameter of the parent, and keeps its weights so.
+    """
     model = getattr(model, "module", model)
-    parts = {
-        "backbone": model.backbone,
-        "pixel_decoder": model.sem_seg_head.pixel_decoder,
-        "predictor": model.sem_seg_head.predictor,
-        "exit_policy": getattr(model, "exit_policy", None),
+    head = model.sem_seg_head
+    parts = {"backbone": model.backbone, "pixel_decoder": head.pixel_decoder, "predictor": head.predictor}
+    count = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    count = {"total": sum(count.values()), **count}
+    if hasattr(model, "exit_policy"):
+        count["exit_policy"] = sum(t.numel() for t in (*model.exit_policy.parameters(), *model.exit_policy.buffers()))
+    return count
+
+
+# --- a report on a model ---------------------------------------------------------------------------------------------
+
+
+def analyze(
+    model: nn.Module,
+    size: Sequence[int] | None = None,
+    images: Iterable[tuple[Sequence[int], Sequence[int]]] = (),
+) -> dict:
+    """Parameters and costs of a model, as JSON takes them.
+
+    Args:
+        model: a `MaskFormer` or `EcoMaskFormer`.
+        size: (height, width) of an image that is neither resized before the model nor after it.
+        images: (size at which the model gets it, size of the result) of every image to take the mean over.
+
+    Returns:
+        "model", "params" (without a gate's), "params_by_part", "convention", and
+        - of `size`: "size", "padded_size", "exits" {exit: `ExitCosts.details`};
+        - of `images`: "mean" {"num_images", "padded_area" (pixels), "exits"}; without a `size` also as "exits".
+
+    Raises:
+        ValueError: there is neither size nor image, a size is none, or the model is of another kind.
+    """
+    costs = ExitCosts(model)
+    params = parameter_counts(model)
+    report = {
+        "model": type(model).__name__,
+        "params": params.pop("total"),
+        "params_by_part": params,
+        "convention": CONVENTION,
     }
-    count = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
-    return {"total": sum(n for name, n in count.items() if name != "exit_policy"), **count}
+    if size is not None:
+        padded = padded_size(size, model.size_divisibility)
+        report |= {"size": list(size), "padded_size": list(padded), "exits": costs.details(padded, size)}
+    images = [(padded_size(given, model.size_divisibility), wanted) for given, wanted in images]
+    if images or size is None:
+        area = sum(prod(padded) for padded, _ in images) / max(1, len(images))
+        report["mean"] = {"num_images": len(images), "padded_area": area, "exits": costs.mean(images)}
+        report.setdefault("exits", report["mean"]["exits"])
+    return report
+
+
+def padded_size(size: Sequence[int], divisibility: int) -> tuple[int, int]:
+    """(height, width) after padding to multiples of `divisibility`. Raises ValueError for what is no size."""
+    height, width = _checked_size(size)
+    step = max(1, divisibility)
+    return -(-height // step) * step, -(-width // step) * step
+
+
+def at_test_size(size: Sequence[int], shortest: int, longest: int) -> tuple[int, int]:
+    """(height, width) of an image after INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST; a MIN_SIZE_TEST of 0 leaves it."""
+    height, width = _checked_size(size)
+    return ResizeShortestEdge.get_output_shape(height, width, shortest, longest) if shortest else (height, width)
+
+
+def read_image_sizes(path: str | os.PathLike) -> list[tuple[int, int]]:
+    """(height, width) of every row of a CSV file, from its columns of these names.
+
+    Raises:
+        OSError: it cannot be opened. ValueError: no CSV, a column is missing, a value is no size, or there is no row.
+    """
+    sizes = []
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+        try:
+            rows = csv.DictReader(file)
+            missing = [name for name in ("height", "width") if name not in (rows.fieldnames or [])]
+            if missing:
+                raise ValueError(f"{path} lacks the columns {missing}: its first line names {rows.fieldnames}")
+            for row in rows:
+                try:
+                    sizes.append(_checked_size((row["height"], row["width"])))
+                except (TypeError, ValueError) as error:
+                    found = f"height {row['height']!r}, width {row['width']!r}"
+                    raise ValueError(f"{path}, line {rows.line_num}: {found} is not a size in pixels") from error
+        except csv.Error as error:
+            raise ValueError(f"{path} is not a CSV file: {error}") from error
+    if not sizes:
+        raise ValueError(f"{path} has no rows: there must be one per image")
+    return sizes
+
+
+def format_report(report: dict) -> str:
+    """What `analyze` returned, as text for a terminal."""
+    parts = ", ".join(f"{name.replace('_', ' ')} {n / 1e6:.3f}" for name, n in report["params_by_part"].items() if n)
+    lines = [f"{report['model']}: {report['params'] / 1e6:.3f} M parameters ({parts})"]
+    if "size" in report:
+        size, padded = ("x".join(map(str, report[name])) for name in ("size", "padded_size"))
+        lines += ["", f"GFLOPs of an image of {size}, padded to {padded}", *_table(report["exits"])]
+    if "mean" in report:
+        mean = report["mean"]
+        lines += ["", f"Mean GFLOPs of {mean['num_images']} images, {mean['padded_area']:.0f} pixels with padding"]
+        lines += _table(mean["exits"])
+    return "\n".join([*lines, "", *(f"{name}: {text}" for name, text in report["convention"].items())])
+
+
+def _table(exits: dict[int, dict[str, float]]) -> list[str]:
+    columns = list(next(iter(exits.values())))
+    head = "  ".join(["exit", *columns])
+    rows = ["  ".join([f"{k:>4}", *(f"{gflops[c]:>{len(c)}.3f}" for c in columns)]) for k, gflops in exits.items()]
+    return [head, *rows]
 
 
 # --- the tape --------------------------------------------------------------------------------------------------------
@@ -312,8 +453,8 @@ def _batch_norm(out, x, weight, bias, mean, var, training, *_, **__) -> int:
 
 
 def _norm(affine: int) -> Callable:
-    """5 per element of the input, 4 without an affine weight, which is argument number `affine`."""
-    return lambda out, *args, **_: args[0].numel() * (4 if args[affine] is None else 5)
+    """5 per element of the input, 4 without an affine weight, which is argument number `affine` (if given at all)."""
+    return lambda out, *args, **_: args[0].numel() * (4 if args[affine : affine + 1] in ((), (None,)) else 5)
 
 
 def _per_input(scale: int) -> Callable:
@@ -408,5 +549,5 @@ def _shapes_only() -> Iterator[None]:
 def _checked_size(size: Sequence[int]) -> tuple[int, int]:
     height, width = (int(n) for n in size)
     if height < 1 or width < 1:
-        raise ValueError(f"a size is (height, width) in pixels, got {tuple(size)}")
+        raise ValueError(f"a size is a height and a width of at least 1 pixel, got {height} x {width}")
     return height, width

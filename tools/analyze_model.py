@@ -1,0 +1,58 @@
+#!/usr/bin/env python
+"""Parameters of a config's model, and its GFLOPs at every exit, without weights, images or a GPU.
+
+    tools/analyze_model.py --config-file configs/cityscapes/panoptic-segmentation/maskformer2_R50_bs16_90k.yaml \\
+        --size 1024 2048 --json analysis.json
+    # the mean over a dataset: a CSV with the columns height and width, a row per image
+    tools/analyze_model.py --config-file configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml \\
+        --sizes-csv coco_val2017_sizes.csv MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS 5
+
+The images of the CSV are resized by INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST and padded as in evaluation, and their
+results resized back; the image of --size is only padded. eco_m2f/evaluation/flops.py says what is counted.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import detectron2
+import torch
+
+import eco_m2f
+from eco_m2f import engine
+from eco_m2f.command_line import HelpFormatter, run
+from eco_m2f.evaluation.flops import analyze, at_test_size, format_report, read_image_sizes
+from eco_m2f.files import atomic_write
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="FILE", help="YAML file, see configs/")
+    add("--size", type=int, nargs=2, metavar=("H", "W"), help="height and width of an image, in pixels")
+    add("--sizes-csv", metavar="CSV", help="image sizes to take the mean over")
+    add("--json", metavar="OUT", help="also write the numbers to this file")
+    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config options, as MODEL.ECO.EXITS [2,4,6]")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    if not (args.size or args.sizes_csv):
+        raise ValueError("nothing to analyze: give --size H W, --sizes-csv FILE or both")
+    sizes = read_image_sizes(args.sizes_csv) if args.sizes_csv else []
+    cfg = engine.load_cfg(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts])
+    limits = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    images = [(at_test_size(size, *limits), size) for size in sizes]
+    report = analyze(engine.build_model(cfg), args.size, images)
+    print(format_report(report))
+    if args.json:
+        source = {"config": args.config_file, "opts": args.opts, "sizes_csv": args.sizes_csv}
+        versions = {module.__name__: module.__version__ for module in (eco_m2f, torch, detectron2)}
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(args.json, "w") as file:
+            file.write(json.dumps({**source, **report, "versions": versions}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, build_parser().parse_args()))
