@@ -1,10 +1,19 @@
-"""The parent against the reference implementation: numbers recorded with it, in the reference data."""
+"""The parent against the reference implementation: numbers recorded with it, and the head written out plainly.
+
+All of the recorded numbers are in the reference data, which a checkout lacks. What needs none of it: the plain head,
+which is itself compared with all of them where they are, and the predictor's first layer, in assets/predictor.npz.
+"""
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from minis import make_batch
+from plain_head import PlainHead
 from safetensors.torch import load_file
+
+from eco_m2f.modeling.transformer_decoder import MultiScaleMaskedTransformerDecoder
 
 PARENTS = {
     "coco_r50": "coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml",
@@ -46,6 +55,80 @@ def test_every_exit_matches_the_reference(case):
             if not prefix or f"exit{k}.aux0.pred_masks" in expected:
                 close(output["pred_logits"], f"exit{k}.{prefix}pred_logits")
                 close(output["pred_masks"], f"exit{k}.{prefix}pred_masks")
+
+
+def test_the_plain_head_matches_the_reference(case):
+    model, expected = case
+    plain = PlainHead(model.state_dict())
+    for image in (0, 1):
+        features = {name: expected[f"backbone.{name}"][image] for name in ("res2", "res3", "res4", "res5")}
+        for k in (2, 3, 4, 5, 6):
+            found = plain(features, k)
+            outputs = {"mask_features": found["mask_features"]}
+            outputs |= {f"multi_scale{i}": level for i, level in enumerate(found["maps"])}
+            for prefix, (logits, masks) in zip(("aux0.", "aux1.", "aux2.", ""), found["predictions"], strict=True):
+                outputs |= {f"{prefix}pred_logits": logits, f"{prefix}pred_masks": masks}
+            recorded = {name: expected[f"exit{k}.{name}"] for name in outputs if f"exit{k}.{name}" in expected}
+            assert len(recorded) == (12 if k in (2, 6) else 6)
+            for name, value in recorded.items():
+                np.testing.assert_allclose(outputs[name], value[image], atol=1e-5, err_msg=f"exit {k}, {name}")
+
+
+@pytest.mark.parametrize("sizes", [((64, 96), (60, 80)), ((33, 129), (96, 40))])
+@torch.no_grad()
+def test_every_exit_matches_the_plain_head(build_mini, fill_weights, sizes):
+    """At these sizes no mask logit is within 1e-4 of the predictor's threshold, where rounding would decide."""
+    model = fill_weights(build_mini())
+    plain = PlainHead(model.state_dict())
+    features = model.backbone(model.preprocess(make_batch(sizes)).tensor)
+    exits = [1, 2, 3, 4, 5, 6]
+    states = model.sem_seg_head.pixel_decoder.forward_exits(features, exits)
+    preds = model.sem_seg_head.forward_exits(features, exits)
+    close = lambda actual, wanted: np.testing.assert_allclose(actual, wanted, atol=5e-5, rtol=1e-5)  # noqa: E731
+    for k in exits:
+        for image in (0, 1):
+            wanted = plain({name: f[image] for name, f in features.items()}, k)
+            mask_features, maps = states[k]
+            close(mask_features[image], wanted["mask_features"])
+            for level, wanted_level in zip(maps, wanted["maps"], strict=True):
+                close(level[image], wanted_level)
+            outputs = [*preds[k]["aux_outputs"], preds[k]]
+            for output, (logits, masks) in zip(outputs, wanted["predictions"], strict=True):
+                close(output["pred_logits"][image], logits)
+                close(output["pred_masks"][image], masks)
+
+
+@torch.no_grad()
+def test_the_predictors_first_layer_matches_recorded_numbers(assets):
+    """Masks at the 2 x 3 pixels that the layer's attention looks at: resizing commutes with masks from queries."""
+    data = {k: torch.from_numpy(v) for k, v in np.load(assets / "predictor.npz").items()}
+    weights = {k.removeprefix("weights."): v for k, v in data.items() if k.startswith("weights.")}
+    predictor = MultiScaleMaskedTransformerDecoder(
+        64,
+        num_classes=7,
+        hidden_dim=64,
+        num_queries=20,
+        num_heads=8,
+        dim_feedforward=128,
+        num_layers=1,
+        pre_norm=False,
+        mask_dim=64,
+        enforce_input_project=False,
+        num_levels=1,
+    )
+    predictor.load_state_dict(weights)
+    plain = PlainHead({f"sem_seg_head.predictor.{name}": v for name, v in weights.items()})
+    for k in (2, 6):
+        level, mask_features = data[f"exit{k}.map"], data[f"exit{k}.mask_features"]
+        found = predictor([level], mask_features)
+        for i, output in enumerate([*found["aux_outputs"], found]):
+            for name, value in output.items():
+                if name != "aux_outputs":
+                    torch.testing.assert_close(value, data[f"exit{k}.aux{i}.{name}"], atol=1e-5, rtol=1e-5)
+        for image in (0, 1):
+            for i, output in enumerate(plain.predict([level[image].numpy()], mask_features[image].numpy())):
+                for name, value in zip(("pred_logits", "pred_masks"), output):
+                    np.testing.assert_allclose(value, data[f"exit{k}.aux{i}.{name}"][image], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", PARENTS)

@@ -73,8 +73,9 @@ def test_a_size(tmp_path, capsys, model, costs):
 
 
 def test_a_csv_is_resized_as_in_evaluation(tmp_path, capsys, sizes, costs):
-    """MIN_SIZE_TEST 128 and MAX_SIZE_TEST 256: 256x256 and 64x64 become 128x128, and 100x300 becomes 85x256."""
-    assert start("--sizes-csv", sizes, "--json", tmp_path / "out.json") == 0
+    """256x256 and 64x64 become 128x128, and 100x300 becomes 85x256."""
+    limits = ["INPUT.MIN_SIZE_TEST", 128, "INPUT.MAX_SIZE_TEST", 256]
+    assert start("--sizes-csv", sizes, "--json", tmp_path / "out.json", *limits) == 0
     report = json.loads((tmp_path / "out.json").read_text())
     images = [((128, 128), (256, 256)), ((128, 128), (64, 64)), ((96, 256), (100, 300))]
     assert report["mean"]["exits"] == report["exits"] == as_json(costs.mean(images))
