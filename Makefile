@@ -8,7 +8,7 @@ ENV := env
 endif
 
 DATA ?= toy
-OUTPUT ?= output/$(DATA)
+OUTPUT ?= output/recipe$(if $(filter-out toy,$(DATA)),-$(DATA))
 export MPLBACKEND ?= Agg
 
 .PHONY: help env recipe test lint format clean distclean

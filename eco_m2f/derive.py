@@ -123,7 +123,7 @@ def derived_row(model: EcoMaskFormer, truth: PanopticGroundTruth, x: dict, sourc
     for k, pred in model.sem_seg_head.forward_exits(features, model.exits).items():
         panoptic, segments = model.panoptic(pred, images, x)
         statistics[k] = target.compare(panoptic.cpu().numpy(), to_dataset_categories(segments, truth.dataset_id))
-    costs = model.costs(images.tensor.shape[-2:])
+    costs = model.costs(images.tensor.shape[-2:], (x["height"], x["width"]))
     pooled = pool_valid(model.policy_features(features, source)[source], images.image_sizes)[0]
     return make_row(
         image_id=x["image_id"],

@@ -13,7 +13,7 @@ from eco_m2f.data.check import check_dataset, summary
 from eco_m2f.data.datasets import register_from_config
 
 
-def main() -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="registered datasets (default: those of --config-file and --custom)")
     parser.add_argument("--config-file", help="take datasets, DATASETS.CUSTOM and the number of classes from here")
@@ -23,6 +23,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that read files")
     parser.add_argument("--lines", type=int, default=10, help="findings shown per kind")
+    return parser
+
+
+def main() -> int:
+    parser = build_parser()
     args = parser.parse_args()
     try:
         names, num_classes = _datasets(args)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .writing import already_made, describe_segments, whole_folder, write_json, write_panoptic
 
-VERSION = 2  # of the scenes: raise it whenever the same seed would draw other pixels
+VERSION = 3  # of the scenes: raise it whenever the same seed would draw other pixels
 SPLITS = ("train", "val")
 THINGS = ("disk", "ring", "triangle", "square", "star")
 STUFF = ("waves", "bars", "weave", "mottle")  # level crests, upright crests, both, neither
@@ -63,7 +63,7 @@ class ToySpec:
 
     num_train: int = 800
     num_val: int = 200
-    size: int = 128  # side of the square images, pixels
+    size: int = 96  # side of the square images, pixels
     seed: int = 0
     version: int = VERSION
 
@@ -145,7 +145,7 @@ class _Canvas:
         self.crowds: set[int] = set()
         self.full_area: dict[int, int] = {}  # of objects, before anything covered them
         self.base = rng.uniform(0.3, 0.7, 3)  # the background's mean colour
-        self.num_objects = 1 + int(self._between(1.2, 11) * rng.uniform(0.7, 1.3))
+        self.num_objects = 1 + int(self._between(0.6, 7) * rng.uniform(0.7, 1.3))
         self.last: tuple | None = None  # class, colour, centre and radius of the last object, for twins
 
     def _between(self, easy: float, hard: float) -> float:
@@ -156,13 +156,13 @@ class _Canvas:
     def paint_background(self) -> None:
         """Cells of a warped Voronoi diagram, each filled with one stuff class."""
         rng, n = self.rng, self.size
-        count = 1 + int(self._between(0.5, 5) * rng.uniform(0.6, 1.2) + 0.5)
+        count = 1 + int(self._between(0.5, 3.5) * rng.uniform(0.6, 1.2) + 0.5)
         sites = rng.uniform(0, n, (count, 2))
         warp = self._smooth(2, cells=4) * self._between(0.02, 0.15) * n
         y, x = np.mgrid[0:n, 0:n] + 0.5 + warp.transpose(2, 0, 1)
         cell = np.argmin((y - sites[:, 0, None, None]) ** 2 + (x - sites[:, 1, None, None]) ** 2, axis=0)
         kinds = rng.integers(len(STUFF), size=count)
-        contrast = self._between(0.22, 0.09)
+        contrast = self._between(0.2, 0.12)
         for kind in np.unique(kinds):
             where = np.isin(cell, np.flatnonzero(kinds == kind))
             tint = self.base + rng.normal(0, 0.04, 3) + self._hint() * 0.2 * HUES[STUFF[kind]]
@@ -215,7 +215,7 @@ class _Canvas:
 
     def _draw_object(self) -> tuple:
         name = THINGS[self.rng.integers(len(THINGS))]
-        low, high = self._between(0.14, 0.045), self._between(0.24, 0.2)
+        low, high = self._between(0.16, 0.07), self._between(0.24, 0.2)
         radius = self.size * np.exp(self.rng.uniform(np.log(low), np.log(high)))
         return name, self._color(name), self._anywhere(), max(radius, 3.0)
 
@@ -280,11 +280,11 @@ class _Canvas:
         direction = _unit(self.rng.standard_normal(3))
         if name is not None:
             direction = _unit((1 - self._hint()) * direction + self._hint() * HUES[name])
-        return self.base + direction * self._between(0.55, 0.22)
+        return self.base + direction * self._between(0.55, 0.3)
 
     def _hint(self) -> float:
-        """How much of a class's hue shows, from 1 to 0."""
-        return self._between(1.0, 0.0)
+        """How much of a class's hue shows."""
+        return self._between(1.0, 0.4)
 
     def _anywhere(self) -> np.ndarray:
         return self.rng.uniform(0.06, 0.94, 2) * self.size
@@ -303,7 +303,7 @@ class _Canvas:
     def finish(self) -> Scene:
         """Adds light and noise, and lists the segments that own a pixel."""
         light = 1 + self._between(0.02, 0.12) * self._smooth(1, cells=2)
-        noise = self.rng.normal(0, self._between(0.008, 0.07), self.image.shape)
+        noise = self.rng.normal(0, self._between(0.008, 0.05), self.image.shape)
         pixels = np.clip((self.image * light + noise) * 255 + 0.5, 0, 255).astype(np.uint8)
         return Scene(pixels, self.ids, describe_segments(self.ids, self.category, self.crowds), self.difficulty)
 

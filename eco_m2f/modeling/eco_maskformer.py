@@ -69,10 +69,10 @@ class EcoMaskFormer(MaskFormer):
         exits = self.exit_policy(self.policy_features(features, source), images.image_sizes, image_ids=ids)
         chosen = exits.tolist()
         results = self.postprocess(self.predict(features, chosen), images, batched_inputs)
-        costs = self.costs(images.tensor.shape[-2:])
-        for result, k in zip(results, chosen):
+        padded = images.tensor.shape[-2:]
+        for x, size, result, k in zip(batched_inputs, images.image_sizes, results, chosen):
             result["exit"] = k
-            result["exit_gflops"] = costs[k]
+            result["exit_gflops"] = self.costs(padded, (x.get("height", size[0]), x.get("width", size[1])))[k]
         return results
 
     def predict(self, features: dict[str, Tensor], exits: list[int]) -> dict[str, Tensor]:
@@ -105,11 +105,11 @@ class EcoMaskFormer(MaskFormer):
         padded = tuple(images.tensor.shape[-2:])
         return only(pred["pred_logits"][0], pred["pred_masks"][0], padded, size, wanted)["panoptic_seg"]
 
-    def costs(self, padded_size: Sequence[int]) -> dict[int, dict[str, float]]:
-        """{exit: {"total", "encoder"}} GFLOPs of one image of this padded size, paper convention."""
+    def costs(self, padded_size: Sequence[int], output_size: Sequence[int]) -> dict[int, dict[str, float]]:
+        """{exit: {"total", "encoder"}} GFLOPs of one image of these sizes (height, width), paper convention."""
         if self._costs is None:
             self._costs = ExitCosts(self, self.exits)
-        return self._costs(tuple(padded_size))
+        return self._costs(tuple(padded_size), tuple(output_size))
 
     def load_gate(self, path: str) -> None:
         """Loads the weights of a learned policy; the gate must have been fitted for exactly these parent weights."""

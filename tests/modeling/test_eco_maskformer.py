@@ -197,8 +197,10 @@ def test_alpha_that_does_not_increase_is_refused(build_mini, alphas):
 def test_results_tell_exit_and_cost(eco):
     results = eco(make_batch())
     assert [r["exit"] for r in results] == [6, 6]
-    costs = eco.costs((64, 96))
+    costs = eco.costs((64, 96), (64, 96))
     assert results[0]["exit_gflops"] == costs[6]
+    small = eco.costs((64, 96), (60, 80))[6]  # the second image's results are resized to its own size
+    assert results[1]["exit_gflops"] == small and small["total"] < costs[6]["total"]
     totals, encoders = ([costs[k][part] for k in EXITS] for part in ("total", "encoder"))
     assert totals == sorted(totals) and len(set(totals)) == 5
     layer = encoders[1] - encoders[0]

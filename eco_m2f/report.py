@@ -1,0 +1,258 @@
+"""What a recipe found: one table and three pictures, from the derived datasets, the gates and the evaluations.
+
+Every PQ of a forced exit is a sum over a derived dataset; that of a gate is so too, and stands beside the one that the
+whole model reached when it was evaluated, image by image, with this gate.
+"""
+
+import csv
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from PIL import Image
+
+from . import __version__
+from .budget import Row, fixed_rows, measure, oracle_row
+from .derived import DerivedDataset
+from .engine import build_trained, load_cfg
+from .evaluation.ground_truth import PanopticGroundTruth
+from .evaluation.panoptic_quality import to_dataset_categories
+from .files import atomic_write
+from .gate import Gate
+from .visualization import draw_panoptic
+
+PARENT, STEP_A, TARGETS = "parent, no Step A", "after Step A", "after Step A, targets of Eq. 5"
+DPI = 120
+
+
+@dataclass
+class Result:
+    """A row of the table: a model, the way it leaves, and what was measured. evaluated: PQ by the whole model."""
+
+    model: str
+    leaves: str
+    row: Row
+    evaluated: float | None = None
+
+
+def write_report(folder: str | Path) -> Path:
+    """Writes table.csv, table.md, pq_gflops.png, exits.png and predictions.png into a recipe's folder.
+
+    The folder holds derived/parent_val, derived/val, gates/*.pth and eval/<name of a gate>, as tools/recipe.py leaves
+    them. Returns the path of table.md. Raises FileNotFoundError for what is missing.
+    """
+    folder = Path(folder)
+    parent = DerivedDataset.load(folder / "derived" / "parent_val", with_features=False)
+    val = DerivedDataset.load(folder / "derived" / "val")
+    gates = sorted((Gate.load(p) for p in (folder / "gates").glob("*.pth")), key=lambda gate: gate.beta)
+    if not gates:
+        raise FileNotFoundError(f"no gates in {folder / 'gates'}: let tools/recipe.py come to its end")
+    results = collect(folder, parent, val, gates)
+    _write_csv(results, folder / "table.csv")
+    with atomic_write(folder / "table.md", "w") as file:
+        file.write("\n".join([*markdown(results), "", *provenance(folder, parent, val), ""]))
+    plot_quality(results, folder / "pq_gflops.png")
+    plot_exits(results, val, folder / "exits.png")
+    middle = gates[len(gates) // 2]
+    plot_predictions(folder / "eval" / gate_name(middle), middle, val, folder / "predictions.png")
+    return folder / "table.md"
+
+
+def gate_name(gate: Gate) -> str:
+    """The name that train_gate.py gives the file of one gate among several."""
+    return f"gate_beta{gate.beta:g}_K{gate.max_exit}"
+
+
+def collect(folder: Path, parent: DerivedDataset, val: DerivedDataset, gates: Sequence[Gate]) -> list[Result]:
+    """All results of a run, in the order of the table."""
+    results = [Result(PARENT, f"all at {row.max_exit}", row) for row in fixed_rows(parent)]
+    for row in fixed_rows(val):
+        whole = evaluated_pq(folder / "eval" / "full") if row.max_exit == val.exits[-1] else None
+        results.append(Result(STEP_A, f"all at {row.max_exit}", row, whole))
+    features = torch.from_numpy(val.features)
+    for gate in gates:
+        about = {"policy": "gate", "beta": gate.beta, "max_exit": gate.max_exit, "loss": gate.loss}
+        row = measure(val, gate.choose(features), **about)
+        evaluated = evaluated_pq(folder / "eval" / gate_name(gate))
+        results.append(Result(STEP_A, f"gate, beta {gate.beta:g}", row, evaluated))
+    for gate in gates:
+        results.append(Result(TARGETS, f"beta {gate.beta:g}", oracle_row(val, gate.beta, gate.max_exit)))
+    return results
+
+
+def evaluated_pq(folder: Path) -> float:
+    """PQ in points of an evaluation by train_net.py. Raises FileNotFoundError where there is none."""
+    found = sorted(folder.glob("inference/*/panoptic.json"))
+    if not found:
+        raise FileNotFoundError(f"no evaluation in {folder}: run train_net.py --eval-only with OUTPUT_DIR {folder}")
+    return 100 * json.loads(found[0].read_text())["All"]["pq"]
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def markdown(results: Sequence[Result]) -> list[str]:
+    """The table's lines. "of full" is the part of the encoder's cost at the last exit."""
+    head = ("model", "images leave", "PQ", "PQ things", "PQ stuff", "evaluated PQ", "mean exit", "GFLOPs")
+    head = (*head, "encoder GFLOPs", "of full", "images per exit")
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    full = max(result.row.encoder_gflops for result in results)
+    for result in results:
+        row = result.row
+        cells = [result.model, result.leaves, *(f"{v:.2f}" for v in (row.pq, row.pq_things, row.pq_stuff))]
+        cells.append("" if result.evaluated is None else f"{result.evaluated:.2f}")
+        cells += [f"{row.mean_exit:.2f}", f"{row.total_gflops:.4g}", f"{row.encoder_gflops:.4g}"]
+        cells += [f"{100 * row.encoder_gflops / full:.0f} %", " ".join(f"{k}:{n}" for k, n in row.images.items() if n)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def provenance(folder: Path, parent: DerivedDataset, val: DerivedDataset) -> list[str]:
+    """Lines that say what the numbers were made with: data, weights, commands, times, machine."""
+    about = val.provenance
+    lines = [
+        f"PQ on the {len(val)} images of `{about['dataset']}`; GFLOPs: means over them, in the paper's convention.",
+        "",
+        f"Parent {parent.provenance['checkpoint_sha256'][:12]}, after Step A {about['checkpoint_sha256'][:12]}; "
+        f"eco_m2f {__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads on {_processor()}.",
+    ]
+    stages = folder / "stages.json"
+    if stages.exists():
+        done = json.loads(stages.read_text())
+        total = sum(stage["seconds"] for stage in done.values()) / 60
+        lines += ["", f"Stages, {total:.1f} minutes in all:", ""]
+        lines += [
+            f"- {name}, {stage['seconds']:.0f} s: `{_portable(stage['command'])}`" for name, stage in done.items()
+        ]
+    return lines
+
+
+def _portable(command: str) -> str:
+    """A command with paths relative to the working directory."""
+    return command.replace(f"{os.getcwd()}/", "")
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _write_csv(results: Sequence[Result], path: Path) -> None:
+    rows = [{"model": r.model, "leaves": r.leaves, **r.row.numbers(), "evaluated_pq": r.evaluated} for r in results]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with atomic_write(path, "w") as file:
+        writer = csv.DictWriter(file, fieldnames=names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+# --- the pictures ----------------------------------------------------------------------------------------------------
+
+
+def plot_quality(results: Sequence[Result], path: Path) -> None:
+    """PQ over the encoder's cost: forced exits with and without Step A, the gates, and the targets."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+    styles = (
+        (PARENT, "fixed", "o--", "tab:gray", "forced exits, without Step A"),
+        (STEP_A, "fixed", "o-", "tab:blue", "forced exits, after Step A"),
+        (STEP_A, "gate", "D", "tab:red", "gates"),
+        (TARGETS, "oracle", "^:", "tab:green", "targets of Eq. 5 (upper bound)"),
+    )
+    for model, policy, style, color, label in styles:
+        rows = [r.row for r in results if r.model == model and r.row.policy == policy]
+        axes.plot([r.encoder_gflops for r in rows], [r.pq for r in rows], style, color=color, label=label)
+        for r in rows:
+            text = str(r.max_exit) if policy == "fixed" else f"{r.beta:g}"
+            axes.annotate(text, (r.encoder_gflops, r.pq), (4, 4), textcoords="offset points", fontsize=8, color=color)
+    axes.set(xlabel="encoder GFLOPs per image", ylabel="PQ", title="Quality and cost (numbers: exit or beta)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+
+
+def plot_exits(results: Sequence[Result], val: DerivedDataset, path: Path) -> None:
+    """How many images leave at each exit, as chosen by each gate and as Eq. 5 would have it."""
+    gates = [r.row for r in results if r.row.policy == "gate"]
+    targets = [r.row for r in results if r.row.policy == "oracle"]
+    figure, axes = plt.subplots(1, len(gates), figsize=(3.2 * len(gates), 3.2), sharey=True, layout="constrained")
+    for ax, gate, target in zip(np.atleast_1d(axes), gates, targets):
+        exits = np.array(val.exits)
+        ax.bar(exits - 0.2, [100 * gate.images[k] / len(val) for k in val.exits], 0.4, label="gate", color="tab:red")
+        share = [100 * target.images[k] / len(val) for k in val.exits]
+        ax.bar(exits + 0.2, share, 0.4, label="target", color="tab:green")
+        ax.set(xlabel="exit", title=f"beta {gate.beta:g}: mean {gate.mean_exit:.2f}", xticks=exits)
+    np.atleast_1d(axes)[0].set_ylabel("images, %")
+    np.atleast_1d(axes)[0].legend()
+    _save(figure, path)
+
+
+def plot_predictions(evaluation: Path, gate: Gate, val: DerivedDataset, path: Path, columns: int = 6) -> None:
+    """Images, truth, and what the model that was evaluated with this gate makes of them; the exits stand above."""
+    cfg = load_cfg(str(evaluation / "config.yaml"))
+    model, truth = build_trained(cfg), PanopticGroundTruth(val.provenance["dataset"])
+    chosen = gate.choose(torch.from_numpy(val.features)).numpy()
+    figure, axes = plt.subplots(3, columns, figsize=(2 * columns, 6.6), layout="constrained", squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    for column, i in zip(axes.T, _examples(chosen, val, columns)):
+        image, panels, k = _predict(cfg, model, truth, val.image_ids[i])
+        for ax, panel in zip(column, (image, *panels)):
+            ax.imshow(panel)
+        q = val.quality[i, val.exits.index(k)]
+        column[0].set_title(f"exit {k}, PQ {100 * q:.0f}", fontsize=10)
+    for ax, label in zip(axes[:, 0], ("image", "truth", "prediction")):
+        ax.text(-0.06, 0.5, label, rotation=90, va="center", ha="right", transform=ax.transAxes)
+    _save(figure, path)
+
+
+def _examples(chosen: np.ndarray, val: DerivedDataset, count: int) -> list[int]:
+    """Images spread over the exits chosen: of each exit in turn the one nearest to its median quality, ascending."""
+    queues = []
+    for k in np.unique(chosen):
+        rows = np.flatnonzero(chosen == k)
+        quality = val.quality[rows, val.exits.index(k)]
+        queues.append(rows[np.argsort(np.abs(quality - np.median(quality)), kind="stable")].tolist())
+    picked = []
+    while len(picked) < min(count, len(chosen)):
+        queues = [queue for queue in queues if queue]
+        picked += [queue.pop(0) for queue in queues][: count - len(picked)]
+    return sorted(picked, key=lambda i: (chosen[i], i))
+
+
+def _predict(cfg, model, truth: PanopticGroundTruth, image_id: str) -> tuple[np.ndarray, list[np.ndarray], int]:
+    """The image, the pictures of truth and prediction, and the exit taken."""
+    from detectron2.data import DatasetCatalog
+
+    from .data import PanopticTestMapper
+
+    record = next(r for r in DatasetCatalog.get(truth.name) if str(r["image_id"]) == image_id)
+    colors = {c["id"]: c.get("color", (128, 128, 128)) for c in truth.categories}
+    with Image.open(record["file_name"]) as file:
+        image = np.asarray(file.convert("RGB"))
+    with torch.no_grad():
+        output = model([PanopticTestMapper(cfg)(record)])[0]
+    id_map, segments = output["panoptic_seg"]
+    real = draw_panoptic(image, truth.id_map(record["image_id"]), truth.segments(record["image_id"]), colors)
+    drawn = draw_panoptic(image, id_map.cpu().numpy(), to_dataset_categories(segments, truth.dataset_id), colors)
+    return image, [real, drawn], output["exit"]
+
+
+def _save(figure, path: Path) -> None:
+    with atomic_write(path) as file:
+        figure.savefig(file, dpi=DPI, format="png")
+    plt.close(figure)

@@ -1,0 +1,49 @@
+"""The table and what is picked for the pictures; tests/tools/test_recipe.py has the whole on a real run."""
+
+import numpy as np
+import pytest
+from test_budget import EXITS, make_derived
+
+from eco_m2f.budget import GateFitter, fixed_rows
+from eco_m2f.report import PARENT, STEP_A, Result, _examples, collect, evaluated_pq, gate_name, markdown
+
+
+@pytest.fixture(scope="module")
+def derived(tmp_path_factory):
+    return make_derived(tmp_path_factory.mktemp("derived") / "val", 60, seed=1)
+
+
+def test_markdown_has_a_line_per_result_and_the_part_of_the_cost(derived):
+    head, rule, *lines = markdown([Result(PARENT, f"all at {r.max_exit}", r) for r in fixed_rows(derived)])
+    assert head.count("|") == rule.count("|") and len(lines) == len(EXITS)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [c[9] for c in cells] == ["33 %", "67 %", "100 %"]  # 10 GFLOPs a layer
+    assert [c[10] for c in cells] == [f"{k}:60" for k in EXITS]
+    assert all(c[5] == "" for c in cells)  # not evaluated by the whole model
+
+
+def test_results_hold_forced_exits_gates_and_targets(tmp_path, derived):
+    train = make_derived(tmp_path / "train", 200, seed=2)
+    gate = GateFitter(train, derived).fit(0.005, 6).gate
+    for name, pq in (("full", 0.5), (gate_name(gate), 0.25)):
+        folder = tmp_path / "eval" / name / "inference" / "toy"
+        folder.mkdir(parents=True)
+        (folder / "panoptic.json").write_text(f'{{"All": {{"pq": {pq}}}}}')
+    results = collect(tmp_path, derived, derived, [gate])
+    assert [r.row.policy for r in results] == ["fixed"] * 6 + ["gate", "oracle"]
+    assert [r.evaluated for r in results] == [None] * 5 + [50.0, 25.0, None]
+    assert results[6].row.pq == gate.results["pq"] and results[6].model == STEP_A
+
+
+def test_an_evaluation_that_is_missing_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="eval-only"):
+        evaluated_pq(tmp_path)
+
+
+def test_examples_are_spread_over_the_exits(derived):
+    chosen = np.full(len(derived), 2)
+    chosen[7], chosen[9] = 4, 6
+    picked = _examples(chosen, derived, 5)
+    assert len(set(picked)) == 5 and {7, 9} <= set(picked)
+    assert chosen[picked].tolist() == [2, 2, 2, 4, 6]
+    assert len(_examples(chosen[:3], derived.subset(range(3)), 6)) == 3

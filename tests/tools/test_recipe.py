@@ -1,0 +1,87 @@
+"""tools/recipe.py: everything once, on a few images and for a few iterations; again; and with something changed."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from minis import ROOT
+from PIL import Image
+from tiny import tool_environment
+
+pytestmark = pytest.mark.slow
+SMALL = (
+    *("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "MODEL.MASK_FORMER.DEC_LAYERS", "2"),
+    *("MODEL.MASK_FORMER.TRAIN_NUM_POINTS", "64", "DATALOADER.NUM_WORKERS", "0"),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("recipe")
+
+
+def recipe(folder, *opts):
+    """Runs the tool; returns the process, whose output holds everything that the stages printed."""
+    words = [sys.executable, ROOT / "tools" / "recipe.py", "--toy-images", "6", "4", "--output", folder / "out"]
+    return subprocess.run(
+        [*map(str, words), *map(str, opts)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        cwd=ROOT,
+        env=tool_environment(DETECTRON2_DATASETS=str(folder / "datasets"), MPLCONFIGDIR=str(folder)),
+    )
+
+
+@pytest.fixture(scope="module")
+def first(folder):
+    done = recipe(folder, *SMALL)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+def test_table_and_pictures(folder, first):
+    out = folder / "out"
+    table = (out / "table.md").read_text()
+    assert table in first  # it is shown as well
+    rows = list(csv.DictReader((out / "table.csv").open()))
+    assert [r["leaves"] for r in rows if r["policy"] == "fixed"] == 2 * [f"all at {k}" for k in range(2, 7)]
+    gates = [r for r in rows if r["policy"] == "gate"]
+    assert len(gates) == 3 and len([r for r in rows if r["policy"] == "oracle"]) == 3
+    for row in gates:  # the whole model, run with the gate, agrees with the sums over the derived dataset
+        assert float(row["evaluated_pq"]) == pytest.approx(float(row["pq"]), abs=1e-6)
+    for row in rows:
+        assert sum(int(row[f"images_exit{k}"]) for k in range(2, 7)) == 4
+    for name in ("pq_gflops", "exits", "predictions"):
+        with Image.open(out / f"{name}.png") as picture:
+            assert min(picture.size) > 200 and len(picture.convert("RGB").getcolors(1 << 20)) > 50
+
+
+def test_a_second_run_does_nothing_twice(folder, first):
+    before = {p: os.stat(p).st_mtime_ns for p in (folder / "out").rglob("*.p*t*") if p.suffix in (".pth", ".parquet")}
+    done = recipe(folder, *SMALL)
+    assert done.returncode == 0, done.stdout[-3000:]
+    stages = json.loads((folder / "out" / "stages.json").read_text())
+    assert done.stdout.count(": done before") == len(stages) == 10
+    assert before and before == {p: os.stat(p).st_mtime_ns for p in before}
+
+
+def test_a_stage_that_fails_is_named_and_gone_on_with(folder, first):
+    """After a change of an option every stage that follows from it is done anew."""
+    stages = json.loads((folder / "out" / "stages.json").read_text())
+    broken = recipe(folder, *SMALL, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 8)
+    assert broken.returncode == 1
+    assert "error: stage parent failed" in broken.stdout and "to 9" in broken.stdout
+    now = json.loads((folder / "out" / "stages.json").read_text())
+    assert not now["parent"]["done"] and now["parent"]["key"] != stages["parent"]["key"]
+
+
+def test_nuclei_need_their_raw_folder(tmp_path):
+    words = [sys.executable, str(ROOT / "tools" / "recipe.py"), "--data", "nuclei", "--output", str(tmp_path / "o")]
+    environment = tool_environment(DETECTRON2_DATASETS=str(tmp_path))
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 1 and "NUCLEI_RAW" in done.stderr

@@ -1,0 +1,186 @@
+#!/usr/bin/env python
+"""The whole method on one dataset: parent, its forced exits, Step A, Step B, Step C for three betas, and a report.
+
+    tools/recipe.py --data toy --output output/recipe
+    tools/recipe.py --data nuclei --nuclei-raw <folder> --output output/recipe-nuclei
+
+Each stage is one of the other tools, called as a user would call it; its command is shown. Killed and started again,
+the recipe goes on where it was; what is done already, with the same commands and files, is not done again. KEY VALUE
+pairs at the end go to every stage that has a config. The report (table.md, table.csv, *.png) lies under --output.
+"""
+
+import argparse
+import hashlib
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from eco_m2f.command_line import run
+from eco_m2f.data.datasets.builtin import datasets_root
+from eco_m2f.engine import load_cfg
+from eco_m2f.files import atomic_write, file_sha256
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the recipe needs to know of a dataset: configs, splits, and the prices of a layer to fit gates for."""
+
+    parent: str
+    eco: str
+    train: str
+    val: str
+    betas: tuple[float, ...]
+
+
+DATA = {
+    "toy": Data(
+        "configs/toy/maskformer2_toy.yaml",
+        "configs/toy/eco_maskformer2_toy.yaml",
+        "toy_panoptic_train",
+        "toy_panoptic_val",
+        (0.0005, 0.002, 0.01),
+    ),
+    "nuclei": Data(
+        "configs/nuclei/maskformer2_nuclei_cpu.yaml",
+        "configs/nuclei/eco/eco_maskformer2_nuclei_cpu.yaml",
+        "nuclei_panoptic_train",
+        "nuclei_panoptic_val",
+        (0.001, 0.005, 0.02),
+    ),
+}
+
+
+class Recipe:
+    """Runs stages and remembers, in OUTPUT/stages.json, which are done and how long they took.
+
+    A stage's key covers its command, what it reads and the keys of the stages before it. Where the key has changed,
+    the stage's folder is removed and the stage done anew; where it has not, the stage goes on or is skipped.
+    """
+
+    def __init__(self, output: Path):
+        self.output = output
+        self.log = output / "stages.json"
+        self.stages = json.loads(self.log.read_text()) if self.log.exists() else {}
+        self.keys: list[str] = []
+
+    def stage(self, name: str, *command: str | Path, reads: tuple[str, ...] = ()) -> Path:
+        """The folder OUTPUT/name, once the command, in which {} stands for that folder, has filled it.
+
+        reads: texts and hashes that stand for what the command reads, beside what earlier stages made.
+        """
+        folder = self.output / name
+        words = [str(word).replace("{}", str(folder)) for word in command]
+        key = _digest([*self.keys, *words, *reads])
+        self.keys.append(key)
+        entry = self.stages.get(name, {})
+        if entry.get("key") != key:
+            shutil.rmtree(folder, ignore_errors=True)
+            entry = {"key": key, "command": shlex.join(words), "seconds": 0.0, "done": False}
+        if entry["done"] and folder.is_dir():
+            print(f"== {name}: done before", flush=True)
+            return folder
+        print(f"== {name}: {entry['command']}", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._remember(name, entry)
+        start = time.monotonic()
+        try:
+            status = subprocess.run([sys.executable, *words]).returncode
+        finally:
+            entry["seconds"] += time.monotonic() - start
+            self._remember(name, entry)
+        if status:
+            raise ValueError(f"stage {name} failed with status {status}; mend it and run the recipe again to go on")
+        self._remember(name, {**entry, "done": True})
+        return folder
+
+    def _remember(self, name: str, entry: dict) -> None:
+        self.stages[name] = entry
+        with atomic_write(self.log, "w") as file:
+            json.dump(self.stages, file, indent=1)
+
+
+def _digest(words: list[str]) -> str:
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()
+
+
+def _tool(name: str) -> str:
+    return str(ROOT / "tools" / name)
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """The dataset; both makers do nothing where it is there already."""
+    if args.data == "toy":
+        sizes = (
+            ("--num-train", str(args.toy_images[0]), "--num-val", str(args.toy_images[1])) if args.toy_images else ()
+        )
+        words = [_tool("make_toy_dataset.py"), *sizes]
+    elif args.nuclei_raw:
+        words = [str(ROOT / "datasets" / "prepare_nuclei.py"), args.nuclei_raw]
+    elif (datasets_root() / "nuclei").is_dir():
+        return
+    else:
+        raise ValueError("the nuclei are not prepared: give --nuclei-raw (NUCLEI_RAW=), the folder with index.csv")
+    print(f"== data: {shlex.join(words)}", flush=True)
+    if subprocess.run([sys.executable, *words]).returncode:
+        raise ValueError("the dataset could not be made, see above")
+
+
+def main(args: argparse.Namespace) -> None:
+    data = DATA[args.data]
+    args.output.mkdir(parents=True, exist_ok=True)
+    prepare(args)
+    recipe = Recipe(args.output)
+    parent_config, eco_config = ROOT / data.parent, ROOT / data.eco
+    known = {s: file_sha256(_annotation(args.data, s)) for s in (data.train, data.val)}
+    known |= {c: load_cfg(str(c), args.opts).dump() for c in (parent_config, eco_config)}
+
+    def train(name: str, config: Path, *opts: str | Path) -> Path:
+        words = (_tool("train_net.py"), "--config-file", config, "--resume", "OUTPUT_DIR", "{}", *opts, *args.opts)
+        return recipe.stage(name, *words, reads=(known[config], known[data.train])) / "model_final.pth"
+
+    def derive(name: str, weights: Path, split: str) -> Path:
+        words = (_tool("derive_dataset.py"), "--config-file", eco_config, "--dataset", split, "--output", "{}")
+        opts = ("MODEL.WEIGHTS", weights, "OUTPUT_DIR", args.output / "logs" / name, *args.opts)
+        return recipe.stage(name, *words, *opts, reads=(known[eco_config], known[split]))
+
+    def evaluate(name: str, weights: Path, *opts: str | Path) -> Path:
+        words = (_tool("train_net.py"), "--config-file", eco_config, "--eval-only", "MODEL.WEIGHTS", weights)
+        return recipe.stage(name, *words, "OUTPUT_DIR", "{}", "DATASETS.TEST", f"('{data.val}',)", *opts, *args.opts)
+
+    parent = train("parent", parent_config)
+    derive("derived/parent_val", parent, data.val)
+    eco = train("step_a", eco_config, "MODEL.WEIGHTS", parent)
+    val, fit = derive("derived/val", eco, data.val), derive("derived/train", eco, data.train)
+    words = (_tool("train_gate.py"), "--train", fit, "--val", val, "--beta", *map(str, data.betas))
+    gates = recipe.stage("gates", *words, "--output", "{}/gate.pth", "--frontier", "{}/frontier.csv")
+    evaluate("eval/full", eco)
+    for gate in sorted(gates.glob("*.pth")):
+        evaluate(f"eval/{gate.stem}", eco, "MODEL.ECO.POLICY", "LinearGate", "MODEL.ECO.GATE", gate)
+    words = [_tool("report.py"), str(args.output)]
+    if subprocess.run([sys.executable, *words]).returncode:
+        raise ValueError("the report could not be written, see above")
+
+
+def _annotation(data: str, split: str) -> Path:
+    return datasets_root() / data / "annotations" / f"panoptic_{split.rpartition('_')[2]}.json"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=sorted(DATA), default="toy")
+    parser.add_argument("--nuclei-raw", metavar="DIR", help="folder with index.csv, images/ and instance_ids/")
+    parser.add_argument("--toy-images", type=int, nargs=2, metavar=("TRAIN", "VAL"), help="size of the toy set")
+    parser.add_argument("--output", type=Path, default=Path("output/recipe"), help="default: %(default)s")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config options for all stages")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, build_parser().parse_args()))

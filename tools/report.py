@@ -1,0 +1,27 @@
+#!/usr/bin/env python
+"""The table and the pictures of a recipe's folder: table.md, table.csv, pq_gflops.png, exits.png, predictions.png.
+
+tools/report.py output/recipe
+"""
+
+import argparse
+import sys
+
+from eco_m2f.command_line import run
+from eco_m2f.report import write_report
+
+
+def main(args: argparse.Namespace) -> None:
+    table = write_report(args.folder)
+    print(table.read_text())
+    print(f"saved {table}, table.csv and the pictures beside it")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="what tools/recipe.py was given as --output")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, build_parser().parse_args()))
