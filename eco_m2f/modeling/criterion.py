@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layers import at_least_float32
 from .matcher import HungarianMatcher, point_sample
 
 
@@ -29,11 +30,11 @@ def uncertain_points(logits: Tensor, num_points: int, oversample_ratio: float, i
     """
     n, device = logits.shape[0], logits.device
     num_kept = int(importance_ratio * num_points)
-    candidates = torch.rand(n, int(oversample_ratio * num_points), 2, device=device)
+    candidates = torch.rand(n, int(oversample_ratio * num_points), 2, device=device, dtype=logits.dtype)
     certainty = point_sample(logits, candidates)[:, 0].abs()  # [N, P']
     kept = certainty.topk(num_kept, dim=1, largest=False, sorted=False).indices
     kept = candidates.gather(1, kept[..., None].expand(-1, -1, 2))
-    fresh = torch.rand(n, num_points - num_kept, 2, device=device)
+    fresh = torch.rand(n, num_points - num_kept, 2, device=device, dtype=logits.dtype)
     return torch.cat((kept, fresh), dim=1)
 
 
@@ -91,17 +92,19 @@ class SetCriterion(nn.Module):
         wanted = torch.full(logits.shape[:2], self.num_classes, dtype=torch.int64, device=logits.device)
         for row, target, (query, gt) in zip(wanted, targets, matches):
             row[query] = target["labels"][gt]
-        return F.cross_entropy(logits.float().transpose(1, 2), wanted, self.empty_weight)
+        logits = at_least_float32(logits)
+        return F.cross_entropy(logits.transpose(1, 2), wanted, self.empty_weight.to(logits))
 
     def _mask_losses(self, masks: Tensor, targets: list[dict], matches, num_masks) -> tuple[Tensor, Tensor]:
         with torch.autocast(masks.device.type, enabled=False):
-            predicted = torch.cat([m[query] for m, (query, _) in zip(masks, matches)])[:, None].float()  # [N, 1, h, w]
+            masks = at_least_float32(masks)
+            predicted = torch.cat([m[query] for m, (query, _) in zip(masks, matches)])[:, None]  # [N, 1, h, w]
             if len(predicted) == 0:
                 # Keeps the graph, so that every rank of a distributed run back-propagates the same one.
-                return predicted.sum() + masks.float().sum() * 0.0, masks.float().sum() * 0.0
+                return predicted.sum() + masks.sum() * 0.0, masks.sum() * 0.0
             points = uncertain_points(predicted, self.num_points, self.oversample_ratio, self.importance_sample_ratio)
             with torch.no_grad():
-                wanted = torch.cat([t["masks"][gt] for t, (_, gt) in zip(targets, matches)])[:, None].float()
+                wanted = torch.cat([t["masks"][gt] for t, (_, gt) in zip(targets, matches)])[:, None].to(predicted)
                 wanted = point_sample(wanted, points)[:, 0]
             logits = point_sample(predicted, points)[:, 0]
             return mask_loss(logits, wanted, num_masks), dice_loss(logits, wanted, num_masks)

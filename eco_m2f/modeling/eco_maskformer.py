@@ -13,6 +13,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import ImageList
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..evaluation.flops import ExitCosts
 from ..exits import ExitSampler, combine_exit_losses, exit_weights
@@ -25,12 +26,15 @@ class EcoMaskFormer(MaskFormer):
     """Mask2Former with early exits (arXiv 2404.15244, section 3)."""
 
     @configurable
-    def __init__(self, *, exits: Sequence[int], sampler: ExitSampler, exit_policy: nn.Module, **parent):
+    def __init__(
+        self, *, exits: Sequence[int], sampler: ExitSampler, exit_policy: nn.Module, recompute: bool = False, **parent
+    ):
         """
         Args:
             exits: encoder layers after which an image may leave, ascending.
             sampler: Step A's iteration -> {exit: weight}.
             exit_policy: see `EXIT_POLICY_REGISTRY`.
+            recompute: decode exits again in the backward pass, so that the graph of one exit at a time is in memory.
             parent: the arguments of `MaskFormer`.
         """
         super().__init__(**parent)
@@ -40,6 +44,7 @@ class EcoMaskFormer(MaskFormer):
         self.exits = tuple(exits)
         self.sampler = sampler
         self.exit_policy = exit_policy
+        self.recompute = recompute
         self._costs = None
 
     @classmethod
@@ -53,13 +58,24 @@ class EcoMaskFormer(MaskFormer):
             "exits": eco.EXITS,
             "sampler": ExitSampler(eco.EXITS, weights, eco.EXITS_PER_STEP, eco.SEED),
             "exit_policy": build_exit_policy(cfg, parent["backbone"].output_shape()),
+            "recompute": eco.RECOMPUTE,
         }
 
     def losses(self, features: dict[str, Tensor], targets: list[dict], num_masks: Tensor) -> dict[str, Tensor]:
         """Eq. 3: the parent's whole loss at each exit drawn for this iteration, weighted by alpha."""
         weights = self.sampler(get_event_storage().iter)
-        preds = self.sem_seg_head.forward_exits(features, sorted(weights))
-        losses = {k: self.weighted_losses(pred, targets, num_masks) for k, pred in preds.items()}
+        exits = sorted(weights)
+        lateral, maps = self.sem_seg_head.pixel_decoder.encode(features, exits)
+
+        def exit_losses(lateral: Tensor, *maps: Tensor) -> dict[str, Tensor]:
+            return self.weighted_losses(self.sem_seg_head.decode(lateral, maps), targets, num_masks)
+
+        losses = {}
+        for k in exits:
+            if self.recompute and k != exits[-1]:
+                losses[k] = checkpoint(exit_losses, lateral, *maps[k], use_reentrant=False)
+            else:  # the backward pass comes to it first and frees it before any other is decoded again
+                losses[k] = exit_losses(lateral, *maps[k])
         return combine_exit_losses(losses, weights, self.exits[-1])
 
     def inference(self, features: dict[str, Tensor], images: ImageList, batched_inputs: list[dict]) -> list[dict]:

@@ -59,5 +59,9 @@ class MaskFormerHead(nn.Module):
 
     def forward_exits(self, features: dict[str, Tensor], exits: Sequence[int]) -> dict[int, dict]:
         """{exit: prediction}; the encoder runs once, the predictor once per exit."""
-        states = self.pixel_decoder.forward_exits(features, exits)
-        return {k: self.predictor(maps, mask_features) for k, (mask_features, maps) in states.items()}
+        lateral, maps = self.pixel_decoder.encode(features, exits)
+        return {k: self.decode(lateral, maps[k]) for k in sorted(maps)}
+
+    def decode(self, lateral: Tensor, maps: Sequence[Tensor]) -> dict:
+        """The prediction of one exit, from what `MSDeformAttnPixelDecoder.encode` gives."""
+        return self.predictor(maps, self.pixel_decoder.mask_branch(lateral, maps))

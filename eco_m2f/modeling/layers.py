@@ -5,6 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """x, widened from half precision; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class MLP(nn.Module):
     """Linear layers with ReLU between them; parameters `layers.N.{weight,bias}`."""
 

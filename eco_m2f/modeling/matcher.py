@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from .layers import at_least_float32
+
 
 def point_sample(maps: Tensor, points: Tensor) -> Tensor:
     """Bilinear samples of maps [N, C, H, W] at points [N, P, 2], (x, y) in [0, 1] -> [N, C, P]; zero outside."""
@@ -53,13 +55,14 @@ class HungarianMatcher(nn.Module):
     ) -> Tensor:
         """The cost matrix [Q, G] of one image, on random points shared by all pairs (or on `points` [1, P, 2])."""
         with torch.autocast(logits.device.type, enabled=False):
+            masks, logits = at_least_float32(masks), at_least_float32(logits)
             if points is None:
-                points = torch.rand(1, self.num_points, 2, device=masks.device)
-            sampled = point_sample(masks.float()[None], points)[0]  # [Q, P]
-            target = point_sample(target_masks.float()[None], points)[0]  # [G, P]
+                points = torch.rand(1, self.num_points, 2, device=masks.device, dtype=masks.dtype)
+            sampled = point_sample(masks[None], points)[0]  # [Q, P]
+            target = point_sample(target_masks.to(masks)[None], points)[0]  # [G, P]
             return (
                 self.cost_mask * pairwise_mask_cost(sampled, target)
-                + self.cost_class * class_cost(logits.float(), labels)
+                + self.cost_class * class_cost(logits, labels)
                 + self.cost_dice * pairwise_dice_cost(sampled, target)
             )
 

@@ -15,7 +15,7 @@ from fvcore.nn.weight_init import c2_xavier_fill
 from torch import Tensor, nn
 
 from .encoders import build_transformer_encoder
-from .layers import sine_position
+from .layers import at_least_float32, sine_position
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
@@ -99,22 +99,27 @@ class MSDeformAttnPixelDecoder(nn.Module):
     def forward_exits(
         self, features: dict[str, Tensor], exits: Sequence[int]
     ) -> dict[int, tuple[Tensor, list[Tensor]]]:
+        """{exit: (mask_features [B, mask_dim, H/4, W/4], maps)}, from one run of the encoder; see `encode`."""
+        lateral, maps = self.encode(features, exits)
+        return {k: (self.mask_branch(lateral, maps[k]), maps[k]) for k in sorted(maps)}
+
+    def encode(self, features: dict[str, Tensor], exits: Sequence[int]) -> tuple[Tensor, dict[int, list[Tensor]]]:
         """Runs the encoder once, to max(exits).
 
         Args:
             features: backbone maps by name, [B, C_i, H / stride, W / stride].
 
         Returns:
-            {exit: (mask_features [B, mask_dim, H/4, W/4], maps [B, conv_dim, h, w] at strides 32, 16, 8)}, float32 at
-            least whatever the autocast: the encoder's coordinates do not bear half precision.
+            what the mask branch needs of the backbone [B, conv_dim, H/4, W/4], the same for every exit; and {exit:
+            maps [B, conv_dim, h, w] at strides 32, 16, 8}. All float32 at least whatever the autocast: the encoder's
+            coordinates do not bear half precision.
         """
         with torch.autocast(next(iter(features.values())).device.type, enabled=False):
-            features = {name: f.to(torch.promote_types(f.dtype, torch.float32)) for name, f in features.items()}
+            features = {name: at_least_float32(f) for name, f in features.items()}
             projected = self.project(features)
             pos = [sine_position(*m.shape[-2:], m.shape[1], m.device).to(m.dtype) for m in projected]
             maps = self.transformer(projected, pos, exits)
-            lateral = self.lateral(features)
-            return {k: (self.mask_branch(lateral, maps[k]), maps[k]) for k in sorted(maps)}
+            return self.lateral(features), maps
 
     def project(self, features: dict[str, Tensor]) -> list[Tensor]:
         """The encoder's input maps, coarse to fine, before position and level embedding."""
@@ -125,6 +130,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
         return self.adapter_1(features[self.mask_in_feature])
 
     def mask_branch(self, lateral: Tensor, maps: Sequence[Tensor]) -> Tensor:
-        """One step of a feature pyramid: res2 + upsampled finest map -> 3x3 conv -> mask features."""
-        up = F.interpolate(maps[-1], size=lateral.shape[-2:], mode="bilinear", align_corners=False)
-        return self.mask_features(self.layer_1(lateral + up))
+        """One step of a feature pyramid: res2 + upsampled finest map -> 3x3 conv -> mask features, float32."""
+        with torch.autocast(lateral.device.type, enabled=False):
+            up = F.interpolate(maps[-1], size=lateral.shape[-2:], mode="bilinear", align_corners=False)
+            return self.mask_features(self.layer_1(lateral + up))

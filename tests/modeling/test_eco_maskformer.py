@@ -182,6 +182,53 @@ def test_eq3_loss_is_the_weighted_sum_over_exits(eco):
             torch.testing.assert_close(losses[key], value * k / 6, atol=1e-4, rtol=1e-4)
 
 
+def gradients(model, recompute: bool) -> tuple[dict, dict]:
+    """Losses and gradients of a training step, the same random points each time."""
+    model = copy.deepcopy(model).train().double()
+    model.recompute = recompute
+    torch.manual_seed(0)
+    with EventStorage(0):
+        losses = model(make_batch())
+    sum(losses.values()).backward()
+    return losses, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_decoding_again_changes_neither_losses_nor_gradients(eco):
+    (joint_losses, joint), (losses, again) = gradients(eco, False), gradients(eco, True)
+    assert losses.keys() == joint_losses.keys() and again.keys() == joint.keys()
+    for name in joint_losses:
+        torch.testing.assert_close(losses[name], joint_losses[name], atol=0, rtol=0)
+    for name in joint:
+        torch.testing.assert_close(again[name], joint[name], atol=1e-12, rtol=1e-9)
+
+
+def kept_for_backward(model, exits: list[int], recompute: bool) -> int:
+    """Bytes that the forward pass of the head and the losses keeps for the backward pass, without the weights."""
+    model = copy.deepcopy(model).train()
+    model.recompute, model.exits = recompute, tuple(exits)
+    model.sampler = type(model.sampler)(exits, {k: k / 6 for k in exits}, len(exits))
+    images = model.preprocess(make_batch())
+    targets = model.prepare_targets(make_batch(), images.tensor.shape[-2:])
+    features = {n: f.detach() for n, f in model.backbone(images.tensor).items()}
+    storages, weights = {}, {p.data_ptr() for p in model.parameters()}
+
+    def keep(x):
+        if x.data_ptr() not in weights:
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with EventStorage(0), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        losses = model.losses(features, targets, model.count_masks(targets))
+    assert len(losses) == 12 * len(exits)
+    return sum(storages.values())
+
+
+def test_all_exits_keep_hardly_more_memory_than_one(eco):
+    one, joint = kept_for_backward(eco, [6], True), kept_for_backward(eco, EXITS, False)
+    again = kept_for_backward(eco, EXITS, True)
+    assert again <= 1.3 * one and again - one <= 0.1 * (joint - one)
+
+
 def test_exits_that_the_encoder_does_not_have_are_refused(build_mini):
     with pytest.raises(ValueError, match="lies beyond"):
         build_mini(ECO, "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", 4)
