@@ -45,14 +45,14 @@ DATA = {
         "configs/toy/eco_maskformer2_toy.yaml",
         "toy_panoptic_train",
         "toy_panoptic_val",
-        (0.0005, 0.002, 0.01),
+        (0.0001, 0.0005, 0.002),
     ),
     "nuclei": Data(
         "configs/nuclei/maskformer2_nuclei_cpu.yaml",
         "configs/nuclei/eco/eco_maskformer2_nuclei_cpu.yaml",
         "nuclei_panoptic_train",
         "nuclei_panoptic_val",
-        (0.001, 0.005, 0.02),
+        (0.0002, 0.001, 0.005),
     ),
 }
 
