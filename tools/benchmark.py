@@ -4,9 +4,15 @@
     python tools/benchmark.py op --threads 2 --rounds 15 --output output/op_cpu.csv
     python tools/benchmark.py op --threads 2 --rounds 15 --from-logits --output output/op_cpu_from_logits.csv
     python tools/benchmark.py op --device cuda --dtype float16 --rounds 50 --output output/op_cuda.csv
+    python tools/benchmark.py model --threads 2 --exits 2 6 --config-file \\
+        configs/coco/panoptic-segmentation/eco/eco_maskformer2_swin_tiny_bs16_50ep.yaml --output output/model_cpu.csv
 
 op: the deformable attention alone, against PyTorch's own operators and, where it is installed, torch-ms-deform-attn.
 With --from-logits the softmax and the sampling locations belong to it, and the fused op takes part.
+
+model: one image through a whole model with random weights, from pixels to the panoptic map, at each of --exits; at the
+deepest also with the op in PyTorch (embedding_bag, grid_sample); and transformers' Mask2Former of the same sizes, where
+that is installed and the backbone is Swin.
 
 All contestants take turns within each round, so that a busy machine slows them alike. Times are medians over the
 rounds: wall time, and on a CPU also the CPU time of the process, which neighbours disturb less. A ratio is the median
@@ -15,14 +21,17 @@ moving each input and output once would take, at the speed of copying memory, me
 """
 
 import argparse
+import contextlib
 import csv
+import functools
 import importlib.util
 import math
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +39,7 @@ import torch
 from torch import Tensor
 
 from eco_m2f import ops
+from eco_m2f.command_line import keep_freed_memory, run
 from eco_m2f.files import atomic_write
 from eco_m2f.ops.fused import compose
 
@@ -211,8 +221,8 @@ def measure_op(
     samples = {name: {"forward": [], "forward_backward": []} for name in contestants}
     for turn in range(rounds + 1):  # turn 0 warms up
         for name, function in contestants.items():
-            for kind, run in (("forward", forward), ("forward_backward", both)):
-                times = timed(lambda: run(function), device, calls)
+            for kind, once in (("forward", forward), ("forward_backward", both)):
+                times = timed(lambda: once(function), device, calls)
                 if turn:
                     samples[name][kind].append(times)
     speed, least = copy_speed(device), compulsory_bytes(inputs, from_logits)
@@ -275,6 +285,145 @@ def run_op(args: argparse.Namespace) -> None:
         write_csv(args.output, rows)
 
 
+# --- the whole model -------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def op_in_pytorch(function: Callable) -> Iterator[None]:
+    """Lets every attention module call `function` instead of the compiled op."""
+    from eco_m2f.ops import module
+
+    saved = module.ONE_PASS_ON_CPU, module.ms_deform_attn
+    module.ONE_PASS_ON_CPU, module.ms_deform_attn = False, function
+    try:
+        yield
+    finally:
+        module.ONE_PASS_ON_CPU, module.ms_deform_attn = saved
+
+
+def model_contestants(cfg, size: tuple[int, int], exits: Sequence[int]) -> dict[str, Callable[[], object]]:
+    """Name -> a call that segments one image of `size` (height, width) in pixels; the deepest exit comes first.
+
+    Raises ValueError for a config without exits, or an exit that it does not have.
+    """
+    from eco_m2f.engine import build_model
+    from eco_m2f.modeling.exit_policy import FixedExit
+
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    known = list(getattr(model, "exits", ()))
+    if not set(exits) <= set(known):
+        raise ValueError(f"--exits {list(exits)}: this config has the exits {known}; take an eco config and its exits")
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+
+    def segment(k: int) -> object:
+        model.exit_policy = FixedExit(k)
+        return model([{"image": image, "height": size[0], "width": size[1]}])
+
+    deepest = max(exits)
+    table = {f"{OURS} exit {k}": functools.partial(segment, k) for k in sorted(exits, reverse=True)}
+    for name, function in (
+        ("embedding_bag", ops.reference_ms_deform_attn),
+        ("grid_sample", ops.grid_sample_ms_deform_attn),
+    ):
+        table[f"{OURS} exit {deepest}, op {name}"] = op_in_pytorch(function)(functools.partial(segment, deepest))
+    if importlib.util.find_spec("transformers") and cfg.MODEL.BACKBONE.NAME == "D2SwinTransformer":
+        table["transformers"] = transformers_model(cfg, image)
+    return table
+
+
+def transformers_model(cfg, image: Tensor) -> Callable[[], object]:
+    """The Mask2Former of the package transformers, of the same sizes, and its panoptic post-processing."""
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+    from transformers.models.mask2former.image_processing_mask2former import Mask2FormerImageProcessor
+
+    swin, former = cfg.MODEL.SWIN, cfg.MODEL.MASK_FORMER
+    backbone = SwinConfig(
+        image_size=swin.PRETRAIN_IMG_SIZE,
+        embed_dim=swin.EMBED_DIM,
+        depths=list(swin.DEPTHS),
+        num_heads=list(swin.NUM_HEADS),
+        window_size=swin.WINDOW_SIZE,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    sizes = Mask2FormerConfig(
+        backbone_config=backbone,
+        num_labels=cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+        hidden_dim=former.HIDDEN_DIM,
+        feature_size=cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM,
+        mask_feature_size=cfg.MODEL.SEM_SEG_HEAD.MASK_DIM,
+        encoder_layers=cfg.MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS,
+        encoder_feedforward_dim=1024,
+        dim_feedforward=former.DIM_FEEDFORWARD,
+        decoder_layers=former.DEC_LAYERS,
+        num_queries=former.NUM_OBJECT_QUERIES,
+    )
+    model = Mask2FormerForUniversalSegmentation(sizes).eval().to(cfg.MODEL.DEVICE)
+    processor = Mask2FormerImageProcessor()
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD))
+    height, width = image.shape[1:]
+
+    def segment() -> object:
+        pixels = ((image - mean) / std)[None].to(cfg.MODEL.DEVICE)
+        pixels = torch.nn.functional.pad(pixels, (0, -width % 32, 0, -height % 32))
+        output = model(pixel_values=pixels)
+        return processor.post_process_panoptic_segmentation(output, target_sizes=[(height, width)])
+
+    return segment
+
+
+@torch.no_grad()
+def measure_model(contestants: dict[str, Callable[[], object]], rounds: int, device: str) -> list[dict]:
+    """One row per contestant: medians over the rounds, and the median quotient over the first contestant."""
+    samples = {name: [] for name in contestants}
+    for turn in range(rounds + 1):  # turn 0 warms up
+        for name, call in contestants.items():
+            times = timed(call, device)
+            if turn:
+                samples[name].append(times)
+    ours = samples[next(iter(samples))]
+    rows = []
+    for name, own in samples.items():
+        wall, cpu = (statistics.median(times[i] for times in own) for i in range(2))
+        ratio = statistics.median(a[0] / b[0] for a, b in zip(own, ours))
+        rows.append({"contestant": name, "wall_ms": f"{wall:.1f}", "cpu_ms": f"{cpu:.1f}", "ratio": f"{ratio:.2f}"})
+    return rows
+
+
+def run_model(args: argparse.Namespace) -> None:
+    """The subcommand `model`."""
+    from eco_m2f.engine import load_cfg
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.device == "cpu":
+        keep_freed_memory()
+    panoptic = [f"MODEL.MASK_FORMER.TEST.{head}_ON" for head in ("SEMANTIC", "INSTANCE")]
+    cfg = load_cfg(args.config_file, ["MODEL.DEVICE", args.device, panoptic[0], False, panoptic[1], False])
+    setting = {"config": args.config_file, "height": args.size[0], "width": args.size[1], "device": args.device}
+    setting |= {"threads": torch.get_num_threads(), "rounds": args.rounds}
+    rows = []
+    for row in measure_model(model_contestants(cfg, tuple(args.size), args.exits), args.rounds, args.device):
+        rows.append({**setting, **row, **machine(args.device)})
+        print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    if args.output:
+        write_csv(args.output, rows)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config-file", required=True, help="of an EcoMaskFormer")
+    parser.add_argument("--size", type=positive, nargs=2, default=[800, 1216], metavar=("H", "W"), help="pixels")
+    parser.add_argument("--exits", type=positive, nargs="+", default=[2, 6])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=positive, help="CPU threads; default: PyTorch's choice")
+    parser.add_argument("--rounds", type=positive, default=5, help="after one that warms up")
+    parser.add_argument("--output", type=Path, help="CSV file to write")
+    parser.set_defaults(run=run_model)
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
 def positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
@@ -296,13 +445,14 @@ def add_op_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_op)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subcommands = parser.add_subparsers(required=True, metavar="what")
     add_op_arguments(subcommands.add_parser("op", help="the deformable attention alone"))
+    add_model_arguments(subcommands.add_parser("model", help="a whole model, image to panoptic map"))
     args = parser.parse_args()
-    args.run(args)
+    return run(args.run, args)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

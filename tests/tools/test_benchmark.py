@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import Tiny
 
 
 def load_tool():
@@ -100,6 +101,34 @@ def test_csv_of_a_run(tmp_path, monkeypatch, capsys):
             assert math.isfinite(float(row[f"{kind}_ratio"]))
         assert row["contestant"] != "eco_m2f" or row["forward_ratio"] == "1.00"
     assert "forward_ratio" in capsys.readouterr().out
+
+
+def test_whole_model_at_its_exits_and_with_the_op_in_pytorch(tmp_path, monkeypatch):
+    config, target = Tiny(tmp_path).config(), tmp_path / "model.csv"
+    calls = {"plain": 0}
+
+    def plain(*arguments):
+        calls["plain"] += 1
+        return reference(*arguments)
+
+    reference = tool.ops.reference_ms_deform_attn
+    monkeypatch.setattr(tool.ops, "reference_ms_deform_attn", plain)
+    arguments = ["model", "--config-file", config, "--size", "40", "64", "--exits", "2", "4", "--rounds", "2"]
+    monkeypatch.setattr("sys.argv", ["benchmark.py", *arguments, "--output", str(target)])
+    assert tool.main() == 0
+    with open(target) as file:
+        rows = list(csv.DictReader(file))
+    names = ["eco_m2f exit 4", "eco_m2f exit 2", "eco_m2f exit 4, op embedding_bag", "eco_m2f exit 4, op grid_sample"]
+    assert [row["contestant"] for row in rows] == names
+    assert calls["plain"] == 3 * 4  # warm-up and two rounds, four layers
+    assert rows[0]["ratio"] == "1.00" and all(float(row["wall_ms"]) > 0 for row in rows)
+
+
+def test_exits_that_a_config_lacks_are_told(tmp_path, monkeypatch, capsys):
+    arguments = ["model", "--config-file", Tiny(tmp_path).config("maskformer2"), "--size", "32", "32"]
+    monkeypatch.setattr("sys.argv", ["benchmark.py", *arguments])
+    assert tool.main() == 1
+    assert "--exits [2, 6]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
