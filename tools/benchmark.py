@@ -14,6 +14,11 @@ model: one image through a whole model with random weights, from pixels to the p
 deepest also with the op in PyTorch (embedding_bag, grid_sample); and transformers' Mask2Former of the same sizes, where
 that is installed and the backbone is Swin.
 
+step_a: a training step with 1, 2 and all exits, all graphs at once (joint) or exits decoded again in the backward pass
+(recompute): seconds, and the peak of memory above that before the first step. Each setting has a process of its own.
+step_b: one image derived at all exits in one pass, against one evaluation per exit; and the per-image PQ of 5 exits.
+step_c: fitting gates on generated features; by default as many as COCO has images, and the frontier of 240 gates.
+
 All contestants take turns within each round, so that a busy machine slows them alike. Times are medians over the
 rounds: wall time, and on a CPU also the CPU time of the process, which neighbours disturb less. A ratio is the median
 of the rounds' quotients, contestant over eco_m2f: above 1 where eco_m2f is faster. The bound is the time that only
@@ -26,15 +31,19 @@ import csv
 import functools
 import importlib.util
 import math
+import multiprocessing
 import platform
+import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -268,8 +277,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 def run_op(args: argparse.Namespace) -> None:
     """The subcommand `op`."""
     print(ops.build_info())
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    _use_threads(args.threads)
     calls = args.calls or (10 if args.device == "cuda" else 1)
     rows = []
     for name in args.shapes:
@@ -394,8 +402,7 @@ def run_model(args: argparse.Namespace) -> None:
     """The subcommand `model`."""
     from eco_m2f.engine import load_cfg
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    _use_threads(args.threads)
     if args.device == "cpu":
         keep_freed_memory()
     panoptic = [f"MODEL.MASK_FORMER.TEST.{head}_ON" for head in ("SEMANTIC", "INSTANCE")]
@@ -419,6 +426,214 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=positive, default=5, help="after one that warms up")
     parser.add_argument("--output", type=Path, help="CSV file to write")
     parser.set_defaults(run=run_model)
+
+
+# --- the three steps -------------------------------------------------------------------------------------------------
+
+
+def training_step(config: str, opts: Sequence, size: Sequence[int], batch: int, rounds: int) -> tuple[float, float]:
+    """(median seconds of a step, peak MiB above the memory before the first), on random images of 20 masks each."""
+    from detectron2.structures import Instances
+    from detectron2.utils.events import EventStorage
+
+    from eco_m2f.engine import build_model, build_optimizer, load_cfg
+
+    keep_freed_memory()
+    cfg = load_cfg(config, list(opts))
+    torch.manual_seed(0)
+    model = build_model(cfg).train()
+    optimizer, inputs = build_optimizer(cfg, model), []
+    for _ in range(batch):
+        instances = Instances(tuple(size))
+        instances.gt_classes = torch.randint(cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, (20,))
+        blobs = torch.nn.functional.interpolate(torch.randn(1, 20, 8, 8), tuple(size), mode="bicubic")[0]
+        instances.gt_masks = blobs.argmax(0) == torch.arange(20)[:, None, None]
+        inputs.append({"image": torch.randint(0, 256, (3, *size), dtype=torch.uint8), "instances": instances})
+
+    def step() -> None:
+        optimizer.zero_grad()
+        sum(model(inputs).values()).backward()
+        optimizer.step()
+
+    gpu = cfg.MODEL.DEVICE != "cpu"
+    before = torch.cuda.memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with EventStorage(0):
+        step()
+        times = [timed(step, "cuda" if gpu else "cpu")[0] for _ in range(rounds)]
+    peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return statistics.median(times) / 1e3, (peak - before) / 2**20
+
+
+def run_step_a(args: argparse.Namespace) -> None:
+    """The subcommand `step_a`."""
+    from eco_m2f.engine import load_cfg
+
+    exits = list(load_cfg(args.config_file).MODEL.ECO.EXITS)
+    settings = [(1, False), *((n, again) for n in (2, len(exits)) for again in (False, True))]
+    rows = []
+    for n, again in settings:
+        opts = ["MODEL.DEVICE", args.device, "MODEL.WEIGHTS", "", "MODEL.ECO.EXITS", exits[-n:]]
+        opts += ["MODEL.ECO.EXITS_PER_STEP", n, "MODEL.ECO.RECOMPUTE", again, "MODEL.ECO.EXIT", exits[-1]]
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, spawn, _use_threads, (args.threads,)) as process:
+            work = process.submit(training_step, args.config_file, opts, args.size, args.batch, args.rounds)
+            seconds, memory = work.result()
+        row = {"exits": n, "way": "recompute" if again else "joint", "s_per_step": seconds, "peak_mib": memory}
+        first = rows[0] if rows else row
+        row |= {"time_ratio": seconds / first["s_per_step"], "memory_ratio": memory / first["peak_mib"]}
+        rows.append(row)
+        print(_line(row), flush=True)
+    setting = {"config": args.config_file, "height": args.size[0], "width": args.size[1], "batch": args.batch}
+    _save(args, [{**setting, **row} for row in rows])
+
+
+def _use_threads(threads: int | None) -> None:
+    if threads:
+        torch.set_num_threads(threads)
+
+
+@dataclass
+class RandomTruth:
+    """Stands in for `PanopticGroundTruth`: Voronoi cells of random categories."""
+
+    ids: np.ndarray
+    categories: list[int]
+    dataset_id: dict[int, int]
+
+    @classmethod
+    def of(cls, size: Sequence[int], num_segments: int, num_classes: int, seed: int) -> "RandomTruth":
+        rng = np.random.default_rng(seed)
+        sites = rng.uniform(0, 1, (num_segments, 2)) * size
+        y, x = np.mgrid[: size[0], : size[1]]
+        cells = np.argmin((y - sites[:, 0, None, None]) ** 2 + (x - sites[:, 1, None, None]) ** 2, axis=0)
+        return cls(cells + 1, rng.integers(num_classes, size=num_segments).tolist(), {i: i for i in range(num_classes)})
+
+    def id_map(self, image_id) -> np.ndarray:
+        return self.ids
+
+    def segments(self, image_id) -> list[dict]:
+        return [{"id": i + 1, "category_id": c} for i, c in enumerate(self.categories)]
+
+
+@torch.no_grad()
+def run_step_b(args: argparse.Namespace) -> None:
+    """The subcommand `step_b`."""
+    from eco_m2f.derive import derived_row
+    from eco_m2f.engine import build_model, load_cfg
+    from eco_m2f.evaluation.panoptic_quality import PanopticTarget, to_dataset_categories
+    from eco_m2f.modeling.exit_policy import FixedExit
+
+    _use_threads(args.threads)
+    if args.device == "cpu":
+        keep_freed_memory()
+    test = "MODEL.MASK_FORMER.TEST."  # thresholds of 0: a model of random weights shall have segments too
+    opts = [f"{test}SEMANTIC_ON", False, f"{test}INSTANCE_ON", False, f"{test}OBJECT_MASK_THRESHOLD", 0.0]
+    cfg = load_cfg(args.config_file, ["MODEL.DEVICE", args.device, *opts, f"{test}OVERLAP_THRESHOLD", 0.0])
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    truth = RandomTruth.of(args.size, 20, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, seed=0)
+    image = torch.randint(0, 256, (3, *args.size), dtype=torch.uint8)
+    x = {"image": image, "image_id": 0, "file_name": "", "height": args.size[0], "width": args.size[1]}
+
+    def separately() -> None:
+        for k in model.exits:
+            model.exit_policy = FixedExit(k)
+            panoptic, segments = model([x])[0]["panoptic_seg"]
+            target = PanopticTarget(truth.ids, truth.segments(0))
+            target.compare(panoptic.cpu().numpy(), to_dataset_categories(segments, truth.dataset_id))
+
+    contestants = {"one pass": lambda: derived_row(model, truth, x, "res5"), "one evaluation per exit": separately}
+    rows = measure_model(contestants, args.rounds, args.device)
+    setting = {"config": args.config_file, "height": args.size[0], "width": args.size[1], "exits": len(model.exits)}
+    _save(args, [{**setting, **row} for row in rows])
+    for row in rows:
+        print(_line(row))
+    print(f"PQ of one 640x480 image at 5 exits, 20 segments: {pq_milliseconds():.2f} ms")
+
+
+def pq_milliseconds(rounds: int = 20) -> float:
+    """Median time of preparing a 640x480 truth and comparing five predictions with it."""
+    from eco_m2f.evaluation.panoptic_quality import PanopticTarget
+
+    truth, *predictions = (RandomTruth.of((480, 640), 20, 10, seed) for seed in range(6))
+
+    def once() -> None:
+        target = PanopticTarget(truth.ids, truth.segments(0))
+        for other in predictions:
+            target.compare(other.ids, other.segments(0))
+
+    return statistics.median(timed(once, "cpu")[0] for _ in range(rounds))
+
+
+def run_step_c(args: argparse.Namespace) -> None:
+    """The subcommand `step_c`."""
+    from eco_m2f.exits import GATE_LOSSES
+    from eco_m2f.gate import Scaling, fit_gate
+
+    _use_threads(args.threads)
+    exits, generator = (2, 3, 4, 5, 6), torch.Generator().manual_seed(0)
+    features = torch.randn(args.images, args.channels, generator=generator)
+    need = torch.sigmoid(features[:, :1] + 0.5 * torch.randn(args.images, 1, generator=generator))
+    quality = 0.6 - 0.004 * need * torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0])
+    quality = (quality + 0.002 * torch.randn(quality.shape, generator=generator)).double().numpy()
+    l2, rows = args.channels / args.images, []
+
+    def fit(optimizer: str, beta: float, max_exit: int, loss: str, scaling=None) -> None:
+        options = {"feature_source": "res5", "parent_sha256": "", "optimizer": optimizer, "scaling": scaling}
+        fit_gate(features, quality, exits, beta, max_exit, loss, **options)
+
+    def record(what: str, seconds: float, gates: int) -> None:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        rows.append({"what": what, "gates": gates, "seconds": seconds, "peak_gib_of_the_process": memory})
+        print(_line(rows[-1]), flush=True)
+
+    for optimizer in ("lbfgs", "adam"):
+        record(f"one gate, {optimizer}", timed(lambda: fit(optimizer, 0.0005, 6, "hard_ce"), "cpu")[0] / 1e3, 1)
+    grid = [(b, k, loss) for b in np.geomspace(1e-5, 1e-2, args.betas) for k in (6, 5, 4) for loss in GATE_LOSSES]
+    start = time.perf_counter()
+    scaling = Scaling.of(features, l2)
+    for i, (beta, k, loss) in enumerate(grid):
+        fit("lbfgs", float(beta), k, loss, scaling)
+        print(f"\rgate {i + 1} of {len(grid)}", end="", flush=True)
+    print()
+    record("frontier over beta, K and loss, lbfgs", time.perf_counter() - start, len(grid))
+    _save(args, [{"images": args.images, "channels": args.channels, **row} for row in rows])
+
+
+def _line(row: dict) -> str:
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+    )
+
+
+def _save(args: argparse.Namespace, rows: list[dict]) -> None:
+    about = {"threads": torch.get_num_threads(), "rounds": args.rounds, "device": args.device, **machine(args.device)}
+    if args.output:
+        write_csv(args.output, [{**row, **about} for row in rows])
+
+
+def add_step_arguments(subcommands) -> None:
+    for name, size, run_step, about in (
+        ("step_a", [512, 512], run_step_a, "time and memory of a training step with several exits"),
+        ("step_b", [800, 1216], run_step_b, "an image derived at all exits, against one evaluation per exit"),
+        ("step_c", None, run_step_c, "fitting gates"),
+    ):
+        parser = subcommands.add_parser(name, help=about)
+        if size:
+            parser.add_argument("--config-file", required=True, help="of an EcoMaskFormer")
+            parser.add_argument("--size", type=positive, nargs=2, default=size, metavar=("H", "W"), help="pixels")
+            parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        else:
+            parser.add_argument("--images", type=positive, default=118287)
+            parser.add_argument("--channels", type=positive, default=2048)
+            parser.add_argument("--betas", type=positive, default=20, help="of the frontier, beside 3 K and 4 losses")
+            parser.set_defaults(device="cpu")
+        if name == "step_a":
+            parser.add_argument("--batch", type=positive, default=1)
+        parser.add_argument("--threads", type=positive, help="CPU threads; default: PyTorch's choice")
+        parser.add_argument("--rounds", type=positive, default=3, help="after one that warms up")
+        parser.add_argument("--output", type=Path, help="CSV file to write")
+        parser.set_defaults(run=run_step)
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -450,6 +665,7 @@ def main() -> int:
     subcommands = parser.add_subparsers(required=True, metavar="what")
     add_op_arguments(subcommands.add_parser("op", help="the deformable attention alone"))
     add_model_arguments(subcommands.add_parser("model", help="a whole model, image to panoptic map"))
+    add_step_arguments(subcommands)
     args = parser.parse_args()
     return run(args.run, args)
 

@@ -1,26 +1,13 @@
 """tools/benchmark.py: what is measured is the same function, and what is written can be read. No time is asserted."""
 
 import csv
-import importlib.util
 import math
-import sys
-from pathlib import Path
 
+import benchmark as tool
 import pytest
 import torch
 from tiny import Tiny
 
-
-def load_tool():
-    path = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
-    spec = importlib.util.spec_from_file_location("benchmark", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmark"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
 TINY = tool.Shape(((2, 3), (4, 6)), heads=2, channels=4)
 DECODER = tool.Shape(((2, 3), (4, 6)), queries=5, heads=2, channels=4)
 
@@ -122,6 +109,38 @@ def test_whole_model_at_its_exits_and_with_the_op_in_pytorch(tmp_path, monkeypat
     assert [row["contestant"] for row in rows] == names
     assert calls["plain"] == 3 * 4  # warm-up and two rounds, four layers
     assert rows[0]["ratio"] == "1.00" and all(float(row["wall_ms"]) > 0 for row in rows)
+
+
+def run_to_csv(monkeypatch, target, *arguments) -> list[dict]:
+    monkeypatch.setattr("sys.argv", ["benchmark.py", *map(str, arguments), "--rounds", "1", "--output", str(target)])
+    assert tool.main() == 0
+    with open(target) as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+def test_step_a_with_one_two_and_all_exits(tmp_path, monkeypatch):
+    config = Tiny(tmp_path).config()
+    rows = run_to_csv(monkeypatch, tmp_path / "a.csv", "step_a", "--config-file", config, "--size", 64, 64)
+    wanted = [("1", "joint"), ("2", "joint"), ("2", "recompute"), ("5", "joint"), ("5", "recompute")]
+    assert [(row["exits"], row["way"]) for row in rows] == wanted
+    assert all(float(row["s_per_step"]) > 0 and row["memory_ratio"] for row in rows)
+
+
+def test_step_b_in_one_pass_and_exit_by_exit(tmp_path, monkeypatch, capsys):
+    config = Tiny(tmp_path).config()
+    rows = run_to_csv(monkeypatch, tmp_path / "b.csv", "step_b", "--config-file", config, "--size", 64, 96)
+    assert [row["contestant"] for row in rows] == ["one pass", "one evaluation per exit"]
+    assert rows[0]["ratio"] == "1.00" and rows[0]["exits"] == "5"
+    assert "PQ of one 640x480 image at 5 exits" in capsys.readouterr().out
+
+
+def test_step_c_fits_every_gate_of_the_frontier(tmp_path, monkeypatch):
+    rows = run_to_csv(
+        monkeypatch, tmp_path / "c.csv", "step_c", "--images", 200, "--channels", 8, "--betas", 2, "--threads", 2
+    )
+    assert [row["gates"] for row in rows] == ["1", "1", "24"]
+    assert all(float(row["seconds"]) > 0 and float(row["peak_gib_of_the_process"]) > 0 for row in rows)
 
 
 def test_exits_that_a_config_lacks_are_told(tmp_path, monkeypatch, capsys):
