@@ -45,7 +45,7 @@ DATA = {
         "configs/toy/eco_maskformer2_toy.yaml",
         "toy_panoptic_train",
         "toy_panoptic_val",
-        (0.0001, 0.0005, 0.002),
+        (0.0005, 0.002, 0.01),
     ),
     "nuclei": Data(
         "configs/nuclei/maskformer2_nuclei_cpu.yaml",
