@@ -3,7 +3,8 @@
 Things are shapes (disk, ring, triangle, square, star), stuff is texture whose class is the orientation of its waves.
 Each image draws a difficulty in [0, 1] that continuously raises the number of objects, occlusion, touching twins of
 one class, noise, clutter and warping, and lowers size, contrast and what colour betrays: in an easy image every class
-has its colour and little context is needed; in a hard one only the global shape and the weave tell classes apart.
+has its colour and little context is needed; in a hard one colour is a hint at most, and it takes the global shape and
+the weave to tell classes apart.
 
 Every image is drawn from its own seed (seed, split, index), so image i does not depend on how many are made.
 """

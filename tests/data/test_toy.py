@@ -86,17 +86,30 @@ def test_difficulty_grades_the_scenes():
     assert 0 < sum(any(s["iscrowd"] for s in scene.segments) for scene in hard) < 13
 
 
-def test_every_class_occurs_and_color_does_not_tell_the_class():
-    """Mean colours of the objects of a class scatter as widely as those of all objects."""
+def test_every_class_occurs_and_color_tells_it_in_easy_scenes_only():
+    """How often the nearest of the classes' mean colours is the right one, of objects against their background."""
     names = {c["id"]: c["name"] for c in CATEGORIES}
-    colors: dict[str, list] = {name: [] for name in THINGS + STUFF}
-    for i in range(60):
-        scene = draw_scene(64, 0, "train", i)
-        for s in scene.segments:
-            colors[names[s["category_id"]]].append(scene.image[scene.ids == s["id"]].mean(0))
-    assert min(len(c) for c in colors.values()) >= 10
-    spread = np.concatenate([colors[name] for name in THINGS]).std(0).mean()
-    assert all(np.std(colors[name], axis=0).mean() > 0.7 * spread for name in THINGS)
+    seen = set()
+
+    def told_by_color(difficulty: float) -> float:
+        label, offset = [], []
+        for i in range(60):
+            scene = draw_scene(64, 0, "train", i, difficulty)
+            seen.update(names[s["category_id"]] for s in scene.segments)
+            stuff = [s["id"] for s in scene.segments if names[s["category_id"]] in STUFF]
+            base = scene.image[np.isin(scene.ids, stuff)].mean(0)
+            for s in scene.segments:
+                if names[s["category_id"]] in THINGS and not s["iscrowd"]:
+                    label.append(names[s["category_id"]])
+                    offset.append(scene.image[scene.ids == s["id"]].mean(0) - base)
+        label, offset = np.array(label), np.array(offset)
+        means = np.stack([offset[label == name].mean(0) for name in THINGS])
+        nearest = np.linalg.norm(offset[:, None] - means, axis=2).argmin(1)
+        return float(np.mean(np.array(THINGS)[nearest] == label))
+
+    assert told_by_color(0.0) > 0.9
+    assert told_by_color(1.0) < 0.75
+    assert seen == {*THINGS, *STUFF}
 
 
 def test_a_second_run_does_nothing(tmp_path):
