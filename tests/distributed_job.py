@@ -40,7 +40,7 @@ def same_points() -> None:
     """Random points that are the same for every mask, image and process."""
     original = torch.rand
 
-    def rand(n, count, two, device=None):
+    def rand(n, count, two, device=None, dtype=None):
         return original((1, count, two), generator=torch.Generator().manual_seed(count)).expand(n, count, two)
 
     torch.rand = rand

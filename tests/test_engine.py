@@ -248,9 +248,9 @@ def same_points(monkeypatch):
 
     original = torch.rand
 
-    def rand(n, count, two, device=None):
+    def rand(n, count, two, device=None, dtype=None):
         generator = torch.Generator().manual_seed(count)
-        return original((1, count, two), generator=generator).expand(n, count, two)
+        return original((1, count, two), generator=generator, dtype=dtype).expand(n, count, two)
 
     monkeypatch.setattr(torch, "rand", rand)
 

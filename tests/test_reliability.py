@@ -1,5 +1,6 @@
 """The promises of docs/RELIABILITY.md that no other test holds: a kill in the middle of training, and a full disk."""
 
+import contextlib
 import resource
 import signal
 import subprocess
@@ -16,47 +17,43 @@ from eco_m2f.checkpoint import Checkpointer
 from eco_m2f.gate import Gate
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
-    """From here on, files cannot grow beyond 4 kB, as on a disk that is full."""
+    """Within, files cannot grow beyond 4 kB, as on a disk that is full."""
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
-    def fill():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
 
-    yield fill
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, full_disk):
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     model = torch.nn.Linear(100, 100)
     checkpointer = Checkpointer(model, str(tmp_path))
     checkpointer.save("model_final")
     before = (tmp_path / "model_final.pth").read_bytes()
-    full_disk()
     with torch.no_grad():
         model.weight += 1
-    with pytest.raises((OSError, RuntimeError)):
+    with pytest.raises((OSError, RuntimeError)), full_disk():
         checkpointer.save("model_final")
     assert {p.name for p in tmp_path.iterdir()} == {"model_final.pth", "last_checkpoint"}
     assert (tmp_path / "model_final.pth").read_bytes() == before
 
 
-def test_a_full_disk_leaves_the_gate_before(tmp_path, full_disk):
+def test_a_full_disk_leaves_the_gate_before(tmp_path):
     small = Gate(torch.zeros(2, 4), torch.zeros(2), (2, 6), 0.1, "hard_ce", "res5", "x")
     small.save(tmp_path / "gate.pth")
-    full_disk()
     large = Gate(torch.zeros(2, 4096), torch.zeros(2), (2, 6), 0.1, "hard_ce", "res5", "x")
-    with pytest.raises((OSError, RuntimeError)):
+    with pytest.raises((OSError, RuntimeError)), full_disk():
         large.save(tmp_path / "gate.pth")
     assert Gate.load(tmp_path / "gate.pth").weight.shape == (2, 4)
     assert [p.name for p in tmp_path.iterdir()] == ["gate.pth"]
 
 
-def test_a_full_disk_leaves_no_half_shard(tmp_path, full_disk):
-    full_disk()
-    with pytest.raises(OSError):
+def test_a_full_disk_leaves_no_half_shard(tmp_path):
+    with pytest.raises(OSError), full_disk():
         make_derived(tmp_path / "derived", 2000, seed=0)
     assert [p.name for p in (tmp_path / "derived").iterdir()] == ["manifest.json"]
 
