@@ -66,6 +66,6 @@ def test_some_step_left_layers_without_gradient(folders):
 def test_two_processes_evaluate_as_one(folders):
     one, two = (json.loads((folders[n] / "results.json").read_text()) for n in (1, 2))
     assert one == two
-    assert one["panoptic_seg"]["PQ"] > 10 and one["sem_seg"]["mIoU"] > 10
+    assert one["panoptic_seg"]["PQ"] > 5 and one["sem_seg"]["mIoU"] > 5  # of random weights: not nothing
     per_image = [next((folders[n] / "inference").rglob("panoptic.json")).read_text() for n in (1, 2)]
     assert per_image[0] == per_image[1] and len(json.loads(per_image[0])["per_image_pq"]) == NUM_IMAGES

@@ -1,5 +1,6 @@
 """The README's examples: its Python runs, its commands are commands, and what it links to exists."""
 
+import json
 import re
 import runpy
 import shlex
@@ -56,7 +57,9 @@ def test_yaml_of_own_data_merges(tmp_path):
     for split in ("train", "val"):
         block = block.replace(f"cells_{split},", f"readme_cells_{split},")
         block = block.replace(f"json=cells/pan_{split}.json", f"json={tmp_path / split}.json")
-        (tmp_path / f"{split}.json").write_text('{"images": [], "annotations": [], "categories": []}')
+        kinds = [{"id": i, "name": name, "isthing": 1 - i} for i, name in enumerate(("cell", "ground"))]
+        content = {"images": [], "annotations": [], "categories": kinds}
+        (tmp_path / f"{split}.json").write_text(json.dumps(content))
     (tmp_path / "own.yaml").write_text(base + block)
     assert load_cfg(str(tmp_path / "own.yaml")).MODEL.SEM_SEG_HEAD.NUM_CLASSES == 2
 
