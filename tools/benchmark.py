@@ -480,7 +480,7 @@ def run_step_a(args: argparse.Namespace) -> None:
             seconds, memory = work.result()
         row = {"exits": n, "way": "recompute" if again else "joint", "s_per_step": seconds, "peak_mib": memory}
         first = rows[0] if rows else row
-        row |= {"time_ratio": seconds / first["s_per_step"], "memory_ratio": memory / first["peak_mib"]}
+        row |= {"time_ratio": seconds / first["s_per_step"], "memory_ratio": memory / (first["peak_mib"] or math.nan)}
         rows.append(row)
         print(_line(row), flush=True)
     setting = {"config": args.config_file, "height": args.size[0], "width": args.size[1], "batch": args.batch}
