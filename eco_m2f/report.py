@@ -19,10 +19,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from detectron2.data import DatasetCatalog
 from PIL import Image
 
 from . import __version__
 from .budget import Row, fixed_rows, measure, oracle_row
+from .data import PanopticTestMapper
 from .derived import DerivedDataset
 from .engine import build_trained, load_cfg
 from .evaluation.ground_truth import PanopticGroundTruth
@@ -205,12 +207,13 @@ def plot_predictions(evaluation: Path, gate: Gate, val: DerivedDataset, path: Pa
     """Images, truth, and what the model that was evaluated with this gate makes of them; the exits stand above."""
     cfg = load_cfg(str(evaluation / "config.yaml"))
     model, truth = build_trained(cfg), PanopticGroundTruth(val.provenance["dataset"])
+    records, mapper = {str(r["image_id"]): r for r in DatasetCatalog.get(truth.name)}, PanopticTestMapper(cfg)
     chosen = gate.choose(torch.from_numpy(val.features)).numpy()
     figure, axes = plt.subplots(3, columns, figsize=(2 * columns, 6.6), layout="constrained", squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     for column, i in zip(axes.T, _examples(chosen, val, columns)):
-        image, panels, k = _predict(cfg, model, truth, val.image_ids[i])
+        image, panels, k = _predict(model, mapper, truth, records[val.image_ids[i]])
         for ax, panel in zip(column, (image, *panels)):
             ax.imshow(panel)
         q = val.quality[i, val.exits.index(k)]
@@ -234,18 +237,13 @@ def _examples(chosen: np.ndarray, val: DerivedDataset, count: int) -> list[int]:
     return sorted(picked, key=lambda i: (chosen[i], i))
 
 
-def _predict(cfg, model, truth: PanopticGroundTruth, image_id: str) -> tuple[np.ndarray, list[np.ndarray], int]:
-    """The image, the pictures of truth and prediction, and the exit taken."""
-    from detectron2.data import DatasetCatalog
-
-    from .data import PanopticTestMapper
-
-    record = next(r for r in DatasetCatalog.get(truth.name) if str(r["image_id"]) == image_id)
+def _predict(model, mapper, truth: PanopticGroundTruth, record: dict) -> tuple[np.ndarray, list[np.ndarray], int]:
+    """The image of a dataset's record, the pictures of truth and prediction, and the exit taken."""
     colors = {c["id"]: c.get("color", (128, 128, 128)) for c in truth.categories}
     with Image.open(record["file_name"]) as file:
         image = np.asarray(file.convert("RGB"))
     with torch.no_grad():
-        output = model([PanopticTestMapper(cfg)(record)])[0]
+        output = model([mapper(record)])[0]
     id_map, segments = output["panoptic_seg"]
     real = draw_panoptic(image, truth.id_map(record["image_id"]), truth.segments(record["image_id"]), colors)
     drawn = draw_panoptic(image, id_map.cpu().numpy(), to_dataset_categories(segments, truth.dataset_id), colors)
