@@ -109,7 +109,7 @@ def _add_eco(cfg: CfgNode) -> None:
     e.ALPHA = "linear"  # exit weights of Eq. 3: "linear" (k / K), "uniform" (the paper's USD) or "list"
     e.ALPHA_LIST = []  # one weight per exit, strictly increasing; read where ALPHA is "list"
     e.EXITS_PER_STEP = 5  # exits trained per iteration; all of them is Eq. 3 exactly
-    e.RECOMPUTE = True  # decode exits again in the backward pass: the memory of one exit, a fifth more time
+    e.RECOMPUTE = True  # decode exits again in the backward pass: the memory of one exit, for more time
     e.SEED = 0  # of the exit draw when EXITS_PER_STEP < len(EXITS)
     # inference
     e.POLICY = "FixedExit"  # "FixedExit", "LinearGate" (learned) or "OracleExit" (upper bound)
