@@ -1,7 +1,7 @@
 """Every config key of the project and its default.
 
 The keys of the parent carry their official Mask2Former names, so that official YAML files merge unchanged. Keys of
-this project are those under MODEL.ECO, MODEL.SEM_SEG_HEAD.TRANSFORMER_ENCODER_NAME, SOLVER.AMP.PRECISION,
+this project are those under MODEL.ECO, MODEL.TIMM, MODEL.SEM_SEG_HEAD.TRANSFORMER_ENCODER_NAME, SOLVER.AMP.PRECISION,
 SOLVER.ACCUMULATION_STEPS, TEST.AMP and DATASETS.CUSTOM. Each key is read somewhere; tests/test_config.py proves it.
 """
 
@@ -17,6 +17,7 @@ def add_eco_config(cfg: CfgNode) -> None:
     _add_mask_former(cfg)
     _add_pixel_decoder(cfg)
     _add_swin(cfg)
+    _add_timm(cfg)
     _add_eco(cfg)
 
 
@@ -100,6 +101,13 @@ def _add_swin(cfg: CfgNode) -> None:
     s.PATCH_NORM = True
     s.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     s.USE_CHECKPOINT = False
+
+
+def _add_timm(cfg: CfgNode) -> None:
+    t = cfg.MODEL.TIMM = CfgNode()
+    t.NAME = "resnet50"  # a model of the package timm
+    t.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    t.FREEZE_BN = True  # batch normalisation keeps the statistics and the scales of MODEL.WEIGHTS
 
 
 def _add_eco(cfg: CfgNode) -> None:

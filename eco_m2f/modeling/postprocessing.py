@@ -45,6 +45,9 @@ class PostProcessor:
         Returns:
             sem_seg [C, H, W], panoptic_seg (int32 [H, W] with 0 for void, segments_info), instances; those that are on.
         """
+        if self.panoptic_on and not (self.semantic_on or self.instance_on):
+            keep = taking_part(logits, self.object_mask_threshold)  # others' masks need not even be resized
+            logits, masks = logits[keep], masks[keep]
         masks = resize(masks, padded_size)
         if self.resize_first:
             masks = crop_and_resize(masks, image_size, output_size)
@@ -73,6 +76,8 @@ def resize(masks: Tensor, size: tuple[int, int]) -> Tensor:
     masks = masks.float()
     if masks.shape[-2:] == tuple(size):
         return masks  # bilinear resizing to the same size is the identity
+    if len(masks) == 0:
+        return masks.new_empty(0, *size)
     return F.interpolate(masks[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
@@ -86,6 +91,12 @@ def semantic_inference(logits: Tensor, masks: Tensor) -> Tensor:
     return torch.einsum("qc,qhw->chw", logits.softmax(-1)[:, :-1], masks.sigmoid())
 
 
+def taking_part(logits: Tensor, score_threshold: float) -> Tensor:
+    """Which queries [Q] (bool) may own pixels of the panoptic map: their best class is one, and sure enough."""
+    scores, labels = logits.float().softmax(-1).max(-1)
+    return (labels != logits.shape[1] - 1) & (scores > score_threshold)
+
+
 def panoptic_inference(
     logits: Tensor, masks: Tensor, thing_classes: frozenset[int], score_threshold: float, overlap_threshold: float
 ) -> tuple[Tensor, list[dict]]:
@@ -95,19 +106,18 @@ def panoptic_inference(
         int32 map [H, W] (0 = void) and its segments {id, isthing, category_id (contiguous)}; stuff of one class is one
         segment.
     """
-    num_classes = logits.shape[1] - 1
-    scores, labels = logits.softmax(-1).max(-1)
-    keep = (labels != num_classes) & (scores > score_threshold)
-    scores, labels, prob = scores[keep], labels[keep], masks[keep].sigmoid()
+    keep = taking_part(logits, score_threshold)
+    scores, labels = logits[keep].softmax(-1).max(-1)
+    prob = masks[keep].sigmoid()
     panoptic = torch.zeros(masks.shape[-2:], dtype=torch.int32, device=masks.device)
     if len(scores) == 0:
         return panoptic, []
-    owner = (scores[:, None, None] * prob).argmax(0)  # [H, W]
+    owner = (scores[:, None, None] * prob).max(0).indices  # [H, W]; on a CPU twice as fast as argmax
     inside = prob >= 0.5
     visible = inside.gather(0, owner[None])[0]  # the owner's own mask holds there
     owned = owner.flatten().bincount(minlength=len(scores))
     areas = torch.stack(
-        (owned, inside.flatten(1).sum(1), owner[visible].bincount(minlength=len(scores)))
+        (owned, inside.flatten(1).sum(1, dtype=torch.int32), owner[visible].bincount(minlength=len(scores)))
     ).tolist()  # one transfer for all queries
     segments, segment_of = _segments(labels.tolist(), *areas, thing_classes, overlap_threshold)
     lookup = torch.tensor(segment_of, dtype=torch.int32, device=masks.device)

@@ -49,6 +49,22 @@ def test_nothing_found_is_all_void():
     assert not panoptic.any() and segments == []
 
 
+def test_panoptic_alone_is_the_panoptic_of_all():
+    """Where nothing else is wanted, queries that take no part are dropped before any resizing: same map."""
+    torch.manual_seed(0)
+    logits, masks = 4 * torch.randn(12, 8), torch.randn(12, 16, 24)
+    sizes = ((64, 96), (60, 90), (33, 47))
+    some = {"object_mask_threshold": 0.5, "overlap_threshold": 0.0}
+    alone = PostProcessor(7, THINGS, semantic_on=False, instance_on=False, **some)
+    everything = PostProcessor(7, THINGS, **some)
+    panoptic, segments = alone(logits, masks, *sizes)["panoptic_seg"]
+    wanted, wanted_segments = everything(logits, masks, *sizes)["panoptic_seg"]
+    assert torch.equal(panoptic, wanted) and segments == wanted_segments and segments
+    logits[:, -1] = 99
+    panoptic, segments = alone(logits, masks, *sizes)["panoptic_seg"]
+    assert panoptic.shape == (33, 47) and not panoptic.any() and segments == []
+
+
 def test_stuff_of_one_class_is_merged_and_things_are_not():
     masks = torch.full((4, 4, 8), -9.0)
     for q in range(4):

