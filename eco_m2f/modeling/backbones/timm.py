@@ -34,7 +34,7 @@ class TimmBackbone(Backbone):
         self._out_feature_channels = dict(zip(self._out_features, self.model.feature_info.channels()))
         self._out_feature_strides = {r: STRIDES[r] for r in self._out_features}
         if t.FREEZE_BN:
-            self.model = require("timm.utils", "MODEL.TIMM.FREEZE_BN").freeze_batch_norm_2d(self.model)
+            self.model = require("timm.layers", "MODEL.TIMM.FREEZE_BN").freeze_batch_norm_2d(self.model)
 
     @property
     def size_divisibility(self) -> int:

