@@ -76,13 +76,13 @@ class SetCriterion(nn.Module):
             targets: per image, labels [G] int64 and masks [G, H, W] bool, padded as the batch is.
             num_masks: the mean number of target masks per process, at least 1.
         """
-        losses = self._losses(pred, targets, num_masks, "")
-        for i, aux in enumerate(pred.get("aux_outputs", ())):
-            losses.update(self._losses(aux, targets, num_masks, f"_{i}"))
+        outputs = {"": pred, **{f"_{i}": aux for i, aux in enumerate(pred.get("aux_outputs", ()))}}
+        losses = {}
+        for (suffix, output), matches in zip(outputs.items(), self.matcher(list(outputs.values()), targets)):
+            losses |= self._losses(output, targets, matches, num_masks, suffix)
         return losses
 
-    def _losses(self, pred: dict, targets: list[dict], num_masks, suffix: str) -> dict[str, Tensor]:
-        matches = self.matcher(pred, targets)
+    def _losses(self, pred: dict, targets: list[dict], matches, num_masks, suffix: str) -> dict[str, Tensor]:
         loss_mask, loss_dice = self._mask_losses(pred["pred_masks"], targets, matches, num_masks)
         loss_ce = self._class_loss(pred["pred_logits"], targets, matches)
         return {"loss_ce" + suffix: loss_ce, "loss_mask" + suffix: loss_mask, "loss_dice" + suffix: loss_dice}

@@ -1,5 +1,6 @@
 """Assignment of queries to ground-truth masks, and the point-wise mask costs."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
@@ -14,23 +15,23 @@ def point_sample(maps: Tensor, points: Tensor) -> Tensor:
 
 
 def pairwise_mask_cost(logits: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross-entropy of every query against every target, mean over points: [Q, P], [G, P] -> [Q, G].
+    """Binary cross-entropy of every query against every target, mean over points: [.., Q, P], [.., G, P] -> [.., Q, G].
 
     bce(x, t) = softplus(x) - t x, so one matrix product does for all pairs.
     """
-    return (F.softplus(logits).sum(1, keepdim=True) - logits @ targets.T) / logits.shape[1]
+    return (F.softplus(logits).sum(-1, keepdim=True) - logits @ targets.mT) / logits.shape[-1]
 
 
 def pairwise_dice_cost(logits: Tensor, targets: Tensor) -> Tensor:
-    """1 - dice with +1 smoothing of every query against every target: [Q, P], [G, P] -> [Q, G]."""
+    """1 - dice with +1 smoothing of every query against every target: [.., Q, P], [.., G, P] -> [.., Q, G]."""
     prob = logits.sigmoid()
-    total = prob.sum(1)[:, None] + targets.sum(1)[None]
-    return 1 - (2 * prob @ targets.T + 1) / (total + 1)
+    total = prob.sum(-1)[..., :, None] + targets.sum(-1)[..., None, :]
+    return 1 - (2 * prob @ targets.mT + 1) / (total + 1)
 
 
 def class_cost(logits: Tensor, labels: Tensor) -> Tensor:
-    """Minus the probability of each target's class: [Q, C + 1], [G] -> [Q, G]."""
-    return -logits.softmax(-1)[:, labels]
+    """Minus the probability of each target's class: [.., Q, C + 1], [G] -> [.., Q, G]."""
+    return -logits.softmax(-1)[..., labels]
 
 
 class HungarianMatcher(nn.Module):
@@ -42,34 +43,60 @@ class HungarianMatcher(nn.Module):
         self.num_points = num_points
 
     @torch.no_grad()
-    def forward(self, pred: dict, targets: list[dict]) -> list[tuple[Tensor, Tensor]]:
-        """(query indices, target indices) of every image, int64 on the prediction's device."""
+    def forward(self, outputs: list[dict], targets: list[dict]) -> list[list[tuple[Tensor, Tensor]]]:
+        """(query indices, target indices) of every output and image, int64 on the prediction's device.
+
+        outputs: predictions for the same targets, such as a decoder's last and auxiliary ones. The costs of all of
+        them are computed first, and travel to the host and back once: the device waits for the host one time.
+        """
         costs = [
-            self.cost(logits, masks, target["labels"], target["masks"])
-            for logits, masks, target in zip(pred["pred_logits"], pred["pred_masks"], targets)
+            self.cost(
+                [output["pred_logits"][i] for output in outputs],
+                [output["pred_masks"][i] for output in outputs],
+                target["labels"],
+                target["masks"],
+            )
+            for i, target in enumerate(targets)
         ]
-        return [self._assign(cost) for cost in costs]
+        return _assign(costs)
 
     def cost(
-        self, logits: Tensor, masks: Tensor, labels: Tensor, target_masks: Tensor, points: Tensor | None = None
+        self,
+        logits: list[Tensor],
+        masks: list[Tensor],
+        labels: Tensor,
+        target_masks: Tensor,
+        points: Tensor | None = None,
     ) -> Tensor:
-        """The cost matrix [Q, G] of one image, on random points shared by all pairs (or on `points` [1, P, 2])."""
-        with torch.autocast(logits.device.type, enabled=False):
-            masks, logits = at_least_float32(masks), at_least_float32(logits)
+        """The cost matrices [L, Q, G] of one image, from L outputs' logits [Q, C + 1] and masks [Q, h, w].
+
+        Each output has random points of its own, shared by all its pairs; or give points [L, P, 2].
+        """
+        with torch.autocast(labels.device.type, enabled=False):
+            masks, logits = [at_least_float32(m) for m in masks], at_least_float32(torch.stack(logits))
             if points is None:
-                points = torch.rand(1, self.num_points, 2, device=masks.device, dtype=masks.dtype)
-            sampled = point_sample(masks[None], points)[0]  # [Q, P]
-            target = point_sample(target_masks.to(masks)[None], points)[0]  # [G, P]
+                points = torch.rand(len(masks), self.num_points, 2, device=labels.device, dtype=masks[0].dtype)
+            sampled = torch.cat([point_sample(m[None], p[None]) for m, p in zip(masks, points)])  # [L, Q, P]
+            target = point_sample(target_masks.to(sampled)[None], points.flatten(0, 1)[None])[0]  # [G, L * P]
+            target = target.unflatten(1, points.shape[:2]).transpose(0, 1)  # [L, G, P]
             return (
                 self.cost_mask * pairwise_mask_cost(sampled, target)
                 + self.cost_class * class_cost(logits, labels)
                 + self.cost_dice * pairwise_dice_cost(sampled, target)
             )
 
-    @staticmethod
-    def _assign(cost: Tensor) -> tuple[Tensor, Tensor]:
-        # A diverging model gives NaN costs; scipy refuses them. Any matching will do: the loss is not finite either,
-        # and the trainer stops on that with the iteration and the images.
-        finite = torch.nan_to_num(cost, nan=1e6, posinf=1e6, neginf=-1e6).cpu()
-        rows, columns = linear_sum_assignment(finite)
-        return tuple(torch.as_tensor(i, dtype=torch.int64, device=cost.device) for i in (rows, columns))
+
+def _assign(costs: list[Tensor]) -> list[list[tuple[Tensor, Tensor]]]:
+    """Matches of every output and image, from each image's costs [L, Q, G].
+
+    scipy takes some 10 microseconds for an image, less than it costs to hand the work to a thread.
+    """
+    # A diverging model gives NaN costs; scipy refuses them. Any matching will do: the loss is not finite either, and
+    # the trainer stops on that with the iteration and the images.
+    flat = torch.nan_to_num(torch.cat([cost.flatten() for cost in costs]), nan=1e6, posinf=1e6, neginf=-1e6).cpu()
+    on_host = [part.view(cost.shape).numpy() for part, cost in zip(flat.split([c.numel() for c in costs]), costs)]
+    pairs = [np.stack(linear_sum_assignment(matrix)) for cost in on_host for matrix in cost]  # [2, min(Q, G)]
+    indices = torch.as_tensor(np.concatenate(pairs, axis=1), dtype=torch.int64).to(costs[0].device)
+    parts = iter(indices.split([pair.shape[1] for pair in pairs], dim=1))
+    by_image = [[tuple(next(parts)) for _ in cost] for cost in costs]
+    return [list(matches) for matches in zip(*by_image)]

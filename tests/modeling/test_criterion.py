@@ -52,11 +52,11 @@ def test_costs_and_losses_at_given_points(recorded, i):
     matched = logits[: len(targets)]
     close(mask_loss(matched, targets, len(targets)), f"loss{i}.mask")
     close(dice_loss(matched, targets, len(targets)), f"loss{i}.dice")
-    whole = HungarianMatcher(2.0, 5.0, 5.0, 1).cost(
-        recorded["pred_logits"][i], recorded["pred_masks"][i], labels, recorded[f"target{i}.masks"], recorded["points"]
-    )
+    outputs = [recorded["pred_logits"][i]] * 2, [recorded["pred_masks"][i]] * 2
+    points = recorded["points"].expand(2, -1, -1)
+    whole = HungarianMatcher(2.0, 5.0, 5.0, 1).cost(*outputs, labels, recorded[f"target{i}.masks"], points)
     parts = 2 * recorded[f"cost{i}.class"] + 5 * recorded[f"cost{i}.mask"] + 5 * recorded[f"cost{i}.dice"]
-    torch.testing.assert_close(whole, parts, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(whole, parts.expand(2, -1, -1), atol=1e-4, rtol=1e-5)
 
 
 def test_the_whole_criterion_has_the_recorded_means(recorded):
@@ -102,8 +102,27 @@ def test_more_targets_than_queries():
     torch.manual_seed(0)
     pred = {"pred_logits": torch.randn(1, 2, 8), "pred_masks": torch.randn(1, 2, 8, 8)}
     target = {"labels": torch.arange(5), "masks": torch.rand(5, 32, 32) > 0.5}
-    ((query, gt),) = make_criterion(64).matcher(pred, [target])
+    (((query, gt),),) = make_criterion(64).matcher([pred], [target])
     assert sorted(query.tolist()) == [0, 1] and len(set(gt.tolist())) == 2
+
+
+def test_outputs_and_images_are_matched_each_on_its_own():
+    """Queries that are permutations of the targets, another one for every output and image, one image being empty."""
+    torch.manual_seed(0)
+    cells = torch.arange(4)[:, None] == torch.arange(4).repeat_interleave(8)[None]  # [4, 32]: stripes
+    masks = cells[:, None].expand(-1, 32, -1)
+    targets = [{"labels": torch.arange(n), "masks": masks[:n]} for n in (4, 0, 3)]
+    orders = torch.stack([torch.randperm(4) for _ in range(6)]).view(2, 3, 4)
+    logits = 9.0 * torch.eye(8)[:4]
+    outputs = [
+        {"pred_logits": logits[order], "pred_masks": (18.0 * masks.float() - 9)[order]} for order in orders
+    ]  # query q predicts target order[q]
+    matched = make_criterion(64).matcher(outputs, targets)
+    assert [len(of_output) for of_output in matched] == [3, 3]
+    for order, of_output in zip(orders, matched):
+        for image, (query, gt) in enumerate(of_output):
+            assert sorted(gt.tolist()) == list(range(len(targets[image]["labels"])))
+            assert torch.equal(order[image][query], gt)
 
 
 def test_nan_predictions_give_a_nan_loss_not_a_crash():
