@@ -52,7 +52,7 @@ def test_links_lead_somewhere():
 def test_yaml_of_own_data_merges(tmp_path):
     from eco_m2f.engine import load_cfg
 
-    (block,) = (text for kind, text in BLOCKS if kind == "yaml")
+    (block,) = (text for kind, text in BLOCKS if kind == "yaml" and "CUSTOM" in text)
     base = f"_BASE_: {ROOT / 'configs/toy/maskformer2_toy.yaml'}\n"
     for split in ("train", "val"):
         block = block.replace(f"cells_{split},", f"readme_cells_{split},")
@@ -62,6 +62,16 @@ def test_yaml_of_own_data_merges(tmp_path):
         (tmp_path / f"{split}.json").write_text(json.dumps(content))
     (tmp_path / "own.yaml").write_text(base + block)
     assert load_cfg(str(tmp_path / "own.yaml")).MODEL.SEM_SEG_HEAD.NUM_CLASSES == 2
+
+
+def test_yaml_of_another_backbone_builds_it(tmp_path):
+    pytest.importorskip("timm", reason="timm is not installed: pip install timm")
+    from eco_m2f.engine import build_model, load_cfg
+
+    (block,) = (text for kind, text in BLOCKS if kind == "yaml" and "TIMM" in text)
+    (tmp_path / "own.yaml").write_text(f"_BASE_: {ROOT / 'configs/toy/eco_maskformer2_toy.yaml'}\n{block}")
+    model = build_model(load_cfg(str(tmp_path / "own.yaml")))
+    assert model.backbone.output_shape()["res5"].channels == 320
 
 
 def test_python_examples_run(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """What PyTorch must know about the op: checks, fake kernels, autograd, compile, export, autocast, FLOPs, errors."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -95,6 +96,10 @@ def test_onnx_export_of_the_grid_sample_form(tmp_path):
     torch.onnx.export(model, case.leaves, tmp_path / "op.onnx", dynamo=True)
     kinds = {node.op_type for node in onnx.load(tmp_path / "op.onnx").graph.node}
     assert "GridSample" in kinds
+    session = importlib.import_module("onnx.reference").ReferenceEvaluator(str(tmp_path / "op.onnx"))
+    inputs = dict(zip(session.input_names, (leaf.detach().numpy() for leaf in case.leaves)))
+    (out,) = session.run(None, inputs)
+    torch.testing.assert_close(torch.from_numpy(out), model(*case.leaves).detach(), atol=1e-5, rtol=1e-5)
 
 
 def test_grid_sample_form_exports_without_custom_operators():
