@@ -10,9 +10,9 @@
 op: the deformable attention alone, against PyTorch's own operators and, where it is installed, torch-ms-deform-attn.
 With --from-logits the softmax and the sampling locations belong to it, and the fused op takes part.
 
-model: one image through a whole model with random weights, from pixels to the panoptic map, at each of --exits; at the
-deepest also with the op in PyTorch (embedding_bag, grid_sample); and transformers' Mask2Former of the same sizes, where
-that is installed and the backbone is Swin.
+model: one image through a whole model with random weights, from pixels to the panoptic map (of 20 queries), at each of
+--exits; at the deepest also with the op in PyTorch (embedding_bag, grid_sample); transformers' Mask2Former of the same
+sizes, where that is installed and the backbone is Swin; a batch of the first and the last exit; and the gate alone.
 
 step_a: a training step with 1, 2 and all exits, all graphs at once (joint) or exits decoded again in the backward pass
 (recompute): seconds, and the peak of memory above that before the first step. Each setting has a process of its own.
@@ -40,7 +40,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -309,35 +309,102 @@ def op_in_pytorch(function: Callable) -> Iterator[None]:
         module.ONE_PASS_ON_CPU, module.ms_deform_attn = saved
 
 
+class WholeModel:
+    """A model, and a random image that it segments at any exit with `TAKING_PART` queries in the panoptic map."""
+
+    def __init__(self, model: torch.nn.Module, size: tuple[int, int]):
+        from eco_m2f.modeling.exit_policy import LinearGate
+
+        self.model = model
+        self.image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+        images = model.preprocess([{"image": self.image}])
+        self.sizes, self.features = images.image_sizes, model.backbone(images.tensor)
+        predictions = model.sem_seg_head.forward_exits(self.features, model.exits)
+        self.postprocessors = {
+            k: replace(model.postprocessor, object_mask_threshold=score_threshold(pred["pred_logits"][0]))
+            for k, pred in predictions.items()
+        }
+        channels = self.features["res5"].shape[1]
+        self.gate = LinearGate(in_channels=channels, exits=model.exits).to(images.tensor.device)
+        self.gate.weight.normal_()
+        self.gate.bias.zero_()
+        self.gate.loaded = True
+
+    def segment(self, exits: Sequence[int]) -> object:
+        """A batch of the image, once for each exit."""
+        self.model.exit_policy = ListedExits(exits)
+        self.model.postprocessor = self.postprocessors[exits[0]]
+        height, width = self.image.shape[1:]
+        return self.model([{"image": self.image, "height": height, "width": width}] * len(exits))
+
+    def choose(self) -> Tensor:
+        return self.gate(self.features, self.sizes)
+
+
+class ListedExits(torch.nn.Module):
+    """An exit policy that is told the exits."""
+
+    def __init__(self, exits: Sequence[int]):
+        super().__init__()
+        self.exits = tuple(exits)
+
+    def forward(self, features, image_sizes, image_ids=None) -> Tensor:
+        return torch.tensor(self.exits)
+
+
+TAKING_PART = 20  # queries; of 100 on COCO about so many have a class with a score above 0.8
+
+
+def score_threshold(logits: Tensor) -> float:
+    """The score [Q, C + 1] above which TAKING_PART queries lie, those that say no-object aside."""
+    scores, labels = logits.float().softmax(-1).max(-1)
+    scores = scores[labels != logits.shape[1] - 1].sort(descending=True).values
+    return float(scores[min(TAKING_PART, len(scores) - 1)]) if len(scores) else 0.0
+
+
+@torch.no_grad()
 def model_contestants(cfg, size: tuple[int, int], exits: Sequence[int]) -> dict[str, Callable[[], object]]:
     """Name -> a call that segments one image of `size` (height, width) in pixels; the deepest exit comes first.
 
     Raises ValueError for a config without exits, or an exit that it does not have.
     """
     from eco_m2f.engine import build_model
-    from eco_m2f.modeling.exit_policy import FixedExit
 
     torch.manual_seed(0)
     model = build_model(cfg).eval()
     known = list(getattr(model, "exits", ()))
     if not set(exits) <= set(known):
         raise ValueError(f"--exits {list(exits)}: this config has the exits {known}; take an eco config and its exits")
-    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
-
-    def segment(k: int) -> object:
-        model.exit_policy = FixedExit(k)
-        return model([{"image": image, "height": size[0], "width": size[1]}])
-
-    deepest = max(exits)
-    table = {f"{OURS} exit {k}": functools.partial(segment, k) for k in sorted(exits, reverse=True)}
+    whole = WholeModel(model, size)
+    exits = sorted(exits, reverse=True)
+    table = {f"{OURS} exit {k}": functools.partial(whole.segment, [k]) for k in exits}
     for name, function in (
         ("embedding_bag", ops.reference_ms_deform_attn),
         ("grid_sample", ops.grid_sample_ms_deform_attn),
     ):
-        table[f"{OURS} exit {deepest}, op {name}"] = op_in_pytorch(function)(functools.partial(segment, deepest))
+        segment = functools.partial(whole.segment, exits[:1])
+        table[f"{OURS} exit {exits[0]}, op {name}"] = op_in_pytorch(function)(segment)
     if importlib.util.find_spec("transformers") and cfg.MODEL.BACKBONE.NAME == "D2SwinTransformer":
-        table["transformers"] = transformers_model(cfg, image)
+        table["transformers"] = transformers_model(cfg, whole.image)
+    if len(exits) > 1:
+        table["mixed batch"] = functools.partial(whole.segment, [exits[-1], exits[0]])
+    table["gate"] = whole.choose
     return table
+
+
+def model_figures(rows: list[dict], costs: dict[int, dict[str, float]], exits: Sequence[int]) -> list[str]:
+    """What the rows say of early exits, a line for each figure: a saving, a batch of mixed exits, the gate."""
+    first, last, wall = min(exits), max(exits), {row["contestant"]: float(row["wall_ms"]) for row in rows}
+    if first == last:
+        return []
+    early, late = wall[f"{OURS} exit {first}"], wall[f"{OURS} exit {last}"]
+    saved, promised = 1 - early / late, 1 - costs[first]["total_full"] / costs[last]["total_full"]
+    encoder = (late - early) / (last - first) * last
+    return [
+        f"wall-clock saved at exit {first}: {saved:.3f}, GFLOPs saved: {promised:.3f}, quotient {saved / promised:.2f}",
+        f"a batch of exits {first} and {last} over the sum of both alone: {wall['mixed batch'] / (early + late):.3f}",
+        f"the gate over the encoder's {last} layers ({encoder:.0f} ms): {wall['gate'] / encoder:.5f}",
+    ]
 
 
 def transformers_model(cfg, image: Tensor) -> Callable[[], object]:
@@ -371,11 +438,16 @@ def transformers_model(cfg, image: Tensor) -> Callable[[], object]:
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD))
     height, width = image.shape[1:]
 
-    def segment() -> object:
+    def predict():
         pixels = ((image - mean) / std)[None].to(cfg.MODEL.DEVICE)
         pixels = torch.nn.functional.pad(pixels, (0, -width % 32, 0, -height % 32))
-        output = model(pixel_values=pixels)
-        return processor.post_process_panoptic_segmentation(output, target_sizes=[(height, width)])
+        return model(pixel_values=pixels)
+
+    threshold = score_threshold(predict().class_queries_logits[0])
+
+    def segment() -> object:
+        sizes = [(height, width)]
+        return processor.post_process_panoptic_segmentation(predict(), threshold=threshold, target_sizes=sizes)
 
     return segment
 
@@ -394,13 +466,14 @@ def measure_model(contestants: dict[str, Callable[[], object]], rounds: int, dev
     for name, own in samples.items():
         wall, cpu = (statistics.median(times[i] for times in own) for i in range(2))
         ratio = statistics.median(a[0] / b[0] for a, b in zip(own, ours))
-        rows.append({"contestant": name, "wall_ms": f"{wall:.1f}", "cpu_ms": f"{cpu:.1f}", "ratio": f"{ratio:.2f}"})
+        rows.append({"contestant": name, "wall_ms": f"{wall:.3f}", "cpu_ms": f"{cpu:.3f}", "ratio": f"{ratio:.2f}"})
     return rows
 
 
 def run_model(args: argparse.Namespace) -> None:
     """The subcommand `model`."""
     from eco_m2f.engine import load_cfg
+    from eco_m2f.evaluation.flops import ExitCosts
 
     _use_threads(args.threads)
     if args.device == "cpu":
@@ -409,10 +482,14 @@ def run_model(args: argparse.Namespace) -> None:
     cfg = load_cfg(args.config_file, ["MODEL.DEVICE", args.device, panoptic[0], False, panoptic[1], False])
     setting = {"config": args.config_file, "height": args.size[0], "width": args.size[1], "device": args.device}
     setting |= {"threads": torch.get_num_threads(), "rounds": args.rounds}
-    rows = []
-    for row in measure_model(model_contestants(cfg, tuple(args.size), args.exits), args.rounds, args.device):
-        rows.append({**setting, **row, **machine(args.device)})
+    contestants = model_contestants(cfg, tuple(args.size), args.exits)
+    measured = measure_model(contestants, args.rounds, args.device)
+    rows = [{**setting, **row, **machine(args.device)} for row in measured]
+    for row in measured:
         print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    model = contestants["gate"].__self__.model
+    for line in model_figures(measured, ExitCosts(model, model.exits).details(args.size), args.exits):
+        print(line)
     if args.output:
         write_csv(args.output, rows)
 
