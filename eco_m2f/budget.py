@@ -5,6 +5,7 @@ A frontier over beta and K is therefore a matter of seconds per gate.
 """
 
 import csv
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ import torch
 from .derived import DerivedDataset
 from .exits import check_beta, exit_targets, exits_up_to
 from .files import atomic_write
-from .gate import Gate, Scaling, fit_gate
+from .gate import Gate, Scaling, fit_gates
 
 
 @dataclass
@@ -90,14 +91,16 @@ class GateFitter:
 
     def fit(self, beta: float, max_exit: int, loss: str = "hard_ce") -> Row:
         """The row of the gate, which holds the gate, which holds the row's numbers as its results."""
+        return self.fit_all([(beta, max_exit, loss)])[0]
+
+    def fit_all(self, budgets: Sequence[tuple[float, int, str]]) -> list[Row]:
+        """The rows of several budgets (beta, max_exit, loss), their gates being fitted side by side."""
         source = self.train.provenance
-        gate = fit_gate(
+        gates = fit_gates(
             self.features,
             self.train.quality,
             self.train.exits,
-            beta,
-            max_exit,
-            loss,
+            budgets,
             feature_source=source["feature_source"],
             parent_sha256=source["parent_sha256"],
             optimizer=self.optimizer,
@@ -105,7 +108,10 @@ class GateFitter:
             seed=self.seed,
             scaling=self.scaling,
         )
-        about = {"policy": "gate", "beta": beta, "max_exit": max_exit, "loss": loss}
+        return [self._row(gate) for gate in gates]
+
+    def _row(self, gate: Gate) -> Row:
+        about = {"policy": "gate", "beta": gate.beta, "max_exit": gate.max_exit, "loss": gate.loss}
         row = measure(self.val, gate.choose(self.val_features), **about)
         gate.results = {**row.numbers(), "measured_on": self.val.provenance["dataset"], "num_images": len(self.val)}
         row.gate = gate
@@ -134,7 +140,7 @@ def frontier(
 ) -> Iterator[Row]:
     """Rows measured on val: each fixed exit, then for each K and beta the oracle and a gate per loss.
 
-    options: optimizer, l2, seed of `GateFitter`. A row comes as soon as it is measured.
+    options: optimizer, l2, seed of `GateFitter`. The gates of one K come together, once all of them are fitted.
     """
     for max_exit in max_exits:
         exits_up_to(train.exits, max_exit)  # mistakes show before the first fit
@@ -143,10 +149,10 @@ def frontier(
     fitter = GateFitter(train, val, **options)
     yield from fixed_rows(val)
     for max_exit in max_exits:
+        gates = iter(fitter.fit_all([(beta, max_exit, loss) for beta in betas for loss in losses]))
         for beta in betas:
             yield oracle_row(val, beta, max_exit)
-            for loss in losses:
-                yield fitter.fit(beta, max_exit, loss)
+            yield from itertools.islice(gates, len(losses))
 
 
 # --- searching -------------------------------------------------------------------------------------------------------

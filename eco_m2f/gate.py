@@ -6,7 +6,9 @@ runs to the optimum. Neither ever holds a copy of the features.
 
 import math
 import pickle
-from collections.abc import Mapping, Sequence
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -92,15 +94,27 @@ class Gate:
 OPTIMIZERS = ("lbfgs", "adam")
 _ROWS = 8192  # rows of features multiplied at a time
 _SAMPLE = 16384  # rows that the scaling, and the start of a large fit, are computed from
+_SIDE_BY_SIDE = 40  # gates fitted at a time; each needs some megabytes
 
 
-def fit_gate(
+Budget = tuple[float, int, str]  # beta, K, the loss of Table T2
+
+
+def batched(items: Sequence, size: int) -> Iterator[Sequence]:
+    """Slices of `size` items; itertools has this from Python 3.12 on."""
+    return (items[first : first + size] for first in range(0, len(items), size))
+
+
+def fit_gate(features, quality, exits: Sequence[int], beta: float, max_exit: int, loss: str = "hard_ce", **fit) -> Gate:
+    """Fits the gate of one budget; see `fit_gates`."""
+    return fit_gates(features, quality, exits, [(beta, max_exit, loss)], **fit)[0]
+
+
+def fit_gates(
     features,
     quality,
     exits: Sequence[int],
-    beta: float,
-    max_exit: int,
-    loss: str = "hard_ce",
+    budgets: Sequence[Budget],
     *,
     feature_source: str,
     parent_sha256: str,
@@ -109,34 +123,50 @@ def fit_gate(
     seed: int = 0,
     costs=None,
     scaling: "Scaling | None" = None,
-) -> Gate:
-    """Fits the gate of one budget: softmax regression of the utilities' loss (Table T2) on the pooled features.
+) -> list[Gate]:
+    """Fits a gate per budget: softmax regression of the utilities' loss (Table T2) on the pooled features.
 
-    features [N, C] float32; quality [N, E] at the exits; costs: see `utility`. The gate's exits are those <= max_exit.
-    optimizer: "lbfgs" runs to the optimum of the whole set; "adam" is the paper's, in mini-batches, without weight
-    decay (l2 is not used). l2 weighs half the squared norm of the weights on standardised features, beside the mean
-    loss; C / N unless given, so that a small dataset is not learnt by heart. scaling: of these features, if known.
-    The same arguments and number of threads give the same gate. Raises ValueError for shapes, exits, or values that
-    do not fit.
+    features [N, C] float32; quality [N, E] at the exits; costs: see `utility`. A gate's exits are those <= its max_exit.
+    optimizer: "lbfgs" runs to the optimum of the whole set, all gates side by side, so that a pass over the features
+    serves each of them; "adam" is the paper's, in mini-batches, one gate after the other, without weight decay (l2 is
+    not used). l2 weighs half the squared norm of the weights on standardised features, beside the mean loss; C / N
+    unless given, so that a small dataset is not learnt by heart. scaling: of these features, if known. The same
+    arguments and number of threads give the same gates. Raises ValueError for shapes, exits, or values that do not fit.
     """
     features = torch.as_tensor(features)
-    utilities = utility(quality, exits, beta, costs)[:, : len(exits_up_to(exits, max_exit))]  # [N, E']
-    if features.dim() != 2 or len(features) != len(utilities) or len(features) == 0:
-        raise ValueError(f"features must be [{len(utilities)}, C], one row per image, not {list(features.shape)}")
+    if features.dim() != 2 or len(features) != len(quality) or len(features) == 0:
+        raise ValueError(f"features must be [{len(quality)}, C], one row per image, not {list(features.shape)}")
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
     l2 = features.shape[1] / len(features) if l2 is None else l2
     if not (math.isfinite(l2) and l2 >= 0):
         raise ValueError(f"l2 must be a finite number >= 0, not {l2}")
     scaling = scaling or Scaling.of(features, l2, seed)
+    fit, fitted = {"optimizer": optimizer, "seed": seed}, []
     if optimizer == "lbfgs":
-        weight, bias, loss_value = _fit_lbfgs(features, utilities, loss, scaling, l2, seed)
-        fit = {"optimizer": "lbfgs", "l2": l2, "seed": seed, "train_loss": loss_value}
-    else:
-        weight, bias, loss_value = _fit_adam(features, utilities, loss, scaling, seed)
-        fit = {"optimizer": "adam", "seed": seed, "train_loss": loss_value}
-    gate_exits = exits_up_to(exits, max_exit)
-    return Gate(weight.float(), bias.float(), gate_exits, beta, loss, feature_source, parent_sha256, fit)
+        fit["l2"] = l2
+    for some in batched(budgets, _SIDE_BY_SIDE):
+        targets = [
+            (loss, utility(quality, exits, beta, costs)[:, : len(exits_up_to(exits, max_exit))])
+            for beta, max_exit, loss in some
+        ]
+        if optimizer == "lbfgs":
+            fitted += _fit_lbfgs(features, targets, scaling, l2, seed)
+        else:
+            fitted += [_fit_adam(features, utilities, loss, scaling, seed) for loss, utilities in targets]
+    return [
+        Gate(
+            weight.float(),
+            bias.float(),
+            exits_up_to(exits, max_exit),
+            beta,
+            loss,
+            feature_source,
+            parent_sha256,
+            {**fit, "train_loss": value},
+        )
+        for (weight, bias, value), (beta, max_exit, loss) in zip(fitted, budgets)
+    ]
 
 
 @dataclass(frozen=True)
@@ -162,7 +192,7 @@ class Scaling:
         if not (mean.isfinite().all() and std.isfinite().all()):
             raise ValueError("the features are not finite: derive the dataset again with a sound parent")
         std = torch.where(std > 1e-6 * mean.abs().clamp(min=1e-6), std, 1.0)  # a constant feature tells nothing
-        white = (sample - mean) / std
+        white = sample.sub_(mean).div_(std)  # in place: indexing has made a copy
         correlation = (white.T @ white).double() / len(white)
         # The loss bends by about 1/6 of the correlation, so this is its curvature together with the penalty's, but for
         # that factor. The least ridge keeps directions that the sample hardly shows from being blown up.
@@ -196,53 +226,128 @@ def _sample_rows(num_rows: int, seed: int) -> Tensor:
     return torch.from_numpy(np.sort(rows))
 
 
+Target = tuple[str, Tensor]  # a gate's loss, and its utilities [N, E]
+
+
 def _fit_lbfgs(
-    features: Tensor, utilities: Tensor, loss: str, scaling: Scaling, l2: float, seed: int
-) -> tuple[Tensor, Tensor, float]:
-    """A large fit starts from the optimum of a sample, whose passes are cheap, and then takes a few over everything."""
-    shape = utilities.shape[1], features.shape[1] + 1
-    start = np.zeros(shape).ravel()
-    minimise = partial(minimize, jac=True, method="L-BFGS-B")
+    features: Tensor, targets: Sequence[Target], scaling: Scaling, l2: float, seed: int
+) -> list[tuple[Tensor, Tensor, float]]:
+    """Weight, bias and objective of every gate.
+
+    A large fit starts from the optimum of a sample, whose passes are cheap, and then takes a few over everything.
+    """
+    shapes = [(u.shape[1], features.shape[1] + 1) for _, u in targets]
+    starts = [np.zeros(shape).ravel() for shape in shapes]
     if len(features) > _SAMPLE:
         rows = _sample_rows(len(features), seed)
-        sample = partial(_objective, features[rows], utilities[rows], loss, scaling, l2)
-        start = minimise(sample, start, options={"maxiter": 12}).x
-        del sample
-    whole = partial(_objective, features, utilities, loss, scaling, l2)
+        some = [(loss, u[rows]) for loss, u in targets]
+        sample = partial(_objectives, features[rows], some, scaling, l2)
+        starts = [result.x for result in _minimise_side_by_side(sample, starts, {"maxiter": 12})]
+        del sample, some
     passes = 6 if len(features) > _SAMPLE else 200
-    result = minimise(whole, start, options={"maxiter": passes, "ftol": 1e-7})
-    v, bias = torch.from_numpy(result.x).view(shape).split([shape[1] - 1, 1], dim=1)
-    return *scaling.fold(v, bias[:, 0]), float(result.fun)
+    whole = partial(_objectives, features, targets, scaling, l2)
+    fitted = []
+    for result, shape in zip(_minimise_side_by_side(whole, starts, {"maxiter": passes, "ftol": 1e-7}), shapes):
+        v, bias = torch.from_numpy(result.x).view(shape).split([shape[1] - 1, 1], dim=1)
+        fitted.append((*scaling.fold(v, bias[:, 0]), float(result.fun)))
+    return fitted
 
 
-def _objective(
-    features: Tensor, utilities: Tensor, loss: str, scaling: Scaling, l2: float, flat: np.ndarray
-) -> tuple[float, np.ndarray]:
-    """The mean loss plus l2 / 2 |W|^2, and its gradient; flat holds V and the bias as its last column."""
-    parameters = torch.from_numpy(flat).view(utilities.shape[1], -1)  # [E, C + 1]
+def _minimise_side_by_side(objectives: Callable, starts: Sequence[np.ndarray], options: dict) -> list:
+    """scipy's result of L-BFGS-B for every start, their evaluations being made together.
+
+    objectives({index: point}) -> {index: (value, gradient)}. Each minimisation has a thread, which hands its point in
+    and waits; when all that go on have handed theirs in, they are evaluated at once. Which thread comes first does not
+    matter: points are taken in the order of their indices.
+    """
+    handed_in: queue.Queue = queue.Queue()
+    answers = [queue.SimpleQueue() for _ in starts]
+
+    def minimise_one(index: int) -> None:
+        def ask(point: np.ndarray):
+            handed_in.put((index, point.copy(), None))
+            answer = answers[index].get()
+            if answer is None:
+                raise _Abandoned
+            return answer
+
+        result = None
+        try:
+            result = minimize(ask, starts[index], jac=True, method="L-BFGS-B", options=options)
+        except _Abandoned:
+            pass
+        finally:
+            handed_in.put((index, None, result))
+
+    threads = [threading.Thread(target=minimise_one, args=(i,), daemon=True) for i in range(len(starts))]
+    for thread in threads:
+        thread.start()
+    results, going_on, points = {}, set(range(len(starts))), {}
+    try:
+        while going_on:
+            index, point, result = handed_in.get()
+            if point is None:
+                going_on.remove(index)
+                results[index] = result
+            else:
+                points[index] = point
+            if going_on and len(points) == len(going_on):
+                evaluated = objectives(dict(sorted(points.items())))
+                points = {}
+                for i, answer in evaluated.items():
+                    answers[i].put(answer)
+    finally:
+        for i in going_on:  # an evaluation failed: nobody waits for ever
+            answers[i].put(None)
+    return [results[i] for i in range(len(starts))]
+
+
+class _Abandoned(Exception):
+    """Ends a minimisation whose evaluation failed."""
+
+
+def _objectives(
+    features: Tensor, targets: Sequence[Target], scaling: Scaling, l2: float, points: dict[int, np.ndarray]
+) -> dict[int, tuple[float, np.ndarray]]:
+    """The mean loss plus l2 / 2 |W|^2 of some gates, and its gradient; a point holds V and the bias as last column."""
+    widths = [targets[i][1].shape[1] for i in points]
+    parameters = torch.cat([torch.from_numpy(p).view(w, -1) for p, w in zip(points.values(), widths)])  # [all E, C + 1]
     v, bias = parameters[:, :-1], parameters[:, -1]
     standard = scaling.standard(v)
     weight, bias = scaling.fold(v, bias)
-    value, weight_grad, bias_grad = _loss_and_gradient(features, utilities, loss, weight, bias)
+    values, weight_grad, bias_grad = _losses_and_gradient(features, [targets[i] for i in points], weight, bias)
     v_grad = scaling.unfold_gradient(weight_grad, bias_grad) + l2 * scaling.unfold_standard(standard)
-    gradient = torch.cat([v_grad, bias_grad[:, None]], dim=1)
-    return value + 0.5 * l2 * standard.square().sum().item(), gradient.numpy().ravel()
+    gradients = torch.cat([v_grad, bias_grad[:, None]], dim=1).split(widths)
+    penalties = [0.5 * l2 * part.square().sum().item() for part in standard.split(widths)]
+    return {
+        i: (value + penalty, gradient.numpy().ravel())
+        for i, value, penalty, gradient in zip(points, values, penalties, gradients)
+    }
 
 
-def _loss_and_gradient(
-    features: Tensor, utilities: Tensor, loss: str, weight: Tensor, bias: Tensor
-) -> tuple[float, Tensor, Tensor]:
-    """Block by block, so that nothing as large as the features is ever made. Returns float64 sums."""
-    value, weight_grad, bias_grad = 0.0, torch.zeros_like(weight), torch.zeros_like(bias)
+def _losses_and_gradient(
+    features: Tensor, targets: Sequence[Target], weight: Tensor, bias: Tensor
+) -> tuple[list[float], Tensor, Tensor]:
+    """Mean losses of the gates, and their gradients by the stacked weights [all E, C] and biases, in float64.
+
+    Block by block, so that nothing as large as the features is ever made.
+    """
+    values, weight_grad, bias_grad = [0.0] * len(targets), torch.zeros_like(weight), torch.zeros_like(bias)
     weight, bias = weight.to(features), bias.to(features)
-    for block, target in zip(features.split(_ROWS), utilities.split(_ROWS)):
-        logits = torch.addmm(bias, block, weight.T).requires_grad_()  # [rows, E]
-        part = gate_loss(loss, logits, target) * (len(block) / len(features))
-        (gradient,) = torch.autograd.grad(part, logits)
-        value += part.item()
+    widths = [utilities.shape[1] for _, utilities in targets]
+    for first in range(0, len(features), _ROWS):
+        block = features[first : first + _ROWS]
+        gradients = []
+        for g, logits in enumerate(torch.addmm(bias, block, weight.T).split(widths, dim=1)):
+            loss, utilities = targets[g]
+            logits = logits.requires_grad_()
+            part = gate_loss(loss, logits, utilities[first : first + _ROWS]) * (len(block) / len(features))
+            gradients += torch.autograd.grad(part, logits)
+            values[g] += part.item()
+        gradient = torch.cat(gradients, dim=1)
         weight_grad += gradient.T @ block
         bias_grad += gradient.sum(dim=0)
-    return value, weight_grad, bias_grad
+    return values, weight_grad, bias_grad
 
 
 def _fit_adam(
@@ -274,4 +379,5 @@ def _fit_adam(
             schedule.step()
     weight, bias = weight.detach().double() / scaling.std, bias.detach().double()
     bias = bias - weight @ scaling.mean
-    return weight, bias, _loss_and_gradient(features, utilities, loss, weight, bias)[0]
+    (value,), _, _ = _losses_and_gradient(features, [(loss, utilities)], weight, bias)
+    return weight, bias, value

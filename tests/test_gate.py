@@ -1,6 +1,7 @@
 """The gate's file, and that fitting finds what it should."""
 
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from scipy.optimize import check_grad
 
 from eco_m2f import gate as gate_module
 from eco_m2f.exits import GATE_LOSSES, exit_targets, gate_loss, utility
-from eco_m2f.gate import OPTIMIZERS, Gate, Scaling, fit_gate
+from eco_m2f.gate import OPTIMIZERS, Gate, Scaling, fit_gate, fit_gates
 
 EXITS = (2, 3, 4, 5, 6)
 SOURCE = {"feature_source": "res5", "parent_sha256": "f" * 64}
@@ -87,10 +88,10 @@ def test_the_gradient_is_that_of_the_loss(loss):
         return (gate_loss(loss, features @ weight.T + bias, utilities) + penalty).item()
 
     def gradient(flat):
-        return gate_module._objective(features, utilities, loss, scaling, 0.1, flat)[1]
+        return gate_module._objectives(features, [(loss, utilities)], scaling, 0.1, {0: flat})[0][1]
 
     at = np.random.default_rng(0).normal(size=25) * 0.3
-    ours, _ = gate_module._objective(features.float(), utilities, loss, scaling, 0.1, at)
+    ours, _ = gate_module._objectives(features.float(), [(loss, utilities)], scaling, 0.1, {0: at})[0]
     assert ours == pytest.approx(value(at), rel=1e-5)
     assert check_grad(value, gradient, at) < 1e-5 * max(1.0, np.linalg.norm(gradient(at)))
 
@@ -134,6 +135,32 @@ def test_the_same_seed_gives_the_same_gate(optimizer):
     features, quality = make_data(n=300)
     one, two = (fit_gate(features, quality, EXITS, 0.001, 6, optimizer=optimizer, seed=4, **SOURCE) for _ in range(2))
     assert torch.equal(one.weight, two.weight) and torch.equal(one.bias, two.bias)
+
+
+def test_gates_fitted_side_by_side_are_those_fitted_alone(monkeypatch):
+    """Gates of several widths and losses, in groups of two, that end after different numbers of evaluations."""
+    features, quality = make_data(n=400)
+    budgets = [(0.0, 6, "hard_ce"), (0.001, 4, "soft_ce"), (3.0, 2, "u_ce"), (0.01, 5, "soft_mse"), (0.01, 6, "u_ce")]
+    monkeypatch.setattr(gate_module, "_SIDE_BY_SIDE", 2)
+    together = fit_gates(features, quality, EXITS, budgets, **SOURCE)
+    for gate, (beta, max_exit, loss) in zip(together, budgets):
+        alone = fit_gate(features, quality, EXITS, beta, max_exit, loss, **SOURCE)
+        assert (gate.beta, gate.max_exit, gate.loss) == (beta, max_exit, loss)
+        torch.testing.assert_close(gate.weight, alone.weight, atol=1e-3, rtol=1e-2)
+        assert gate.fit["train_loss"] == pytest.approx(alone.fit["train_loss"], rel=1e-5)
+
+
+def test_a_failing_evaluation_ends_every_minimisation():
+    def fail(points):
+        raise RuntimeError("out of memory")
+
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        gate_module._minimise_side_by_side(fail, [np.zeros(3)] * 4, {})
+    for thread in threading.enumerate():
+        if thread.daemon and "minimise_one" in thread.name:
+            thread.join(5)
+    assert threading.active_count() <= before
 
 
 def test_l2_shrinks_and_guards_small_datasets():

@@ -12,7 +12,8 @@ With --from-logits the softmax and the sampling locations belong to it, and the 
 
 model: one image through a whole model with random weights, from pixels to the panoptic map (of 20 queries), at each of
 --exits; at the deepest also with the op in PyTorch (embedding_bag, grid_sample); transformers' Mask2Former of the same
-sizes, where that is installed and the backbone is Swin; a batch of the first and the last exit; and the gate alone.
+sizes, where that is installed and the backbone is Swin; a batch of the first and the last exit; and the gate alone. With
+--dtype all of them run under autocast.
 
 step_a: a training step with 1, 2 and all exits, all graphs at once (joint) or exits decoded again in the backward pass
 (recompute): seconds, and the peak of memory above that before the first step. Each setting has a process of its own.
@@ -278,6 +279,8 @@ def run_op(args: argparse.Namespace) -> None:
     """The subcommand `op`."""
     print(ops.build_info())
     _use_threads(args.threads)
+    if args.device == "cpu":
+        keep_freed_memory()  # as the tools do
     calls = args.calls or (10 if args.device == "cuda" else 1)
     rows = []
     for name in args.shapes:
@@ -481,9 +484,10 @@ def run_model(args: argparse.Namespace) -> None:
     panoptic = [f"MODEL.MASK_FORMER.TEST.{head}_ON" for head in ("SEMANTIC", "INSTANCE")]
     cfg = load_cfg(args.config_file, ["MODEL.DEVICE", args.device, panoptic[0], False, panoptic[1], False])
     setting = {"config": args.config_file, "height": args.size[0], "width": args.size[1], "device": args.device}
-    setting |= {"threads": torch.get_num_threads(), "rounds": args.rounds}
+    setting |= {"dtype": args.dtype, "threads": torch.get_num_threads(), "rounds": args.rounds}
     contestants = model_contestants(cfg, tuple(args.size), args.exits)
-    measured = measure_model(contestants, args.rounds, args.device)
+    with torch.autocast(args.device, DTYPES[args.dtype], enabled=args.dtype != "float32"):
+        measured = measure_model(contestants, args.rounds, args.device)
     rows = [{**setting, **row, **machine(args.device)} for row in measured]
     for row in measured:
         print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
@@ -498,6 +502,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-file", required=True, help="of an EcoMaskFormer")
     parser.add_argument("--size", type=positive, nargs=2, default=[800, 1216], metavar=("H", "W"), help="pixels")
     parser.add_argument("--exits", type=positive, nargs="+", default=[2, 6])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of autocast")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=positive, help="CPU threads; default: PyTorch's choice")
     parser.add_argument("--rounds", type=positive, default=5, help="after one that warms up")
@@ -645,7 +650,7 @@ def pq_milliseconds(rounds: int = 20) -> float:
 def run_step_c(args: argparse.Namespace) -> None:
     """The subcommand `step_c`."""
     from eco_m2f.exits import GATE_LOSSES
-    from eco_m2f.gate import Scaling, fit_gate
+    from eco_m2f.gate import fit_gate, fit_gates
 
     _use_threads(args.threads)
     exits, generator = (2, 3, 4, 5, 6), torch.Generator().manual_seed(0)
@@ -653,11 +658,7 @@ def run_step_c(args: argparse.Namespace) -> None:
     need = torch.sigmoid(features[:, :1] + 0.5 * torch.randn(args.images, 1, generator=generator))
     quality = 0.6 - 0.004 * need * torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0])
     quality = (quality + 0.002 * torch.randn(quality.shape, generator=generator)).double().numpy()
-    l2, rows = args.channels / args.images, []
-
-    def fit(optimizer: str, beta: float, max_exit: int, loss: str, scaling=None) -> None:
-        options = {"feature_source": "res5", "parent_sha256": "", "optimizer": optimizer, "scaling": scaling}
-        fit_gate(features, quality, exits, beta, max_exit, loss, **options)
+    rows, source = [], {"feature_source": "res5", "parent_sha256": ""}
 
     def record(what: str, seconds: float, gates: int) -> None:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -665,14 +666,12 @@ def run_step_c(args: argparse.Namespace) -> None:
         print(_line(rows[-1]), flush=True)
 
     for optimizer in ("lbfgs", "adam"):
-        record(f"one gate, {optimizer}", timed(lambda: fit(optimizer, 0.0005, 6, "hard_ce"), "cpu")[0] / 1e3, 1)
-    grid = [(b, k, loss) for b in np.geomspace(1e-5, 1e-2, args.betas) for k in (6, 5, 4) for loss in GATE_LOSSES]
+        fit = functools.partial(fit_gate, features, quality, exits, 0.0005, 6, optimizer=optimizer, **source)
+        record(f"one gate, {optimizer}", timed(fit, "cpu")[0] / 1e3, 1)
+    betas = np.geomspace(1e-5, 1e-2, args.betas).tolist()
+    grid = [(beta, k, loss) for k in (6, 5, 4) for beta in betas for loss in GATE_LOSSES]
     start = time.perf_counter()
-    scaling = Scaling.of(features, l2)
-    for i, (beta, k, loss) in enumerate(grid):
-        fit("lbfgs", float(beta), k, loss, scaling)
-        print(f"\rgate {i + 1} of {len(grid)}", end="", flush=True)
-    print()
+    fit_gates(features, quality, exits, grid, **source)
     record("frontier over beta, K and loss, lbfgs", time.perf_counter() - start, len(grid))
     _save(args, [{"images": args.images, "channels": args.channels, **row} for row in rows])
 

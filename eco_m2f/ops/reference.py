@@ -17,11 +17,13 @@ The rules that all backends share:
     - the output's gradient: the gradients of all locations and weights of that query's head, and of the cells touched.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows of value gathered at once by the backward, to bound its memory: 2**18 rows of 32 floats are 32 MiB.
+# Rows of value touched at once: 2**18 indices are 2 MiB, and the backward gathers 32 MiB of 32 floats each.
 MAX_ROWS = 2**18
 
 
@@ -39,15 +41,17 @@ class Corners:
 
     token: [..., 4] int64, token index within one image, or -1 for a cell outside the map.
     weight: [..., 4] bilinear weights, 0 for cells outside the map, NaN where the location is not finite.
-    dx, dy: [..., 4] derivatives of weight by the pixel coordinate, 0 and NaN likewise.
+    dx, dy: [..., 4] derivatives of weight by the pixel coordinate, 0 and NaN likewise; None unless asked for.
     """
 
-    def __init__(self, locations: Tensor, spatial_shapes: list[int]):
-        parts = [self._level(locations[..., i, :, :], *level) for i, level in enumerate(level_table(spatial_shapes))]
-        self.token, self.weight, self.dx, self.dy = (torch.stack(part, dim=-3) for part in zip(*parts))
+    def __init__(self, locations: Tensor, spatial_shapes: list[int], derivatives: bool = False):
+        levels = enumerate(level_table(spatial_shapes))
+        parts = [self._level(locations[..., i, :, :], *level, derivatives) for i, level in levels]
+        stacked = [torch.stack(part, dim=-3) for part in zip(*parts)]
+        self.token, self.weight, self.dx, self.dy = stacked if derivatives else (*stacked, None, None)
 
     @staticmethod
-    def _level(locations: Tensor, height: int, width: int, start: int) -> tuple[Tensor, ...]:
+    def _level(locations: Tensor, height: int, width: int, start: int, derivatives: bool) -> tuple[Tensor, ...]:
         x = locations[..., 0] * width - 0.5
         y = locations[..., 1] * height - 0.5
         poison = (x - x) + (y - y)  # 0 for finite coordinates, else NaN
@@ -60,12 +64,11 @@ class Corners:
         valid = inside[..., None] & (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
         token = torch.where(valid, start + rows * width + columns, -1)
         wx, wy = torch.stack((1 - fx, fx, 1 - fx, fx), dim=-1), torch.stack((1 - fy, 1 - fy, fy, fy), dim=-1)
-        sign = torch.tensor((-1.0, 1.0), dtype=x.dtype, device=x.device)
-        masked = [
-            torch.where(valid, part, 0.0) + poison[..., None]
-            for part in (wx * wy, wy * sign[[0, 1, 0, 1]], wx * sign[[0, 0, 1, 1]])
-        ]
-        return token, *masked
+        weights = [wx * wy]
+        if derivatives:
+            sign = torch.tensor((-1.0, 1.0), dtype=x.dtype, device=x.device)
+            weights += [wy * sign[[0, 1, 0, 1]], wx * sign[[0, 0, 1, 1]]]
+        return token, *(torch.where(valid, part, 0.0) + poison[..., None] for part in weights)
 
 
 def reference_ms_deform_attn(
@@ -77,16 +80,25 @@ def reference_ms_deform_attn(
     compute = torch.promote_types(value.dtype, torch.float32)
     if value.numel() == 0 or sampling_locations.numel() == 0:
         return value.new_zeros(batch, queries, heads * channels)
-    corners = Corners(sampling_locations.to(compute), spatial_shapes)  # [N, Lq, M, L, P, 4]
-    weight = corners.weight * attention_weights.to(compute)[..., None]
-    rows = _row_index(corners.token, tokens)
-    out = F.embedding_bag(
-        rows.flatten(0, 2).flatten(1),
-        _padded_rows(value, compute),
-        per_sample_weights=weight.flatten(0, 2).flatten(1),
-        mode="sum",
-    )
-    return out.view(batch, queries, heads * channels).to(value.dtype)
+    rows = _padded_rows(value, compute)
+    out = value.new_empty(batch, queries, heads, channels, dtype=compute)
+    for part in _query_blocks(sampling_locations):
+        corners = Corners(sampling_locations[:, part].to(compute), spatial_shapes)  # [N, q, M, L, P, 4]
+        weight = corners.weight * attention_weights[:, part].to(compute)[..., None]
+        index = _row_index(corners.token, tokens)
+        bags = F.embedding_bag(
+            index.flatten(0, 2).flatten(1), rows, per_sample_weights=weight.flatten(0, 2).flatten(1), mode="sum"
+        )
+        out[:, part] = bags.view(index.shape[:3] + (channels,))
+    return out.flatten(2).to(value.dtype)
+
+
+def _query_blocks(locations: Tensor) -> Iterator[slice]:
+    """Ranges of queries that touch at most about MAX_ROWS rows, so that what is made of each stays in the caches."""
+    batch, queries, heads, levels, points = locations.shape[:5]
+    step = max(1, MAX_ROWS // (batch * heads * levels * points * 4))
+    for begin in range(0, queries, step):
+        yield slice(begin, begin + step)
 
 
 def _padded_rows(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -107,16 +119,14 @@ def reference_ms_deform_attn_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of value, sampling_locations and attention_weights, some queries at a time to bound the memory."""
     batch, tokens, heads, channels = value.shape
-    queries, levels, points = sampling_locations.shape[1], *sampling_locations.shape[3:5]
+    queries = sampling_locations.shape[1]
     compute = torch.promote_types(value.dtype, torch.float32)
     rows = _padded_rows(value, compute)
     grad_rows = torch.zeros_like(rows)
     grad_locations = torch.zeros_like(sampling_locations, memory_format=torch.contiguous_format)
     grad_weights = torch.zeros_like(attention_weights, memory_format=torch.contiguous_format)
     grad_output = grad_output.to(compute).reshape(batch, queries, heads, channels)
-    step = max(1, MAX_ROWS // max(1, batch * heads * levels * points * 4))
-    for begin in range(0, queries if value.numel() and sampling_locations.numel() else 0, step):
-        part = slice(begin, begin + step)
+    for part in _query_blocks(sampling_locations) if value.numel() and sampling_locations.numel() else ():
         _backward_part(
             grad_output[:, part], rows, tokens, spatial_shapes,
             sampling_locations[:, part].to(compute), attention_weights[:, part].to(compute),
@@ -129,7 +139,7 @@ def _backward_part(
     grad_output, rows, tokens, spatial_shapes, locations, weights, grad_rows, grad_locations, grad_weights
 ):  # fmt: skip
     """Adds these queries' gradients into grad_rows and writes grad_locations and grad_weights."""
-    corners = Corners(locations, spatial_shapes)
+    corners = Corners(locations, spatial_shapes, derivatives=True)
     index = _row_index(corners.token, tokens)
     spread = (corners.weight * weights[..., None])[..., None] * grad_output[:, :, :, None, None, None]
     grad_rows.index_add_(0, index.flatten(), spread.flatten(0, -2))  # [N, q, M, L, P, 4, D]

@@ -101,6 +101,7 @@ def test_whole_model_at_its_exits_and_with_the_op_in_pytorch(tmp_path, monkeypat
     reference = tool.ops.reference_ms_deform_attn
     monkeypatch.setattr(tool.ops, "reference_ms_deform_attn", plain)
     arguments = ["model", "--config-file", config, "--size", "40", "64", "--exits", "2", "4", "--rounds", "2"]
+    arguments += ["--dtype", "bfloat16"]
     monkeypatch.setattr("sys.argv", ["benchmark.py", *arguments, "--output", str(target)])
     assert tool.main() == 0
     with open(target) as file:
@@ -109,6 +110,7 @@ def test_whole_model_at_its_exits_and_with_the_op_in_pytorch(tmp_path, monkeypat
     assert [row["contestant"] for row in rows] == [*names, "mixed batch", "gate"]
     assert calls["plain"] == 3 * 4  # warm-up and two rounds, four layers
     assert rows[0]["ratio"] == "1.00" and all(float(row["wall_ms"]) > 0 for row in rows)
+    assert rows[0]["dtype"] == "bfloat16"
     printed = capsys.readouterr().out
     for figure in ("wall-clock saved at exit 2: ", "a batch of exits 2 and 4 over the sum", "the gate over the encoder"):
         assert figure in printed
