@@ -608,14 +608,15 @@ def run_step_b(args: argparse.Namespace) -> None:
     _use_threads(args.threads)
     if args.device == "cpu":
         keep_freed_memory()
-    test = "MODEL.MASK_FORMER.TEST."  # thresholds of 0: a model of random weights shall have segments too
-    opts = [f"{test}SEMANTIC_ON", False, f"{test}INSTANCE_ON", False, f"{test}OBJECT_MASK_THRESHOLD", 0.0]
-    cfg = load_cfg(args.config_file, ["MODEL.DEVICE", args.device, *opts, f"{test}OVERLAP_THRESHOLD", 0.0])
+    test = "MODEL.MASK_FORMER.TEST."
+    opts = [f"{test}SEMANTIC_ON", False, f"{test}INSTANCE_ON", False, f"{test}OVERLAP_THRESHOLD", 0.0]
+    cfg = load_cfg(args.config_file, ["MODEL.DEVICE", args.device, *opts])
     torch.manual_seed(0)
-    model = build_model(cfg).eval()
+    whole = WholeModel(build_model(cfg).eval(), tuple(args.size))
+    model = whole.model
+    model.postprocessor = whole.postprocessors[model.exits[-1]]  # a model of random weights shall have segments too
     truth = RandomTruth.of(args.size, 20, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, seed=0)
-    image = torch.randint(0, 256, (3, *args.size), dtype=torch.uint8)
-    x = {"image": image, "image_id": 0, "file_name": "", "height": args.size[0], "width": args.size[1]}
+    x = {"image": whole.image, "image_id": 0, "file_name": "", "height": args.size[0], "width": args.size[1]}
 
     def separately() -> None:
         for k in model.exits:
