@@ -1,8 +1,9 @@
 """Every config key of the project and its default.
 
 The keys of the parent carry their official Mask2Former names, so that official YAML files merge unchanged. Keys of
-this project are those under MODEL.ECO, MODEL.TIMM, MODEL.SEM_SEG_HEAD.TRANSFORMER_ENCODER_NAME, SOLVER.AMP.PRECISION,
-SOLVER.ACCUMULATION_STEPS, TEST.AMP and DATASETS.CUSTOM. Each key is read somewhere; tests/test_config.py proves it.
+this project are those under MODEL.ECO, MODEL.TIMM, MODEL.SEM_SEG_HEAD.TRANSFORMER_ENCODER_NAME and .PIXEL_DECODER_AMP,
+SOLVER.AMP.PRECISION, SOLVER.ACCUMULATION_STEPS, TEST.AMP and DATASETS.CUSTOM. Each key is read somewhere;
+tests/test_config.py proves it.
 """
 
 from detectron2.config import CfgNode
@@ -76,6 +77,7 @@ def _add_pixel_decoder(cfg: CfgNode) -> None:
     head = cfg.MODEL.SEM_SEG_HEAD
     head.MASK_DIM = 256
     head.PIXEL_DECODER_NAME = "BasePixelDecoder"
+    head.PIXEL_DECODER_AMP = False  # let autocast into the pixel decoder; Mask2Former does not. For bfloat16
     head.TRANSFORMER_ENCODER_NAME = "MSDeformEncoder"
     head.TRANSFORMER_ENC_LAYERS = 0
     head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES = ["res3", "res4", "res5"]

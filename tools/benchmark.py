@@ -482,8 +482,9 @@ def run_model(args: argparse.Namespace) -> None:
     if args.device == "cpu":
         keep_freed_memory()
     panoptic = [f"MODEL.MASK_FORMER.TEST.{head}_ON" for head in ("SEMANTIC", "INSTANCE")]
-    cfg = load_cfg(args.config_file, ["MODEL.DEVICE", args.device, panoptic[0], False, panoptic[1], False])
-    setting = {"config": args.config_file, "height": args.size[0], "width": args.size[1], "device": args.device}
+    opts = ["MODEL.DEVICE", args.device, panoptic[0], False, panoptic[1], False, *args.opts]
+    cfg = load_cfg(args.config_file, opts)
+    setting = {"config": " ".join([args.config_file, *args.opts]), "height": args.size[0], "width": args.size[1], "device": args.device}
     setting |= {"dtype": args.dtype, "threads": torch.get_num_threads(), "rounds": args.rounds}
     contestants = model_contestants(cfg, tuple(args.size), args.exits)
     with torch.autocast(args.device, DTYPES[args.dtype], enabled=args.dtype != "float32"):
@@ -506,6 +507,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=positive, help="CPU threads; default: PyTorch's choice")
     parser.add_argument("--rounds", type=positive, default=5, help="after one that warms up")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config options")
     parser.add_argument("--output", type=Path, help="CSV file to write")
     parser.set_defaults(run=run_model)
 

@@ -33,8 +33,11 @@ class MSDeformAttnPixelDecoder(nn.Module):
         mask_dim: int,
         norm: str,
         common_stride: int,
+        amp: bool = False,
     ):
+        """amp: let autocast in. Mask2Former keeps it out; bfloat16 bears it, with residuals and offsets in float32."""
         super().__init__()
+        self.amp = amp
         by_stride = sorted(input_shape, key=lambda name: input_shape[name].stride)
         coarse_to_fine = [n for n in reversed(by_stride) if n in encoder_in_features]
         if len(coarse_to_fine) != len(encoder_in_features):
@@ -84,6 +87,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
             "mask_dim": head.MASK_DIM,
             "norm": head.NORM,
             "common_stride": head.COMMON_STRIDE,
+            "amp": head.PIXEL_DECODER_AMP,
         }
 
     @property
@@ -111,15 +115,20 @@ class MSDeformAttnPixelDecoder(nn.Module):
 
         Returns:
             what the mask branch needs of the backbone [B, conv_dim, H/4, W/4], the same for every exit; and {exit:
-            maps [B, conv_dim, h, w] at strides 32, 16, 8}. All float32 at least whatever the autocast: the encoder's
-            coordinates do not bear half precision.
+            maps [B, conv_dim, h, w] at strides 32, 16, 8}. The maps are float32 at least whatever the autocast.
         """
-        with torch.autocast(next(iter(features.values())).device.type, enabled=False):
+        with self._precision(next(iter(features.values()))):
             features = {name: at_least_float32(f) for name, f in features.items()}
-            projected = self.project(features)
+            projected = [at_least_float32(m) for m in self.project(features)]
             pos = [sine_position(*m.shape[-2:], m.shape[1], m.device).to(m.dtype) for m in projected]
             maps = self.transformer(projected, pos, exits)
             return self.lateral(features), maps
+
+    def _precision(self, x: Tensor) -> torch.autocast:
+        kind = x.device.type
+        if self.amp and torch.is_autocast_enabled(kind):
+            return torch.autocast(kind, torch.get_autocast_dtype(kind))
+        return torch.autocast(kind, enabled=False)
 
     def project(self, features: dict[str, Tensor]) -> list[Tensor]:
         """The encoder's input maps, coarse to fine, before position and level embedding."""
@@ -131,6 +140,6 @@ class MSDeformAttnPixelDecoder(nn.Module):
 
     def mask_branch(self, lateral: Tensor, maps: Sequence[Tensor]) -> Tensor:
         """One step of a feature pyramid: res2 + upsampled finest map -> 3x3 conv -> mask features, float32."""
-        with torch.autocast(lateral.device.type, enabled=False):
+        with self._precision(lateral):
             up = F.interpolate(maps[-1], size=lateral.shape[-2:], mode="bilinear", align_corners=False)
             return self.mask_features(self.layer_1(lateral + up))

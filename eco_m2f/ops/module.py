@@ -80,14 +80,19 @@ class MSDeformAttn(nn.Module):
 
     def _in_one_pass(self, query, reference_points, values, logits, shapes) -> Tensor:
         wide = torch.promote_types(values.dtype, torch.float32)
-        offsets = self.sampling_offsets(query).view(*logits.shape, 2)
+        offsets = self.offsets(query).view(*logits.shape, 2)
         arguments = (offsets.to(wide), logits.to(wide), reference_points.to(wide))
         return ms_deform_attn_fused(values, shapes, *arguments)
+
+    def offsets(self, query: Tensor) -> Tensor:
+        """In pixels, [N, Lq, M * L * P * 2]; not under autocast, for coordinates do not bear half precision."""
+        with torch.autocast(query.device.type, enabled=False):
+            return self.sampling_offsets(query.to(self.sampling_offsets.weight.dtype))
 
     def sampling_locations(self, query: Tensor, reference_points: Tensor, shapes: list[int]) -> Tensor:
         """Reference point + predicted offset in pixels / (w, h): [N, Lq, M, L, P, 2], in float32 or float64."""
         batch, queries, _ = query.shape
-        offsets = self.sampling_offsets(query).view(batch, queries, self.num_heads, self.num_levels, self.num_points, 2)
+        offsets = self.offsets(query).view(batch, queries, self.num_heads, self.num_levels, self.num_points, 2)
         precision = torch.promote_types(offsets.dtype, torch.float32)
         # Filled on the device: a tensor made from a list would be copied there, and the copy can wait for the device.
         sizes = [reference_points.new_full((1,), shapes[i ^ 1], dtype=precision) for i in range(len(shapes))]
