@@ -117,7 +117,7 @@ def architecture(state_dict: Mapping[str, torch.Tensor]) -> dict[str, object]:
     facts = {
         "backbone": _backbone(state_dict),
         "backbone width": _size(state_dict, r"backbone\.(stem\.conv1|patch_embed\.proj)\.weight", 0),
-        "backbone blocks": _distinct(state_dict, r"backbone\.(res\d|layers\.\d+\.blocks)\.\d+\."),
+        "backbone blocks": _distinct(state_dict, r"backbone\.(res\d|(layers\.\d+\.)?blocks)\.\d+\."),
         "encoder layers": _distinct(state_dict, r"transformer\.encoder\.layers\.\d+\."),
         "decoder layers": _distinct(state_dict, r"(transformer_cross_attention_layers|decoder\.layers)\.\d+\."),
         "queries": _size(state_dict, r"query_(feat|embed)\.weight", 0),
@@ -128,6 +128,8 @@ def architecture(state_dict: Mapping[str, torch.Tensor]) -> dict[str, object]:
 
 
 def _backbone(state_dict: Mapping[str, torch.Tensor]) -> str:
+    if "backbone.pos_embed" in state_dict:
+        return "ViT"
     if "backbone.patch_embed.proj.weight" in state_dict:
         return "Swin"
     return "ResNet" if "backbone.stem.conv1.weight" in state_dict else ""

@@ -1,7 +1,9 @@
 """Every config key of the project and its default.
 
 The keys of the parent carry their official Mask2Former names, so that official YAML files merge unchanged. Keys of
-this project are those under MODEL.ECO, MODEL.TIMM, MODEL.SEM_SEG_HEAD.TRANSFORMER_ENCODER_NAME and .PIXEL_DECODER_AMP,
+this project are those under MODEL.ECO, MODEL.TIMM and MODEL.DOVIT; TRANSFORMER_ENCODER_NAME and PIXEL_DECODER_AMP of
+MODEL.SEM_SEG_HEAD; SOLVER.AMP.PRECISION, SOLVER.ACCUMULATION_STEPS, TEST.AMP and DATASETS.CUSTOM. Each key is read
+somewhere; tests/test_config.py proves it.
 SOLVER.AMP.PRECISION, SOLVER.ACCUMULATION_STEPS, TEST.AMP and DATASETS.CUSTOM. Each key is read somewhere;
 tests/test_config.py proves it.
 """
@@ -19,6 +21,7 @@ def add_eco_config(cfg: CfgNode) -> None:
     _add_pixel_decoder(cfg)
     _add_swin(cfg)
     _add_timm(cfg)
+    _add_dovit(cfg)
     _add_eco(cfg)
 
 
@@ -110,6 +113,24 @@ def _add_timm(cfg: CfgNode) -> None:
     t.NAME = "resnet50"  # a model of the package timm
     t.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     t.FREEZE_BN = True  # batch normalisation keeps the statistics and the scales of MODEL.WEIGHTS
+
+
+def _add_dovit(cfg: CfgNode) -> None:
+    d = cfg.MODEL.DOVIT = CfgNode()  # as it is, ViT-B
+    d.PATCH_SIZE = 16
+    d.EMBED_DIM = 768
+    d.DEPTH = 12
+    d.NUM_HEADS = 12
+    d.PRETRAIN_IMG_SIZE = 384  # side of the images that the position code of MODEL.WEIGHTS is made for
+    d.DECISION_LAYERS = [2, 5, 8]  # how many layers have run at each decision point
+    d.THRESHOLD = 0.985  # a token surer than this of its class stops; 1.0: none does
+    d.HEAD_DIM = 256  # hidden width of the auxiliary heads and of NaiveHead
+    d.NORM = "SyncBN"  # of the same
+    d.MASK_LAYERS = 2  # of MaskTransformerHead
+    d.AUX_WEIGHT = 0.4  # of the loss of each auxiliary head
+    d.TEACHER = ""  # weights of the same model trained at THRESHOLD 1.0, to distil from in training
+    d.KL_WEIGHT = 1.0
+    d.FEATURE_WEIGHT = 0.5
 
 
 def _add_eco(cfg: CfgNode) -> None:

@@ -27,7 +27,7 @@ from .command_line import HelpFormatter, argument_parser, hide_training_trace, l
 from .config import add_eco_config
 from .data import PanopticTestMapper, build_train_loader, check_class_count, register_from_config
 from .evaluation import evaluators_for
-from .modeling import EcoMaskFormer
+from .modeling import DoViT, EcoMaskFormer
 from .modeling.exit_policy import OracleExit
 
 logger = logging.getLogger(__name__)
@@ -48,8 +48,9 @@ def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         cfg.merge_from_list(list(opts))
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-    if cfg.MODEL.DEVICE == "cpu" and cfg.MODEL.RESNETS.NORM == "SyncBN":
-        cfg.MODEL.RESNETS.NORM = "BN"  # SyncBN's kernels exist on GPUs alone; the parameters are the same
+    for part in (cfg.MODEL.RESNETS, cfg.MODEL.DOVIT):
+        if cfg.MODEL.DEVICE == "cpu" and part.NORM == "SyncBN":
+            part.NORM = "BN"  # SyncBN's kernels exist on GPUs alone; the parameters are the same
     register_from_config(cfg.DATASETS.CUSTOM)
     cfg.freeze()
     return cfg
@@ -130,7 +131,7 @@ def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
             lr, decay = cfg.SOLVER.BASE_LR, cfg.SOLVER.WEIGHT_DECAY
             if "backbone" in module_name:
                 lr *= cfg.SOLVER.BACKBONE_MULTIPLIER
-            if "relative_position_bias_table" in name or "absolute_pos_embed" in name:
+            if any(n in name for n in ("relative_position_bias_table", "pos_embed", "cls_token")):
                 decay = 0.0
             if isinstance(module, norms):
                 decay = cfg.SOLVER.WEIGHT_DECAY_NORM
@@ -284,6 +285,8 @@ class Trainer(DefaultTrainer):
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         model = build_model(cfg)
         logger.info("Model:\n%s", model)
+        if isinstance(model, DoViT) and cfg.MODEL.DOVIT.TEACHER:
+            model.load_teacher(cfg.MODEL.DOVIT.TEACHER)
         return model
 
     @classmethod
@@ -381,7 +384,7 @@ def build_trained(cfg: CfgNode, with_gate: bool = True) -> nn.Module:
 
 
 def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
-    """Accuracy and, where images choose exits, exit statistics on every DATASETS.TEST; empty on ranks but the first."""
+    """Accuracy, and what exits or stopping tokens saved, on every DATASETS.TEST; empty on ranks but the first."""
     check_datasets(cfg, cfg.DATASETS.TEST)
     results = {}
     test = cfg.MODEL.MASK_FORMER.TEST

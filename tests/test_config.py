@@ -13,10 +13,11 @@ from tiny import Tiny
 
 from eco_m2f import engine
 from eco_m2f.config import add_eco_config
-from eco_m2f.modeling import EcoMaskFormer
+from eco_m2f.modeling import DoViT, EcoMaskFormer
 
 ALL = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml"))
 LEAVES = [name for name in ALL if not Path(name).name.startswith("Base-")]
+DOVIT = [name for name in LEAVES if Path(name).name.startswith("dovit")]
 PAPER = [name for name in LEAVES if "/panoptic-segmentation/" in name]
 BACKBONES = ("R50", "swin_tiny", "swin_small", "swin_base_IN21k_384")
 WIDTHS = {"R50": 256, "swin_tiny": 96, "swin_small": 96, "swin_base_IN21k_384": 128}  # channels of res2
@@ -59,7 +60,29 @@ def build():
     return once
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", DOVIT)
+def test_every_dovit_config_loads_and_its_model_builds(name):
+    """On the meta device: large ones have 300 M parameters."""
+    cfg = engine.load_cfg(str(CONFIGS / name), ["MODEL.DEVICE", "meta"])
+    with torch.device("meta"):
+        model = engine.build_model(cfg)
+    assert isinstance(model, DoViT)
+    engine.check_datasets(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+    kind = "NaiveHead" if "naive" in name else "MaskTransformerHead"
+    assert type(model.head).__name__ == kind == cfg.MODEL.SEM_SEG_HEAD.NAME
+    sizes = {"small": (384, 6, 12, [2, 5, 8]), "base": (768, 12, 12, [2, 5, 8]), "large": (1024, 16, 24, [6, 12, 18])}
+    for size, wanted in sizes.items():
+        if f"vit_{size}" in name:
+            vit = model.backbone
+            decisions = [stage.start for stage in vit.stages[1:]]
+            assert (vit.dim, vit.blocks[0].attn.num_heads, len(vit.blocks), decisions) == wanted
+            assert vit.patch_size == 16 and f"vit_{size}_patch16_384" in cfg.MODEL.WEIGHTS
+    thresholds = {"cityscapes": 0.985, "ade20k": 0.96}
+    assert model.threshold == thresholds.get(Path(name).parts[0], cfg.MODEL.DOVIT.THRESHOLD)
+    assert len(model.auxiliary_heads) == 3 and model.weights["loss_aux"] == 0.4
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name not in DOVIT])
 def test_every_config_loads_and_its_model_builds(name, build):
     cfg = engine.load_cfg(str(CONFIGS / name), ["MODEL.DEVICE", "cpu"])
     if name not in LEAVES:
@@ -262,7 +285,7 @@ def test_official_keys_are_all_in_that_file():
         "SOLVER.ACCUMULATION_STEPS",
         "SOLVER.AMP.PRECISION",
         "TEST.AMP",
-        *(key for key in own_keys() if key.startswith("MODEL.ECO.")),
+        *(key for key in own_keys() if key.startswith(("MODEL.ECO.", "MODEL.DOVIT.", "MODEL.TIMM."))),
     }
 
 
@@ -305,6 +328,7 @@ VARIANTS = {
     "alpha list": ("MODEL.ECO.ALPHA", "list", "MODEL.ECO.ALPHA_LIST", (1, 2, 3, 4, 5)),
     "semantic alone": ("MODEL.MASK_FORMER.TEST.PANOPTIC_ON", False, "MODEL.MASK_FORMER.TEST.INSTANCE_ON", False),
     "poly": ("SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR"),
+    "timm": ("MODEL.BACKBONE.NAME", "TimmBackbone", "MODEL.TIMM.NAME", "resnet18"),
 }
 
 
@@ -317,6 +341,11 @@ def test_each_key_is_read_by_what_trains_and_evaluates(tiny, monkeypatch):
         trainer.build_hooks()
         engine.autocast(cfg, "cpu", cfg.SOLVER.AMP.ENABLED)
         engine.evaluators_for(cfg.DATASETS.TEST[0])
+    for head in ("NaiveHead", "MaskTransformerHead"):
+        engine.build_model(reads.watch(engine.load_cfg(tiny.config("dovit"), ["MODEL.SEM_SEG_HEAD.NAME", head])))
+    with pytest.raises(OSError):
+        options = ["MODEL.DOVIT.TEACHER", str(tiny.base / "no.pth")]
+        engine.Trainer(reads.watch(engine.load_cfg(tiny.config("dovit"), options)))
     for policy in ("LinearGate", "OracleExit"):
         with pytest.raises((ValueError, OSError)):
             cfg = engine.load_cfg(

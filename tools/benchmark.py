@@ -19,6 +19,8 @@ step_a: a training step with 1, 2 and all exits, all graphs at once (joint) or e
 (recompute): seconds, and the peak of memory above that before the first step. Each setting has a process of its own.
 step_b: one image derived at all exits in one pass, against one evaluation per exit; and the per-image PQ of 5 exits.
 step_c: fitting gates on generated features; by default as many as COCO has images, and the frontier of 240 gates.
+dovit: images per second through a whole DoViT with random weights, of whose tokens a given share, drawn at random,
+stops at the first decision point; 0 is the static model. The auxiliary heads run all the same where tokens stop.
 
 All contestants take turns within each round, so that a busy machine slows them alike. Times are medians over the
 rounds: wall time, and on a CPU also the CPU time of the process, which neighbours disturb less. A ratio is the median
@@ -715,6 +717,85 @@ def add_step_arguments(subcommands) -> None:
         parser.set_defaults(run=run_step)
 
 
+# --- stopping tokens -------------------------------------------------------------------------------------------------
+
+
+class StopShare:
+    """A stop rule: that share of each image's tokens, drawn at random, at the first decision point, none later."""
+
+    def __init__(self, heads: Sequence[torch.nn.Module], share: float):
+        self.heads, self.share = heads, share
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, point: int, features: Tensor) -> Tensor:
+        self.heads[point](features)  # what a decision costs
+        sure = torch.zeros(len(features), features[0, 0].numel(), dtype=torch.bool)
+        if point == 0:
+            order = torch.rand(sure.shape, generator=self.generator).argsort(dim=1)
+            sure.scatter_(1, order[:, : round(self.share * sure.shape[1])], True)
+        return sure.view(len(features), *features.shape[2:]).to(features.device)
+
+
+def dovit_contestants(
+    cfg, size: tuple[int, int], batch: int, shares: Sequence[float]
+) -> dict[str, Callable[[], list[dict]]]:
+    """Name -> a call that segments a batch; the largest share comes first. Raises ValueError for another model."""
+    from eco_m2f.engine import build_model
+    from eco_m2f.modeling import DoViT
+
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    if not isinstance(model, DoViT):
+        raise ValueError(f"--config-file is of a {type(model).__name__}: take one of a DoViT, see configs/*/*/dovit/")
+    images = torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8)
+
+    def segment(share: float) -> list[dict]:
+        model.stop_rule = lambda: StopShare(model.auxiliary_heads, share) if share else None
+        return model([{"image": image} for image in images])
+
+    return {f"{100 * s:g} % stopped": functools.partial(segment, s) for s in sorted(shares, reverse=True)}
+
+
+@torch.no_grad()
+def run_dovit(args: argparse.Namespace) -> None:
+    """The subcommand `dovit`."""
+    from eco_m2f.engine import load_cfg
+
+    _use_threads(args.threads)
+    if args.device == "cpu":
+        keep_freed_memory()
+    contestants = dovit_contestants(
+        load_cfg(args.config_file, ["MODEL.DEVICE", args.device]), tuple(args.size), args.batch, args.stopped
+    )
+    setting = {"config": args.config_file, "height": args.size[0], "width": args.size[1], "batch": args.batch}
+    rows = []
+    for row in measure_model(contestants, args.rounds, args.device):
+        tokens = contestants[row["contestant"]]()[0]["tokens"]
+        row |= {"images_per_s": f"{1e3 * args.batch / float(row['wall_ms']):.3f}"}
+        row |= {"gflops": f"{tokens['gflops']:.2f}", "static_gflops": f"{tokens['static_gflops']:.2f}"}
+        rows.append({**setting, **row})
+        print(_line(row), flush=True)
+    _save(args, rows)
+
+
+def share(text: str) -> float:
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share below 1")
+    return float(text)
+
+
+def add_dovit_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config-file", required=True, help="of a DoViT")
+    parser.add_argument("--size", type=positive, nargs=2, default=[512, 512], metavar=("H", "W"), help="pixels")
+    parser.add_argument("--batch", type=positive, default=2)
+    parser.add_argument("--stopped", type=share, nargs="+", default=[0.0, 0.5], help="shares of the tokens")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=positive, help="CPU threads; default: PyTorch's choice")
+    parser.add_argument("--rounds", type=positive, default=5, help="after one that warms up")
+    parser.add_argument("--output", type=Path, help="CSV file to write")
+    parser.set_defaults(run=run_dovit)
+
+
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
@@ -745,6 +826,7 @@ def main() -> int:
     add_op_arguments(subcommands.add_parser("op", help="the deformable attention alone"))
     add_model_arguments(subcommands.add_parser("model", help="a whole model, image to panoptic map"))
     add_step_arguments(subcommands)
+    add_dovit_arguments(subcommands.add_parser("dovit", help="a DoViT of whose tokens some stop"))
     args = parser.parse_args()
     return run(args.run, args)
 

@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Write the weights of a timm model as a backbone pickle (.pkl) for MODEL.WEIGHTS of a config with MODEL.TIMM.
+"""Write the weights of a timm model as a backbone pickle (.pkl) for MODEL.WEIGHTS.
+
+For a config with MODEL.TIMM, or, the plain vision transformers (vit_*), for one of a DoViT.
 
     python tools/convert_timm.py resnet50 resnet50.pkl                            (timm downloads its own weights)
     python tools/convert_timm.py resnet50 resnet50.pkl --source resnet50.pth      (a file in timm's names)
@@ -31,7 +33,7 @@ def convert(name: str, target: Path, source: str | None = None) -> str:
     if not timm.is_model(name):
         listing = "python -c 'import timm; print(timm.list_models())'"
         raise CheckpointError(f"{name!r} is no model of timm {timm.__version__}; {listing} lists them")
-    model = timm.create_model(name, features_only=True, pretrained=True) if source is None else loaded(name, source)
+    model = timm.create_model(name, pretrained=True, **wanted_parts(name)) if source is None else loaded(name, source)
     arrays = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
     with atomic_write(target) as file:
         pickle.dump({"model": arrays, "__author__": "third_party", "matching_heuristics": True}, file, protocol=4)
@@ -40,8 +42,13 @@ def convert(name: str, target: Path, source: str | None = None) -> str:
     return f"{target}: {len(arrays)} tensors of {name}; trained with PIXEL_MEAN {mean}, PIXEL_STD {std}, FORMAT RGB"
 
 
+def wanted_parts(name: str) -> dict:
+    """What timm is to build: the features' extractor that MODEL.TIMM takes; of a plain ViT all but the classifier."""
+    return {"num_classes": 0} if name.startswith("vit_") else {"features_only": True}
+
+
 def loaded(name: str, source: str) -> torch.nn.Module:
-    """The feature extractor with the weights of a file. timm itself loads them, for it renames on the way."""
+    """The model with the weights of a file. timm itself loads them, for it renames on the way."""
     timm = require("timm", "converting its weights")
     path = checkpoint_path(source)
     with torch.device("meta"):
@@ -49,8 +56,8 @@ def loaded(name: str, source: str) -> torch.nn.Module:
     weights = in_timm_names(read_checkpoint(path)["model"], wanted, path)
     with tempfile.TemporaryDirectory() as folder:
         torch.save(weights, Path(folder, "weights.pth"))
-        overlay = {"file": str(Path(folder, "weights.pth"))}
-        return timm.create_model(name, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay)
+        overlay = {"file": str(Path(folder, "weights.pth")), "custom_load": False}  # not as the original's format
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **wanted_parts(name))
 
 
 def checkpoint_path(source: str) -> Path:

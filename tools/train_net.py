@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains the parent, or an ECO model (Step A), and evaluates either.
+"""Trains the parent, an ECO model (Step A) or a DoViT, and evaluates any of them.
 
 Train:     tools/train_net.py --config-file configs/toy/maskformer2_toy.yaml
 Resume:    the same with --resume

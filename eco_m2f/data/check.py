@@ -18,6 +18,7 @@ from .panoptic_map import VOID, DataError, read_ids
 from .parallel import each
 
 CITYSCAPES = "cityscapes_panoptic_seg"  # detectron2's evaluator_type
+SEMANTIC_TYPES = ("sem_seg", "cityscapes_sem_seg")  # those of datasets that have class maps alone
 
 
 @dataclass(frozen=True, order=True)
@@ -34,8 +35,11 @@ class Finding:
 
 def check_class_count(dataset_name: str, num_classes: int) -> None:
     """Raises ValueError unless MODEL.SEM_SEG_HEAD.NUM_CLASSES is the dataset's number of categories (thing + stuff)."""
-    meta = _metadata(dataset_name)
-    count = len(meta.thing_dataset_id_to_contiguous_id) + len(meta.stuff_dataset_id_to_contiguous_id)
+    if _is_semantic(dataset_name):
+        count = len(MetadataCatalog.get(dataset_name).stuff_classes)
+    else:
+        meta = _metadata(dataset_name)
+        count = len(meta.thing_dataset_id_to_contiguous_id) + len(meta.stuff_dataset_id_to_contiguous_id)
     if count != num_classes:
         raise ValueError(
             f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}, but dataset {dataset_name!r} has {count} categories: "
@@ -133,6 +137,10 @@ def summary(findings: Iterable[Finding], limit: int = 10) -> str:
         if count > limit:
             lines.append(f"  ... and {count - limit} more")
     return "\n".join(lines)
+
+
+def _is_semantic(name: str) -> bool:
+    return name in DatasetCatalog.list() and MetadataCatalog.get(name).get("evaluator_type") in SEMANTIC_TYPES
 
 
 def _metadata(name: str):

@@ -1,7 +1,8 @@
 """Mappers: a dataset dict with file names -> the tensors a model reads.
 
 Training mappers are named by INPUT.DATASET_MAPPER_NAME, with the names public Mask2Former YAMLs use:
-`coco_panoptic_lsj` (large-scale jittering) and `mask_former_panoptic` (resize, crop, colour, flip).
+`coco_panoptic_lsj` (large-scale jittering), `mask_former_panoptic` (resize, crop, colour, flip) and
+`mask_former_semantic` (the same for class maps).
 """
 
 import copy
@@ -13,7 +14,7 @@ from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import Instances
 
-from .panoptic_map import ADVICE, DataError, decode, index_map, masks_of, read_ids
+from .panoptic_map import ADVICE, DataError, decode, index_map, masks_of, read_classes, read_ids
 from .transforms import ColorAugSSD, JitterScale
 
 IMAGE_PAD = 128  # grey
@@ -54,14 +55,14 @@ class PanopticTrainMapper:
         record = dict(dataset_dict)
         image = read_image(record, self.image_format)
         segments, planes = _read_segments(record, image)
-        sem_seg = _class_map(planes, segments, self.ignore_label) if self.needs_sem_seg else None
+        sem_seg = _class_map(planes, segments, self.ignore_label, crowds=False) if self.needs_sem_seg else None
         aug_input = T.AugInput(image, sem_seg=sem_seg)
         transforms = self.augmentations(aug_input)
         image, planes = self._pad(aug_input.image, transforms.apply_segmentation(planes))
-        output = {key: record[key] for key in ("file_name", "image_id", "height", "width")}
-        output["image"] = _to_tensor(image)
-        output["instances"] = _instances(planes, segments)
-        return output
+        wanted = np.flatnonzero([not s.get("iscrowd", 0) for s in segments])
+        left, instances = _instances(planes, wanted)
+        instances.gt_classes = torch.tensor([segments[i]["category_id"] for i in left], dtype=torch.int64)
+        return {**_identity(record), "image": _to_tensor(image), "instances": instances}
 
     def _pad(self, image: np.ndarray, planes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if self.size_divisibility < 1:
@@ -105,9 +106,58 @@ class MaskFormerPanopticMapper(PanopticTrainMapper):
         }
 
 
+class MaskFormerSemanticMapper(MaskFormerPanopticMapper):
+    """The same recipe for class maps: semantic PNGs, or the classes of panoptic ones where there are no others.
+
+    Output: as of `PanopticTrainMapper`, with sem_seg (int64 [H, W], void SEM_SEG_HEAD.IGNORE_VALUE); there is one
+    instance per visible class. Crowds have their class, as in the semantic annotation of COCO and Cityscapes.
+    """
+
+    @configurable
+    def __init__(self, is_train: bool = True, *, num_classes: int, **panoptic):
+        super().__init__(is_train, **panoptic)
+        self.num_classes = num_classes
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
+        return {**super().from_config(cfg, is_train), "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES}
+
+    def __call__(self, dataset_dict: dict) -> dict:
+        record = dict(dataset_dict)
+        image = read_image(record, self.image_format)
+        aug_input = T.AugInput(image, sem_seg=self._read_classes(record, image))
+        self.augmentations(aug_input)
+        image, classes = self._pad(aug_input.image, aug_input.sem_seg)
+        left, instances = _instances(classes, np.arange(self.num_classes))
+        instances.gt_classes = torch.from_numpy(left)
+        sem_seg = torch.from_numpy(np.where(classes < self.num_classes, classes, self.ignore_label).astype(np.int64))
+        return {**_identity(record), "image": _to_tensor(image), "sem_seg": sem_seg, "instances": instances}
+
+    def _read_classes(self, record: dict, image: np.ndarray) -> np.ndarray:
+        """uint8 [H, W]. Raises DataError where map and image differ in size, or a class is none of the model's."""
+        if "sem_seg_file_name" not in record:
+            segments, planes = _read_segments(record, image)
+            return _class_map(planes, segments, self.ignore_label, crowds=True)
+        source = record["sem_seg_file_name"]
+        classes = read_classes(source)
+        if classes.shape != image.shape[:2]:
+            raise DataError(
+                f"{source}: the semantic PNG is {classes.shape[1]}x{classes.shape[0]} pixels but its image "
+                f"{record['file_name']} is {image.shape[1]}x{image.shape[0]}; one of them is wrong"
+            )
+        unknown = np.setdiff1d(classes, [*range(self.num_classes), self.ignore_label])
+        if unknown.size:
+            raise DataError(
+                f"{source}: class {unknown[0]} is none of MODEL.SEM_SEG_HEAD.NUM_CLASSES {self.num_classes}, nor the "
+                f"void value {self.ignore_label}; datasets/README.md tells how the PNG is made"
+            )
+        return classes
+
+
 MAPPERS = {
     "coco_panoptic_lsj": COCOPanopticLSJMapper,
     "mask_former_panoptic": MaskFormerPanopticMapper,
+    "mask_former_semantic": MaskFormerSemanticMapper,
 }
 
 
@@ -202,22 +252,26 @@ def _read_segments(record: dict, image: np.ndarray) -> tuple[list[dict], np.ndar
     return segments, index_map(ids, [s["id"] for s in segments], source)
 
 
-def _class_map(planes: np.ndarray, segments: list[dict], ignore_label: int) -> np.ndarray:
-    """Contiguous class of each pixel, uint8 [H, W]; void and crowds get ignore_label."""
-    classes = [ignore_label if s.get("iscrowd", 0) else s["category_id"] for s in segments]
+def _class_map(planes: np.ndarray, segments: list[dict], ignore_label: int, crowds: bool) -> np.ndarray:
+    """Contiguous class of each pixel, uint8 [H, W]; void, and crowds unless they are wanted, get ignore_label."""
+    classes = [ignore_label if s.get("iscrowd", 0) and not crowds else s["category_id"] for s in segments]
     if max(classes, default=0) > 255:
-        raise ValueError(f"INPUT.CROP.SINGLE_CATEGORY_MAX_AREA needs class ids below 256, got {max(classes)}")
+        raise ValueError(f"a map of classes needs class ids below 256, got {max(classes)}")
     table = np.asarray([*classes, ignore_label], dtype=np.uint8)
     return table[np.minimum(decode(planes), len(segments))]
 
 
-def _instances(planes: np.ndarray, segments: list[dict]) -> Instances:
-    wanted = np.flatnonzero([not s.get("iscrowd", 0) for s in segments])
+def _instances(planes: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, Instances]:
+    """Those of the wanted positions that are still visible, and their masks; the classes are not set."""
     left, masks = masks_of(planes, wanted)
     instances = Instances(planes.shape[:2])
-    instances.gt_classes = torch.tensor([segments[i]["category_id"] for i in left], dtype=torch.int64)
     instances.gt_masks = torch.from_numpy(masks)
-    return instances
+    return left, instances
+
+
+def _identity(record: dict) -> dict:
+    """What tells an image from others, and its original size."""
+    return {key: record[key] for key in ("file_name", "image_id", "height", "width")}
 
 
 def _common(cfg: CfgNode, is_train: bool) -> dict:

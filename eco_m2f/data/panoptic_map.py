@@ -1,6 +1,7 @@
-"""Panoptic PNGs: reading them, and turning segment ids into masks quickly.
+"""Panoptic and semantic PNGs: reading them, and turning segment ids into masks quickly.
 
-A COCO-format panoptic PNG stores at each pixel the id of its segment, R + 256 G + 65536 B; id 0 is void.
+A COCO-format panoptic PNG stores at each pixel the id of its segment, R + 256 G + 65536 B; id 0 is void. A semantic PNG
+(class map) stores the contiguous class in one channel.
 """
 
 from pathlib import Path
@@ -31,6 +32,22 @@ def read_ids(file_name: str | Path) -> np.ndarray:
     except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG chunk
         raise DataError(f"{file_name}: panoptic PNG cannot be read ({error}); restore it, or {ADVICE}") from error
     return rgb[..., 0] + rgb[..., 1] * np.int32(256) + rgb[..., 2] * np.int32(65536)
+
+
+def read_classes(file_name: str | Path) -> np.ndarray:
+    """Reads a semantic PNG into classes, uint8 [H, W]. Raises DataError if it is missing, unreadable or in colour."""
+    try:
+        with Image.open(file_name) as png:
+            if png.mode not in ("L", "P"):
+                raise DataError(
+                    f"{file_name}: a semantic PNG must hold one channel of 8 bits, the class, got mode {png.mode}; "
+                    "datasets/README.md tells how it is made"
+                )
+            return np.asarray(png)
+    except FileNotFoundError as error:
+        raise DataError(f"{file_name}: semantic PNG not found; datasets/README.md tells how it is made") from error
+    except (OSError, SyntaxError) as error:
+        raise DataError(f"{file_name}: semantic PNG cannot be read ({error}); make it again") from error
 
 
 def ids_to_rgb(ids: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Quality and cost: PQ per image and per dataset, mIoU, AP, exits taken and GFLOPs."""
+"""Quality and cost: PQ per image and per dataset, mIoU, AP, exits taken, tokens kept and GFLOPs."""
 
 from .build import evaluators_for
 from .exit_statistics import ExitStatistics
@@ -6,6 +6,7 @@ from .instance import InstanceEvaluator
 from .panoptic import PanopticEvaluator
 from .panoptic_quality import ImageStatistics, PanopticTarget, dataset_pq, image_statistics, total_statistics
 from .semantic import SemanticEvaluator
+from .token_statistics import TokenStatistics
 
 __all__ = [
     "ExitStatistics",
@@ -14,6 +15,7 @@ __all__ = [
     "PanopticEvaluator",
     "PanopticTarget",
     "SemanticEvaluator",
+    "TokenStatistics",
     "dataset_pq",
     "evaluators_for",
     "image_statistics",

@@ -154,6 +154,14 @@ class ExitCosts:
         return self  # a copy of the model costs the same
 
 
+def module_flops(module: nn.Module, *shapes: Sequence[int]) -> int:
+    """FLOPs, in the paper's convention, of calling a module in eval mode on a tensor of each shape."""
+    tape, bare = OpTape(), _without_values(module)
+    with _shapes_only(), tape:
+        out = bare(*(torch.empty(*shape) for shape in shapes))
+    return sum(op.flops for op in tape.ancestors([out]))
+
+
 def exits_of(model: nn.Module) -> tuple[int, ...]:
     """The exits of an `EcoMaskFormer`; of a parent, the depths from 2 that its encoder offers, or else the last."""
     offered = model.sem_seg_head.exits

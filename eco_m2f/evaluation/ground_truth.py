@@ -1,13 +1,14 @@
-"""The panoptic annotation of a registered dataset: one JSON and a folder of PNGs, as COCO defines them."""
+"""The annotation of a registered dataset: one JSON and a folder of PNGs, as COCO defines them, or class maps."""
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from detectron2.data import MetadataCatalog
 
-from ..data.panoptic_map import index_map, read_ids
+from ..data.panoptic_map import index_map, read_classes, read_ids
 from .panoptic_quality import contiguous_to_dataset_id
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ class PanopticGroundTruth:
         content = json.loads(Path(self.metadata.panoptic_json).read_text())
         self.categories = content["categories"]
         self.dataset_id = contiguous_to_dataset_id(self.metadata)
+        name = {c["id"]: c.get("name", str(c["id"])) for c in self.categories}
+        self.class_names = [name[self.dataset_id[i]] for i in range(len(self.dataset_id))]
         self._annotations = {a["image_id"]: a for a in content["annotations"]}
 
     def __len__(self) -> int:
@@ -50,6 +53,14 @@ class PanopticGroundTruth:
         index_map(ids, [s["id"] for s in annotation["segments_info"]], path)
         return ids
 
+    def class_map(self, x: Mapping) -> np.ndarray:
+        """[H, W] contiguous classes of an input: its `sem_seg_file_name`, or else those of its panoptic annotation."""
+        if "sem_seg_file_name" in x:
+            return read_classes(x["sem_seg_file_name"]).astype(np.int64)
+        contiguous_id = {dataset: contiguous for contiguous, dataset in self.dataset_id.items()}
+        ignore = getattr(self.metadata, "ignore_label", 255)
+        return semantic_map(self.id_map(x["image_id"]), self.segments(x["image_id"]), contiguous_id, ignore)
+
     def warn_if_partial(self, evaluated: int) -> None:
         """Metrics cover the images seen; say so where those are not all."""
         if evaluated < len(self):
@@ -61,6 +72,18 @@ class PanopticGroundTruth:
                 f"image {image_id!r} is not in {self.metadata.panoptic_json}: is the dataset the right one?"
             )
         return self._annotations[image_id]
+
+
+class SemanticGroundTruth:
+    """The classes of a dataset that has class maps alone: ADE20K, or Cityscapes' semantic split."""
+
+    def __init__(self, dataset_name: str):
+        self.name = dataset_name
+        self.class_names = list(MetadataCatalog.get(dataset_name).stuff_classes)
+
+    def class_map(self, x: Mapping) -> np.ndarray:
+        """[H, W] contiguous classes of an input."""
+        return read_classes(x["sem_seg_file_name"]).astype(np.int64)
 
 
 def semantic_map(id_map: np.ndarray, segments: list[dict], contiguous_id: dict[int, int], ignore: int) -> np.ndarray:

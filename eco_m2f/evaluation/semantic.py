@@ -4,10 +4,9 @@ from collections.abc import Mapping
 
 import numpy as np
 from detectron2.evaluation import DatasetEvaluator
-from PIL import Image
 
 from .collect import gather_rows, write_json
-from .ground_truth import PanopticGroundTruth, semantic_map
+from .ground_truth import PanopticGroundTruth, SemanticGroundTruth
 
 
 class SemanticEvaluator(DatasetEvaluator):
@@ -18,13 +17,10 @@ class SemanticEvaluator(DatasetEvaluator):
     the means are over the classes that occur in the ground truth and ignored pixels count nowhere.
     """
 
-    def __init__(self, ground_truth: PanopticGroundTruth, output_dir: str | None = None):
+    def __init__(self, ground_truth: PanopticGroundTruth | SemanticGroundTruth, output_dir: str | None = None):
         self._ground_truth = ground_truth
         self._output_dir = output_dir
-        self._contiguous_id = {dataset: contiguous for contiguous, dataset in ground_truth.dataset_id.items()}
-        self._ignore = getattr(ground_truth.metadata, "ignore_label", 255)
-        name = {c["id"]: c.get("name", str(c["id"])) for c in ground_truth.categories}
-        self._class_names = [name[ground_truth.dataset_id[i]] for i in range(len(ground_truth.dataset_id))]
+        self._class_names = ground_truth.class_names
         self.reset()
 
     def reset(self) -> None:
@@ -40,7 +36,7 @@ class SemanticEvaluator(DatasetEvaluator):
                     "set MODEL.SEM_SEG_HEAD.NUM_CLASSES"
                 )
             pred = scores.argmax(dim=0).cpu().numpy()
-            self._rows[x["image_id"]] = _sparse_confusion(self._truth(x), pred, num_classes)
+            self._rows[x["image_id"]] = _sparse_confusion(self._ground_truth.class_map(x), pred, num_classes)
 
     def evaluate(self) -> dict | None:
         rows = gather_rows(self._rows)
@@ -53,14 +49,6 @@ class SemanticEvaluator(DatasetEvaluator):
         result = semantic_metrics(confusion.reshape(num_classes, num_classes), self._class_names)
         write_json(self._output_dir, "semantic.json", {k: None if np.isnan(v) else v for k, v in result.items()})
         return {"sem_seg": result}
-
-    def _truth(self, x: Mapping) -> np.ndarray:
-        truth = self._ground_truth
-        if "sem_seg_file_name" in x:
-            with Image.open(x["sem_seg_file_name"]) as image:
-                return np.asarray(image, dtype=np.int64)
-        image_id = x["image_id"]
-        return semantic_map(truth.id_map(image_id), truth.segments(image_id), self._contiguous_id, self._ignore)
 
 
 def semantic_metrics(confusion: np.ndarray, class_names: list[str]) -> dict[str, float]:

@@ -204,8 +204,8 @@ def test_coco_sample(shared, forget, cfg):
 
 
 def test_unknown_mapper_name_lists_the_known(cfg):
-    cfg.INPUT.DATASET_MAPPER_NAME = "mask_former_semantic"
-    with pytest.raises(ValueError, match="'mask_former_semantic'.*coco_panoptic_lsj"):
+    cfg.INPUT.DATASET_MAPPER_NAME = "mask_former_instance"
+    with pytest.raises(ValueError, match="'mask_former_instance'.*coco_panoptic_lsj"):
         build_train_mapper(cfg)
 
 

@@ -133,7 +133,12 @@ def test_convert_timm_refuses_what_does_not_fit(tmp_path, convert):
     for name, target, source, message in (
         ("resnet18", "w.pth", "other.pth", "must end in .pkl"),
         ("resnet_eighteen", "w.pkl", "other.pth", "no model of timm"),
-        ("resnet18", "w.pkl", "other.pth", r"holds another model: conv1.weight should be \(64, 3, 7, 7\), the file has"),
+        (
+            "resnet18",
+            "w.pkl",
+            "other.pth",
+            r"holds another model: conv1.weight should be \(64, 3, 7, 7\), the file has",
+        ),
         ("resnet18", "w.pkl", "absent.pth", "no checkpoint at"),
     ):
         with pytest.raises((CheckpointError, FileNotFoundError), match=message):

@@ -1,0 +1,47 @@
+"""How many tokens went on, and what that saved."""
+
+from collections.abc import Mapping
+
+from detectron2.evaluation import DatasetEvaluator
+
+from .collect import gather_rows, write_json
+
+
+class TokenStatistics(DatasetEvaluator):
+    """Reads `tokens` of the outputs, as `DoViT.forward` makes them; a model that stops no tokens gives no result.
+
+    `evaluate` returns {"tokens": {threshold, kept@<i>, GFLOPs, static_GFLOPs, saved}}: the mean share of the tokens
+    that go on after each decision point i (from 1), the mean costs with and without stopping, and the share of the
+    latter that was saved, shares in percent. With an output_dir it also writes `tokens.json`, with every image's own.
+    """
+
+    def __init__(self, output_dir: str | None = None):
+        self._output_dir = output_dir
+        self.reset()
+
+    def reset(self) -> None:
+        self._rows = {}
+
+    def process(self, inputs: list[Mapping], outputs: list[Mapping]) -> None:
+        for x, y in zip(inputs, outputs):
+            if "tokens" in y:
+                self._rows[x["image_id"]] = dict(y["tokens"])
+
+    def evaluate(self) -> dict | None:
+        rows = gather_rows(self._rows)
+        if rows is None:
+            return None
+        if not rows:
+            return {}
+        gflops, static = (sum(row[key] for row in rows.values()) / len(rows) for key in ("gflops", "static_gflops"))
+        kept = [100 * sum(shares) / len(rows) for shares in zip(*(row["kept"] for row in rows.values()))]
+        result = {
+            "threshold": next(iter(rows.values()))["threshold"],
+            **{f"kept@{i}": share for i, share in enumerate(kept, 1)},
+            "GFLOPs": gflops,
+            "static_GFLOPs": static,
+            "saved": 100 * (1 - gflops / static),
+        }
+        per_image = {str(image_id): row for image_id, row in rows.items()}
+        write_json(self._output_dir, "tokens.json", {**result, "per_image": per_image})
+        return {"tokens": result}

@@ -1,0 +1,74 @@
+"""How many tokens went on and what it saved; mIoU on datasets of class maps."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from eco_m2f.evaluation import TokenStatistics, evaluators_for
+
+INPUTS = [{"image_id": i} for i in range(2)]
+
+
+def outputs(threshold=0.9) -> list[dict]:
+    common = {"threshold": threshold, "static_gflops": 10.0}
+    return [
+        {"tokens": {**common, "kept": [0.8, 0.5], "gflops": 6.0}},
+        {"tokens": {**common, "kept": [0.6, 0.0], "gflops": 4.0}},
+    ]
+
+
+def run(evaluator, inputs, given):
+    evaluator.reset()
+    for x, y in zip(inputs, given):
+        evaluator.process([x], [y])
+    return evaluator.evaluate()
+
+
+def test_means_over_images(tmp_path):
+    evaluator = TokenStatistics(str(tmp_path))
+    result = run(evaluator, INPUTS, outputs())["tokens"]
+    assert result == pytest.approx(
+        {"threshold": 0.9, "kept@1": 70.0, "kept@2": 25.0, "GFLOPs": 5.0, "static_GFLOPs": 10.0, "saved": 50.0}
+    )
+    written = json.loads((tmp_path / "tokens.json").read_text())
+    assert written["per_image"]["1"] == outputs()[1]["tokens"] and written["saved"] == pytest.approx(50.0)
+    again = run(evaluator, INPUTS[:1], outputs()[:1])["tokens"]
+    assert again["GFLOPs"] == 6.0  # a reset forgets
+
+
+def test_a_model_that_stops_no_tokens_gives_no_result():
+    assert run(TokenStatistics(), INPUTS, [{}, {}]) == {}
+
+
+@pytest.fixture
+def semantic_set(tmp_path):
+    """A registered dataset of class maps alone."""
+    classes = np.array([[0, 0, 1, 255]], dtype=np.uint8)
+    Image.fromarray(classes).save(tmp_path / "a.png")
+    record = {"image_id": 0, "sem_seg_file_name": str(tmp_path / "a.png")}
+    DatasetCatalog.register("class_maps", lambda: [record])
+    MetadataCatalog.get("class_maps").set(stuff_classes=["sky", "sea"], evaluator_type="sem_seg", ignore_label=255)
+    yield record
+    DatasetCatalog.remove("class_maps")
+    MetadataCatalog.remove("class_maps")
+
+
+def test_class_maps_alone_are_judged_by_miou(semantic_set, tmp_path):
+    """Of two pixels of sky one is taken for sea; the pixel of void counts nowhere."""
+    scores = torch.tensor([[[1.0, 0, 0, 1]], [[0.0, 1, 1, 0]]])
+    evaluator = evaluators_for("class_maps", str(tmp_path / "out"))
+    result = run(evaluator, [semantic_set], [{"sem_seg": scores, **outputs()[0]}])
+    assert set(result) == {"sem_seg", "tokens"}
+    expected = {"IoU-sky": 50.0, "IoU-sea": 50.0, "mIoU": 50.0, "pACC": 200 / 3}
+    assert {k: result["sem_seg"][k] for k in expected} == pytest.approx(expected)
+    written = {p.name for p in (tmp_path / "out" / "class_maps").iterdir()}
+    assert written == {"semantic.json", "tokens.json"}
+
+
+def test_class_maps_alone_need_a_semantic_model(semantic_set):
+    with pytest.raises(ValueError, match="'class_maps' has class maps alone: set .*SEMANTIC_ON"):
+        evaluators_for("class_maps", semantic_on=False)

@@ -1,0 +1,65 @@
+#!/usr/bin/env python
+"""Evaluates a DoViT at several thresholds: mIoU beside the tokens kept and the GFLOPs saved, as a table and a CSV.
+
+    tools/sweep_thresholds.py --config-file configs/toy/dovit_toy.yaml --thresholds 0.9 0.95 0.98 1.0 \\
+        --output output/toy/dovit/thresholds.csv MODEL.WEIGHTS output/toy/dovit/model_final.pth
+
+A threshold of 1.0 is the static model. A row per dataset of DATASETS.TEST and threshold.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+from detectron2.utils import comm
+
+from eco_m2f import engine
+from eco_m2f.files import atomic_write
+from eco_m2f.modeling import DoViT
+
+
+def main(args) -> None:
+    cfg = engine.setup(args)
+    model = engine.build_trained(cfg)
+    if not isinstance(model, DoViT):
+        raise ValueError(f"{args.config_file} is of a {cfg.MODEL.META_ARCHITECTURE}: only a DoViT has a threshold")
+    rows = []
+    for threshold in args.thresholds:
+        model.threshold = threshold
+        results = engine.evaluate(cfg, model)
+        if comm.is_main_process():
+            by_name = {cfg.DATASETS.TEST[0]: results} if len(cfg.DATASETS.TEST) == 1 else results
+            rows += [{"dataset": name, "mIoU": r["sem_seg"]["mIoU"], **r["tokens"]} for name, r in by_name.items()]
+    if comm.is_main_process():
+        report(rows, args.output)
+
+
+def report(rows: list[dict], output: Path | None) -> None:
+    """Prints the rows, and writes them."""
+    print("  ".join(rows[0]))
+    for row in rows:
+        print("  ".join(f"{v:>{len(k)}.4g}" if isinstance(v, float) else v for k, v in row.items()))
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(output, "w") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def probability(text: str) -> float:
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return float(text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = engine.argument_parser(__doc__)
+    parser.add_argument("--thresholds", type=probability, nargs="+", required=True, help="1.0 is the static model")
+    parser.add_argument("--output", type=Path, metavar="CSV", help="file to write")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(engine.run(engine.launch, main, build_parser().parse_args()))
