@@ -4,8 +4,6 @@ The keys of the parent carry their official Mask2Former names, so that official 
 this project are those under MODEL.ECO, MODEL.TIMM and MODEL.DOVIT; TRANSFORMER_ENCODER_NAME and PIXEL_DECODER_AMP of
 MODEL.SEM_SEG_HEAD; SOLVER.AMP.PRECISION, SOLVER.ACCUMULATION_STEPS, TEST.AMP and DATASETS.CUSTOM. Each key is read
 somewhere; tests/test_config.py proves it.
-SOLVER.AMP.PRECISION, SOLVER.ACCUMULATION_STEPS, TEST.AMP and DATASETS.CUSTOM. Each key is read somewhere;
-tests/test_config.py proves it.
 """
 
 from detectron2.config import CfgNode
