@@ -1,9 +1,9 @@
 """Every config key of the project and its default.
 
 The keys of the parent carry their official Mask2Former names, so that official YAML files merge unchanged. Keys of
-this project are those under MODEL.ECO, MODEL.TIMM and MODEL.DOVIT; TRANSFORMER_ENCODER_NAME and PIXEL_DECODER_AMP of
-MODEL.SEM_SEG_HEAD; SOLVER.AMP.PRECISION, SOLVER.ACCUMULATION_STEPS, TEST.AMP and DATASETS.CUSTOM. Each key is read
-somewhere; tests/test_config.py proves it.
+this project are those under MODEL.ECO, MODEL.TIMM, MODEL.PROSCALE, MODEL.HYBRID and MODEL.DOVIT; MASK_BRANCH,
+PIXEL_DECODER_AMP and TRANSFORMER_ENCODER_NAME of MODEL.SEM_SEG_HEAD; SOLVER.AMP.PRECISION, SOLVER.ACCUMULATION_STEPS,
+TEST.AMP and DATASETS.CUSTOM. Each key is read somewhere; tests/test_config.py proves it.
 """
 
 from detectron2.config import CfgNode
@@ -17,6 +17,7 @@ def add_eco_config(cfg: CfgNode) -> None:
     _add_solver(cfg)
     _add_mask_former(cfg)
     _add_pixel_decoder(cfg)
+    _add_encoders(cfg)
     _add_swin(cfg)
     _add_timm(cfg)
     _add_dovit(cfg)
@@ -79,11 +80,22 @@ def _add_pixel_decoder(cfg: CfgNode) -> None:
     head.MASK_DIM = 256
     head.PIXEL_DECODER_NAME = "BasePixelDecoder"
     head.PIXEL_DECODER_AMP = False  # let autocast into the pixel decoder; Mask2Former does not. For bfloat16
-    head.TRANSFORMER_ENCODER_NAME = "MSDeformEncoder"
+    head.MASK_BRANCH = "fpn"  # what makes the mask features: "fpn", "lpe" (PRO-SCALE) or "stride8" (RT-M2F)
+    head.TRANSFORMER_ENCODER_NAME = "MSDeformEncoder"  # or "LiteEncoder", "ProScaleEncoder", "HybridEncoder"
     head.TRANSFORMER_ENC_LAYERS = 0
     head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES = ["res3", "res4", "res5"]
     head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS = 4
     head.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS = 8
+
+
+def _add_encoders(cfg: CfgNode) -> None:
+    p = cfg.MODEL.PROSCALE = CfgNode()  # ProScaleEncoder
+    p.STAGES = [2, 2, 2]  # (p1, p2, p3): layers on res5, then with res4, then with res3; TRANSFORMER_ENC_LAYERS in all
+    p.RECALIBRATE = True  # weigh the tokens that join a stage by what res3 says of them
+    p.TEMPERATURE = 0.1  # of that
+    p.EXIT_AFTER_STAGES = False  # exits after every stage, not only after the layers of the last
+    h = cfg.MODEL.HYBRID = CfgNode()  # HybridEncoder
+    h.NORM = "BN"  # or "SyncBN"
 
 
 def _add_swin(cfg: CfgNode) -> None:

@@ -28,6 +28,7 @@ from .config import add_eco_config
 from .data import PanopticTestMapper, build_train_loader, check_class_count, register_from_config
 from .evaluation import evaluators_for
 from .modeling import DoViT, EcoMaskFormer
+from .modeling.encoders.hybrid import fuse_for_deployment
 from .modeling.exit_policy import OracleExit
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         cfg.merge_from_list(list(opts))
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-    for part in (cfg.MODEL.RESNETS, cfg.MODEL.DOVIT):
+    for part in (cfg.MODEL.RESNETS, cfg.MODEL.HYBRID, cfg.MODEL.DOVIT):
         if cfg.MODEL.DEVICE == "cpu" and part.NORM == "SyncBN":
             part.NORM = "BN"  # SyncBN's kernels exist on GPUs alone; the parameters are the same
     register_from_config(cfg.DATASETS.CUSTOM)
@@ -412,7 +413,7 @@ def load_predictor(config_file: str, opts: Sequence[str] = ()) -> Callable:
     Example: `load_predictor("configs/toy/eco.yaml", ["MODEL.WEIGHTS", "model.pth"])(image)["panoptic_seg"]`.
     """
     cfg = load_cfg(config_file, opts)
-    model = build_trained(cfg)
+    model = fuse_for_deployment(build_trained(cfg))
     mapper = PanopticTestMapper(cfg)
 
     def predict(image) -> dict:

@@ -17,6 +17,14 @@ MINI = [
     *("MODEL.MASK_FORMER.DIM_FEEDFORWARD", 64, "MODEL.MASK_FORMER.TRAIN_NUM_POINTS", 128),
     *("MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 16, "MODEL.RESNETS.WIDTH_PER_GROUP", 4),
 ]
+_HEAD = "MODEL.SEM_SEG_HEAD."
+LITE = (_HEAD + "TRANSFORMER_ENCODER_NAME", "LiteEncoder")
+PROSCALE = (_HEAD + "TRANSFORMER_ENCODER_NAME", "ProScaleEncoder", _HEAD + "MASK_BRANCH", "lpe")
+RT = (
+    *(_HEAD + "TRANSFORMER_ENCODER_NAME", "HybridEncoder", _HEAD + "TRANSFORMER_ENC_LAYERS", 1),
+    *(_HEAD + "MASK_BRANCH", "stride8", _HEAD + "COMMON_STRIDE", 8),
+    *(_HEAD + "IN_FEATURES", ["res3", "res4", "res5"], "MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"]),
+)
 
 
 def build(config: str = PARENT, *opts, mini: bool = True) -> torch.nn.Module:

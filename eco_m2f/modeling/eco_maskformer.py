@@ -67,7 +67,7 @@ class EcoMaskFormer(MaskFormer):
         exits = sorted(weights)
         lateral, maps = self.sem_seg_head.pixel_decoder.encode(features, exits)
 
-        def exit_losses(lateral: Tensor, *maps: Tensor) -> dict[str, Tensor]:
+        def exit_losses(lateral: Tensor | None, *maps: Tensor) -> dict[str, Tensor]:
             return self.weighted_losses(self.sem_seg_head.decode(lateral, maps), targets, num_masks)
 
         losses = {}

@@ -62,6 +62,6 @@ class MaskFormerHead(nn.Module):
         lateral, maps = self.pixel_decoder.encode(features, exits)
         return {k: self.decode(lateral, maps[k]) for k in sorted(maps)}
 
-    def decode(self, lateral: Tensor, maps: Sequence[Tensor]) -> dict:
+    def decode(self, lateral: Tensor | None, maps: Sequence[Tensor]) -> dict:
         """The prediction of one exit, from what `MSDeformAttnPixelDecoder.encode` gives."""
         return self.predictor(maps, self.pixel_decoder.mask_branch(lateral, maps))

@@ -1,7 +1,13 @@
 """The pixel decoder: projections, a transformer encoder with exits, and the mask branch.
 
 The encoder is a plug-in (`encoders/`). The mask branch, which turns an exit's finest map and res2 into mask features,
-is the pair of methods `lateral` and `mask_branch`. State-dict names are Mask2Former's.
+is the pair of methods `lateral` and `mask_branch`, and comes in three kinds:
+
+- `fpn`, Mask2Former's: res2 through a 1x1 convolution, plus the finest map upsampled, through a 3x3 convolution;
+- `lpe`, PRO-SCALE's light pixel embedding (arXiv 2404.14657): a max-pooling in the place of that 3x3 convolution;
+- `stride8`, RT-M2F's (arXiv 2404.15244): the finest map alone, so that masks have its stride of 8.
+
+State-dict names are Mask2Former's.
 """
 
 from collections.abc import Sequence
@@ -16,6 +22,8 @@ from torch import Tensor, nn
 
 from .encoders import build_transformer_encoder
 from .layers import at_least_float32, sine_position
+
+MASK_BRANCHES = ("fpn", "lpe", "stride8")
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
@@ -33,37 +41,44 @@ class MSDeformAttnPixelDecoder(nn.Module):
         mask_dim: int,
         norm: str,
         common_stride: int,
+        mask_branch: str = "fpn",
         amp: bool = False,
     ):
         """amp: let autocast in. Mask2Former keeps it out; bfloat16 bears it, with residuals and offsets in float32."""
         super().__init__()
         self.amp = amp
+        if mask_branch not in MASK_BRANCHES:
+            raise ValueError(f"MASK_BRANCH {mask_branch!r} is unknown; there are {list(MASK_BRANCHES)}")
         by_stride = sorted(input_shape, key=lambda name: input_shape[name].stride)
         coarse_to_fine = [n for n in reversed(by_stride) if n in encoder_in_features]
         if len(coarse_to_fine) != len(encoder_in_features):
             raise ValueError(f"encoder features {list(encoder_in_features)} are not all in the backbone's {by_stride}")
         self.encoder_in_features = coarse_to_fine
-        self.mask_in_feature = by_stride[0]
-        self._check_strides({n: input_shape[n].stride for n in by_stride}, common_stride)
-        self.input_proj = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(input_shape[n].channels, conv_dim, 1), nn.GroupNorm(32, conv_dim))
-            for n in coarse_to_fine
-        )
+        self.mask_in_feature = None if mask_branch == "stride8" else by_stride[0]
+        self._check_strides({n: input_shape[n].stride for n in by_stride}, common_stride, mask_branch)
+        self.input_proj = nn.ModuleList(encoder.input_projection(input_shape[n].channels) for n in coarse_to_fine)
         self.transformer = encoder
         use_bias = norm == ""
-        self.adapter_1 = Conv2d(
-            input_shape[by_stride[0]].channels, conv_dim, 1, bias=use_bias, norm=get_norm(norm, conv_dim)
-        )
-        self.layer_1 = Conv2d(
-            conv_dim, conv_dim, 3, padding=1, bias=use_bias, norm=get_norm(norm, conv_dim), activation=F.relu
-        )
+        if self.mask_in_feature:
+            self.adapter_1 = Conv2d(
+                input_shape[self.mask_in_feature].channels, conv_dim, 1, bias=use_bias, norm=get_norm(norm, conv_dim)
+            )
+        if mask_branch == "fpn":
+            self.layer_1 = Conv2d(
+                conv_dim, conv_dim, 3, padding=1, bias=use_bias, norm=get_norm(norm, conv_dim), activation=F.relu
+            )
+        elif mask_branch == "lpe":
+            self.layer_1 = LightPixelEmbedding(get_norm(norm, conv_dim))
         self.mask_features = Conv2d(conv_dim, mask_dim, 1)
         self._initialise()
 
-    def _check_strides(self, strides: dict[str, int], common_stride: int) -> None:
-        """One step of the feature pyramid: masks at `common_stride`, half the encoder's finest stride."""
+    def _check_strides(self, strides: dict[str, int], common_stride: int, mask_branch: str) -> None:
+        """Masks are at `common_stride`: half the encoder's finest stride, or with `stride8` that stride itself."""
         finest = strides[self.encoder_in_features[-1]]
-        if strides[self.mask_in_feature] != common_stride or common_stride * 2 != finest:
+        if self.mask_in_feature is None:
+            if common_stride != finest:
+                raise ValueError(f"MASK_BRANCH {mask_branch} makes masks at stride {finest}: set COMMON_STRIDE so")
+        elif strides[self.mask_in_feature] != common_stride or common_stride * 2 != finest:
             raise ValueError(
                 f"COMMON_STRIDE {common_stride} needs a backbone feature of that stride and an encoder whose finest "
                 f"map has twice that; got feature strides {strides}, encoder features {self.encoder_in_features}"
@@ -72,9 +87,11 @@ class MSDeformAttnPixelDecoder(nn.Module):
     def _initialise(self) -> None:
         for proj in self.input_proj:
             nn.init.xavier_uniform_(proj[0].weight)
-            nn.init.zeros_(proj[0].bias)
-        for conv in (self.adapter_1, self.layer_1, self.mask_features):
-            c2_xavier_fill(conv)
+            if proj[0].bias is not None:
+                nn.init.zeros_(proj[0].bias)
+        for name in ("adapter_1", "layer_1", "mask_features"):
+            if isinstance(conv := getattr(self, name, None), nn.Conv2d):
+                c2_xavier_fill(conv)
 
     @classmethod
     def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]) -> dict:
@@ -88,6 +105,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
             "norm": head.NORM,
             "common_stride": head.COMMON_STRIDE,
             "amp": head.PIXEL_DECODER_AMP,
+            "mask_branch": head.MASK_BRANCH,
         }
 
     @property
@@ -103,19 +121,21 @@ class MSDeformAttnPixelDecoder(nn.Module):
     def forward_exits(
         self, features: dict[str, Tensor], exits: Sequence[int]
     ) -> dict[int, tuple[Tensor, list[Tensor]]]:
-        """{exit: (mask_features [B, mask_dim, H/4, W/4], maps)}, from one run of the encoder; see `encode`."""
+        """{exit: (mask_features [B, mask_dim, H / common_stride, W / common_stride], maps)}; see `encode`."""
         lateral, maps = self.encode(features, exits)
         return {k: (self.mask_branch(lateral, maps[k]), maps[k]) for k in sorted(maps)}
 
-    def encode(self, features: dict[str, Tensor], exits: Sequence[int]) -> tuple[Tensor, dict[int, list[Tensor]]]:
+    def encode(
+        self, features: dict[str, Tensor], exits: Sequence[int]
+    ) -> tuple[Tensor | None, dict[int, list[Tensor]]]:
         """Runs the encoder once, to max(exits).
 
         Args:
             features: backbone maps by name, [B, C_i, H / stride, W / stride].
 
         Returns:
-            what the mask branch needs of the backbone [B, conv_dim, H/4, W/4], the same for every exit; and {exit:
-            maps [B, conv_dim, h, w] at strides 32, 16, 8}. The maps are float32 at least whatever the autocast.
+            what the mask branch needs of the backbone, see `lateral`, the same for every exit; and {exit: maps
+            [B, conv_dim, h, w] at strides 32, 16, 8}. The maps are float32 at least whatever the autocast.
         """
         with self._precision(next(iter(features.values()))):
             features = {name: at_least_float32(f) for name, f in features.items()}
@@ -134,12 +154,26 @@ class MSDeformAttnPixelDecoder(nn.Module):
         """The encoder's input maps, coarse to fine, before position and level embedding."""
         return [proj(features[name]) for name, proj in zip(self.encoder_in_features, self.input_proj)]
 
-    def lateral(self, features: dict[str, Tensor]) -> Tensor:
-        """What the mask branch needs of the backbone; the same for every exit."""
-        return self.adapter_1(features[self.mask_in_feature])
+    def lateral(self, features: dict[str, Tensor]) -> Tensor | None:
+        """res2 as the mask branch takes it, [B, conv_dim, H/4, W/4]; None where it does not."""
+        return self.adapter_1(features[self.mask_in_feature]) if self.mask_in_feature else None
 
-    def mask_branch(self, lateral: Tensor, maps: Sequence[Tensor]) -> Tensor:
-        """One step of a feature pyramid: res2 + upsampled finest map -> 3x3 conv -> mask features, float32."""
-        with self._precision(lateral):
-            up = F.interpolate(maps[-1], size=lateral.shape[-2:], mode="bilinear", align_corners=False)
-            return self.mask_features(self.layer_1(lateral + up))
+    def mask_branch(self, lateral: Tensor | None, maps: Sequence[Tensor]) -> Tensor:
+        """Mask features: of one step of a feature pyramid, lateral + upsampled finest map, or of that map."""
+        x = maps[-1]
+        with self._precision(x):
+            if lateral is not None:
+                up = F.interpolate(x, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
+                x = self.layer_1(lateral + up)
+            return self.mask_features(x)
+
+
+class LightPixelEmbedding(nn.Module):
+    """A 3x3 max-pooling that keeps the size, a norm (or None), ReLU; parameters are the norm's."""
+
+    def __init__(self, norm: nn.Module | None):
+        super().__init__()
+        self.norm = norm or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(F.max_pool2d(x, 3, stride=1, padding=1)))

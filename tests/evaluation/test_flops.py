@@ -63,6 +63,7 @@ def free_the_models():
     yield
     model_of.cache_clear()
     costs_of.cache_clear()
+    sibling_of.cache_clear()
 
 
 def gflops(actual):
@@ -168,6 +169,136 @@ def test_a_gates_parameters_stand_apart():
     channels, exits = 128, 5
     assert counts.pop("exit_policy") == (channels + 1) * exits
     assert counts == parameter_counts(build(PARENT))
+
+
+# --- the siblings ----------------------------------------------------------------------------------------------------
+
+SIBLINGS = {
+    "lite": "lite/lite_maskformer2_{}.yaml",
+    "lite eco": "lite/lite_eco_maskformer2_{}.yaml",
+    "rt": "rt/rt_maskformer2_{}.yaml",
+    "proscale": "proscale/proscale111_maskformer2_{}.yaml",
+    "proscale eco": "proscale/proscale333_eco_maskformer2_{}.yaml",
+}
+LABELS = {"swin_t": "swin_tiny", "swin_s": "swin_small", "swin_b": "swin_base_IN21k_384"}
+
+
+@functools.cache
+def sibling_of(sibling: str, dataset: str = "cityscapes", backbone: str = "swin_t", *opts):
+    name = SIBLINGS[sibling].format(f"{LABELS[backbone]}_{SCHEDULES[dataset]}")
+    path = CONFIGS / dataset / "panoptic-segmentation" / name
+    return build_model(load_cfg(str(path), ["MODEL.DEVICE", "cpu", *opts]))
+
+
+@pytest.mark.parametrize("sibling", ["lite", "lite eco"])
+def test_lite_at_every_exit(sibling):
+    """The paper's 172.00 and 428.71 at the last."""
+    costs = ExitCosts(sibling_of(sibling))(CITYSCAPES)
+    assert tuple(costs) == EXITS
+    assert [c["encoder"] for c in costs.values()] == gflops([133.44, 143.08, 152.72, 162.35, 171.994])
+    assert costs[6]["total"] == gflops(428.71)
+
+
+def test_a_cheap_lite_layer_by_hand():
+    """The values of all tokens; everything else of the tokens of res5 and res4."""
+    cheap = TOKENS * 65_536 + 10_240 * (49_152 + 24_576 + 65_536 + 524_288 + 2_560)
+    of = {k: cost.by_module for k, cost in ExitCosts(sibling_of("lite")).measure(CITYSCAPES).items()}
+    name = "sem_seg_head.pixel_decoder.transformer"
+    for k in EXITS:
+        assert of[k][name] == (k - 1) * cheap + LAYER
+        ran = [i for i in range(6) if f"{name}.encoder.layers.{i}" in of[k]]
+        assert ran == [*range(k - 1), 5]
+
+
+@pytest.mark.parametrize("backbone, encoder, total", [("swin_s", 171.99, 615.15), ("swin_b", 174.01, 942.05)])
+def test_lite_on_other_backbones(backbone, encoder, total):
+    """The paper's Table T1."""
+    cost = ExitCosts(sibling_of("lite", "cityscapes", backbone), [6])(CITYSCAPES)[6]
+    assert (cost["encoder"], cost["total"]) == (gflops(encoder), gflops(total))
+
+
+def test_lites_mean_over_coco_by_area():
+    """The paper prints 79.78, which is the first image."""
+    costs = ExitCosts(sibling_of("lite", "coco"), [6])
+    per_pixel = [costs(size)[6]["encoder"] / math.prod(size) for size in (CITYSCAPES, FIRST_VAL_IMAGE[0], (1344, 352))]
+    assert per_pixel == pytest.approx([per_pixel[0]] * 3, rel=1e-12)
+    assert per_pixel[0] * COCO_AREA == gflops(74.45)
+    assert costs(*FIRST_VAL_IMAGE)[6]["encoder"] == gflops(79.78)
+
+
+def test_rt_and_its_parts():
+    costs = ExitCosts(sibling_of("rt"))
+    assert costs.exits == (1,)
+    assert costs(CITYSCAPES)[1]["encoder"] == gflops(129.768)
+    of = costs.measure(CITYSCAPES)[1].by_module
+    name = "sem_seg_head.pixel_decoder"
+    coarse, middle, fine, dim = 32 * 64, 64 * 128, 128 * 256, 256
+    csp = dim * (2 * 2 * dim + 3 * 10 * dim)  # two 1x1 of 512 channels; three times a 3x3 and a 1x1
+    bn = 2 * dim
+    linear = 4 * dim * dim + 2 * dim * 1024  # query, key, value, output; FFN
+    projected = zip((coarse, middle, fine), (768, 384, 192))
+    parts = {
+        **{f"input_proj.{i}": n * (dim * channels + bn) for i, (n, channels) in enumerate(projected)},
+        "transformer.encoder.layers.0": coarse * (linear + 2 * coarse * dim + 2 * 5 * dim),
+        **{f"transformer.lateral_convs.{i}": n * (dim * dim + bn) for i, n in enumerate((coarse, middle))},
+        **{f"transformer.fpn_blocks.{i}": n * (csp + 8 * bn) for i, n in enumerate((middle, fine))},
+        **{f"transformer.downsample_convs.{i}": n * (9 * dim * dim + bn) for i, n in enumerate((middle, coarse))},
+        **{f"transformer.pan_blocks.{i}": n * (csp + 8 * bn) for i, n in enumerate((middle, coarse))},
+        "mask_features": fine * dim * dim,
+    }
+    assert {part: of[f"{name}.{part}"] for part in parts} == parts
+    assert costs.measure(CITYSCAPES)[1].parts["pixel_decoder"] == sum(parts.values())
+
+
+def test_rt_on_the_first_coco_image():
+    """What the paper prints as RT-M2F's mean; attention is quadratic in the area, so that the mean is another."""
+    assert ExitCosts(sibling_of("rt", "coco"))(*FIRST_VAL_IMAGE)[1]["encoder"] == gflops(59.66)
+
+
+@pytest.mark.parametrize(
+    "stages, encoder",
+    [
+        ((1, 1, 1), 55.138),
+        ((2, 2, 2), 95.24),
+        ((3, 3, 3), 135.348),
+        ((3, 1, 1), 57.93),
+        ((1, 3, 1), 69.62),
+        ((1, 1, 3), 118.07),
+    ],
+)
+def test_proscale(stages, encoder):
+    assert proscale_gflops(stages) == gflops(encoder)
+
+
+def test_proscale_without_light_pixel_embedding():
+    assert proscale_gflops((1, 1, 1), "MODEL.SEM_SEG_HEAD.MASK_BRANCH", "fpn") == gflops(132.45)
+
+
+def proscale_gflops(stages, *opts) -> float:
+    """The pixel decoder at the last exit; a shallow Swin-T has maps of the same widths."""
+    shallow = ("MODEL.SWIN.DEPTHS", (1, 1, 1, 1))
+    layers = ("MODEL.PROSCALE.STAGES", stages, "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", sum(stages))
+    model = sibling_of("proscale", "cityscapes", "swin_t", *shallow, *layers, *opts)
+    return ExitCosts(model, [sum(stages)])(CITYSCAPES)[sum(stages)]["encoder"]
+
+
+def test_proscale_at_its_exits():
+    """1.3978, 7.2404 and 31.4667 per layer of the stages; what is read of res3 to weigh res5 and res4 comes on top."""
+    costs = ExitCosts(sibling_of("proscale eco"))(CITYSCAPES)
+    assert [c["encoder"] for c in costs.values()] == gflops([135.348 - 2 * 31.4667, 135.348 - 31.4667, 135.348])
+    opts = ("MODEL.PROSCALE.EXIT_AFTER_STAGES", True)
+    costs = ExitCosts(sibling_of("proscale", "cityscapes", "swin_t", *opts), [1, 2, 3])(CITYSCAPES)
+    weighing = [n * 256 * (4 + 1) / 1e9 for n in (2_048, 10_240, 10_240)]  # resizing, and 256 -> 1
+    layers = [1.3978, 1.3978 + 7.2404, 1.3978 + 7.2404 + 31.4667]
+    assert [c["encoder"] for c in costs.values()] == gflops([15.0203 + a + b for a, b in zip(layers, weighing)])
+
+
+def test_parameters_of_the_siblings():
+    rt = parameter_counts(sibling_of("rt", "coco"))
+    assert rt["pixel_decoder"] / 1e6 == pytest.approx(11.443, abs=5e-4)
+    assert rt["total"] / 1e6 == pytest.approx(53.46, abs=5e-3)
+    lite = parameter_counts(sibling_of("lite", "coco"))
+    assert lite == parameter_counts(model_of("coco", "swin_t"))
 
 
 # --- arithmetic by hand ----------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from minis import CONFIGS, MINI, PARENT
 
+from eco_m2f.engine import load_cfg
 from eco_m2f.modeling.encoders import TRANSFORMER_ENCODER_REGISTRY, build_transformer_encoder
 from eco_m2f.modeling.encoders.msdeform import flatten_levels, reference_points, split_levels
 
@@ -11,12 +13,12 @@ SHAPES = [(2, 3), (4, 6), (8, 12)]
 
 @pytest.fixture(scope="module", params=[name for name, _ in TRANSFORMER_ENCODER_REGISTRY])
 def encoder(request):
-    from minis import CONFIGS, MINI, PARENT
+    return from_options(request.param).eval()
 
-    from eco_m2f.engine import load_cfg
 
-    opts = [*MINI, "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENCODER_NAME", request.param]
-    return build_transformer_encoder(load_cfg(str(CONFIGS / PARENT), opts)).eval()
+def from_options(name: str, *opts):
+    options = [*MINI, "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENCODER_NAME", name, *opts]
+    return build_transformer_encoder(load_cfg(str(CONFIGS / PARENT), options))
 
 
 def inputs(batch=2, dim=32):
@@ -55,11 +57,36 @@ def test_images_of_a_batch_do_not_meet(encoder):
         torch.testing.assert_close(a[1:], b, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_exit_k_runs_k_layers(encoder):
+    ran = []
+    layers = encoder.encoder.layers
+    hooks = [layer.register_forward_pre_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(layers)]
+    for k in encoder.exits:
+        ran.clear()
+        encoder(*inputs(), [k])
+        assert len(ran) == len(set(ran)) == k
+    for hook in hooks:
+        hook.remove()
+
+
+@torch.no_grad()
+def test_input_projections_make_maps_of_the_encoders_width(encoder):
+    projection = encoder.input_projection(24).eval()
+    assert projection(torch.randn(2, 24, 4, 6)).shape == (2, 32, 4, 6)
+    assert isinstance(projection[0], torch.nn.Conv2d) and projection[0].kernel_size == (1, 1)
+
+
 def test_unknown_exits_are_refused(encoder):
     maps, pos = inputs()
     for wrong in ([], [0], [encoder.exits[-1] + 1]):
         with pytest.raises(ValueError, match="exits"):
             encoder(maps, pos, wrong)
+
+
+def test_an_encoder_without_layers_is_refused(encoder):
+    with pytest.raises(ValueError, match="TRANSFORMER_ENC_LAYERS"):
+        from_options(type(encoder).__name__, "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", 0)
 
 
 def test_every_parameter_up_to_an_exit_learns_from_it(encoder):

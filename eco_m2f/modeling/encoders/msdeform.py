@@ -1,6 +1,7 @@
 """The parent's encoder: layers of multi-scale deformable self-attention over all levels.
 
-State-dict names are Mask2Former's: `level_embed`, `encoder.layers.N...`.
+State-dict names are Mask2Former's: `level_embed`, `encoder.layers.N...`. An encoder of the same layers that shows them
+other tokens overrides `run`.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ...ops import MSDeformAttn
 from ..layers import xavier_matrices_
-from .registry import TRANSFORMER_ENCODER_REGISTRY
+from .registry import TRANSFORMER_ENCODER_REGISTRY, wanted_exits
 
 
 class MSDeformEncoderLayer(nn.Module):
@@ -28,9 +29,19 @@ class MSDeformEncoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, tokens: Tensor, pos: Tensor, reference_points: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
-        """tokens [B, S, C], pos [1 or B, S, C], reference_points [1, S, 1, 2] -> [B, S, C]."""
-        attended = self.self_attn(tokens + pos, reference_points, tokens, shapes)
+    def forward(
+        self,
+        tokens: Tensor,
+        pos: Tensor,
+        reference_points: Tensor,
+        shapes: list[tuple[int, int]],
+        values: Tensor | None = None,
+    ) -> Tensor:
+        """tokens [B, S, C], pos [1 or B, S, C], reference_points [1, S, 1, 2] -> [B, S, C].
+
+        values [B, sum of h * w, C]: what the tokens look at; by default themselves.
+        """
+        attended = self.self_attn(tokens + pos, reference_points, tokens if values is None else values, shapes)
         tokens = self.norm1(tokens + self.dropout(attended))
         hidden = self.dropout(torch.relu_(self.linear1(tokens)))
         return self.norm2(tokens + self.dropout(self.linear2(hidden)))
@@ -51,15 +62,18 @@ class MSDeformEncoder(nn.Module):
         num_levels: int = 3,
         num_heads: int = 8,
         num_points: int = 4,
+        layer_levels: Sequence[int] | None = None,
     ):
+        """layer_levels: how many levels, counted from the coarsest, each layer looks at; by default all of them."""
         super().__init__()
         if num_layers < 1:
             raise ValueError(f"an encoder needs at least one layer, got {num_layers}: set TRANSFORMER_ENC_LAYERS")
+        self.dim = dim
         self.exits = tuple(range(1, num_layers + 1))
         self.encoder = nn.Module()  # a plain holder, for the published parameter names
         self.encoder.layers = nn.ModuleList(
-            MSDeformEncoderLayer(dim, dim_feedforward, dropout, num_levels, num_heads, num_points)
-            for _ in range(num_layers)
+            MSDeformEncoderLayer(dim, dim_feedforward, dropout, levels, num_heads, num_points)
+            for levels in layer_levels or [num_levels] * num_layers
         )
         self.level_embed = nn.Parameter(torch.empty(num_levels, dim))
         self._initialise()
@@ -82,21 +96,30 @@ class MSDeformEncoder(nn.Module):
             "num_points": head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS,
         }
 
+    def input_projection(self, in_channels: int) -> nn.Sequential:
+        """See `TRANSFORMER_ENCODER_REGISTRY`."""
+        return nn.Sequential(nn.Conv2d(in_channels, self.dim, 1), nn.GroupNorm(32, self.dim))
+
     def forward(self, maps: Sequence[Tensor], pos: Sequence[Tensor], exits: Sequence[int]) -> dict[int, list[Tensor]]:
         """See `TRANSFORMER_ENCODER_REGISTRY` for the contract."""
-        wanted = set(exits)
-        if not wanted or not wanted <= set(self.exits):
-            raise ValueError(f"exits {sorted(wanted)} asked of an encoder that offers {list(self.exits)}")
+        wanted = wanted_exits(exits, self.exits)
         shapes = [tuple(m.shape[-2:]) for m in maps]
         tokens = flatten_levels(maps)  # [B, S, C]
         pos = flatten_levels([p + e[:, None, None] for p, e in zip(pos, self.level_embed)])
         reference = reference_points(shapes, tokens.device, tokens.dtype)
-        out = {}
+        states = self.run(tokens, pos, reference, shapes, wanted)
+        return {k: split_levels(state, shapes) for k, state in states.items()}
+
+    def run(
+        self, tokens: Tensor, pos: Tensor, reference: Tensor, shapes: list[tuple[int, int]], wanted: set[int]
+    ) -> dict[int, Tensor]:
+        """{exit: tokens [B, S, C]} of the wanted exits; tokens, pos and reference run over all levels, coarse first."""
+        states = {}
         for depth, layer in enumerate(self.encoder.layers[: max(wanted)], start=1):
             tokens = layer(tokens, pos, reference, shapes)
             if depth in wanted:
-                out[depth] = split_levels(tokens, shapes)
-        return out
+                states[depth] = tokens
+        return states
 
 
 def flatten_levels(maps: Sequence[Tensor]) -> Tensor:

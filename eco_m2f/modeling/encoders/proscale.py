@@ -1,0 +1,95 @@
+"""PRO-SCALE's encoder: levels join one by one, so that early layers see few tokens (arXiv 2404.14657).
+
+Exits are this project's own. Parameters have the parent's names; a layer that looks at fewer levels predicts fewer
+offsets and weights.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from torch import Tensor, nn
+
+from .msdeform import MSDeformEncoder, split_levels
+from .registry import TRANSFORMER_ENCODER_REGISTRY
+
+
+@TRANSFORMER_ENCODER_REGISTRY.register()
+class ProScaleEncoder(MSDeformEncoder):
+    """Stage i runs its layers on the i coarsest levels; what joins at a stage comes from the input projections.
+
+    Exits are the layers of the last stage and, as an option, the end of every stage, where the levels that have not
+    joined yet are given as their projections.
+    """
+
+    @configurable
+    def __init__(
+        self, *, stages: Sequence[int], temperature: float | None = 0.1, exit_after_stages: bool = False, **encoder
+    ):
+        """
+        Args:
+            stages: layers per stage, one stage per level; at least one in the last.
+            temperature: of token recalibration: the tokens of a level that joins, the finest aside, are multiplied by
+                sigmoid(temperature * score), the score being read from the finest level; None leaves it out.
+            encoder: the other arguments of `MSDeformEncoder`.
+        """
+        if min(stages) < 0 or stages[-1] < 1:
+            raise ValueError(
+                f"MODEL.PROSCALE.STAGES {list(stages)}: a stage cannot have fewer layers than 0, the last 1"
+            )
+        layer_levels = [level for level, layers in enumerate(stages, start=1) for _ in range(layers)]
+        super().__init__(num_layers=sum(stages), num_levels=len(stages), layer_levels=layer_levels, **encoder)
+        self.layer_levels = layer_levels
+        self.exits = self.exits[-stages[-1] :]
+        if exit_after_stages:
+            self.exits = tuple(sorted({*self.exits, *accumulate(stages)} - {0}))
+        self.temperature = temperature
+        if temperature is not None:
+            self.recalibration = nn.Linear(self.dim, 1)
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        own, parent = cfg.MODEL.PROSCALE, MSDeformEncoder.from_config(cfg)
+        levels, layers = parent.pop("num_levels"), parent.pop("num_layers")
+        if len(own.STAGES) != levels:
+            raise ValueError(
+                f"MODEL.PROSCALE.STAGES {own.STAGES} must be {levels} numbers, one per level of the encoder"
+            )
+        if sum(own.STAGES) != layers:
+            raise ValueError(
+                f"MODEL.PROSCALE.STAGES {own.STAGES} are {sum(own.STAGES)} layers, but TRANSFORMER_ENC_LAYERS is "
+                f"{layers}: set it to {sum(own.STAGES)}"
+            )
+        return {
+            **parent,
+            "stages": own.STAGES,
+            "temperature": own.TEMPERATURE if own.RECALIBRATE else None,
+            "exit_after_stages": own.EXIT_AFTER_STAGES,
+        }
+
+    def run(
+        self, tokens: Tensor, pos: Tensor, reference: Tensor, shapes: list[tuple[int, int]], wanted: set[int]
+    ) -> dict[int, Tensor]:
+        projected = split_levels(tokens, shapes)
+        ends = list(accumulate(h * w for h, w in shapes))
+        joined, present, states = 0, tokens[:, :0], {}
+        for depth, levels in enumerate(self.layer_levels[: max(wanted)], start=1):
+            if joined < levels:
+                present = torch.cat([present, *(self.joining(projected, i) for i in range(joined, levels))], dim=1)
+                joined = levels
+            end = ends[levels - 1]
+            present = self.encoder.layers[depth - 1](present, pos[:, :end], reference[:, :end], shapes[:levels])
+            if depth in wanted:
+                states[depth] = torch.cat((present, tokens[:, end:]), dim=1)
+        return states
+
+    def joining(self, projected: Sequence[Tensor], level: int) -> Tensor:
+        """The tokens [B, h * w, C] with which a level joins; projected: the maps [B, C, h, w] of all levels."""
+        tokens = projected[level].flatten(2).transpose(1, 2)
+        if self.temperature is None or level == len(projected) - 1:
+            return tokens
+        finest = F.interpolate(projected[-1], size=projected[level].shape[-2:], mode="bilinear", align_corners=False)
+        score = self.recalibration(finest.flatten(2).transpose(1, 2))  # [B, h * w, 1]
+        return tokens * torch.sigmoid(self.temperature * score)
