@@ -126,7 +126,7 @@ def fit_gates(
 ) -> list[Gate]:
     """Fits a gate per budget: softmax regression of the utilities' loss (Table T2) on the pooled features.
 
-    features [N, C] float32; quality [N, E] at the exits; costs: see `utility`. A gate's exits are those <= its max_exit.
+    features [N, C] float32; quality [N, E] at the exits; costs: see `utility`. A gate's exits are those up to its K.
     optimizer: "lbfgs" runs to the optimum of the whole set, all gates side by side, so that a pass over the features
     serves each of them; "adam" is the paper's, in mini-batches, one gate after the other, without weight decay (l2 is
     not used). l2 weighs half the squared norm of the weights on standardised features, beside the mean loss; C / N

@@ -12,7 +12,7 @@ With --from-logits the softmax and the sampling locations belong to it, and the 
 
 model: one image through a whole model with random weights, from pixels to the panoptic map (of 20 queries), at each of
 --exits; at the deepest also with the op in PyTorch (embedding_bag, grid_sample); transformers' Mask2Former of the same
-sizes, where that is installed and the backbone is Swin; a batch of the first and the last exit; and the gate alone. With
+sizes, where that is installed and the backbone is Swin; a batch of the first and the last exit; the gate alone. With
 --dtype all of them run under autocast.
 
 step_a: a training step with 1, 2 and all exits, all graphs at once (joint) or exits decoded again in the backward pass
@@ -486,7 +486,12 @@ def run_model(args: argparse.Namespace) -> None:
     panoptic = [f"MODEL.MASK_FORMER.TEST.{head}_ON" for head in ("SEMANTIC", "INSTANCE")]
     opts = ["MODEL.DEVICE", args.device, panoptic[0], False, panoptic[1], False, *args.opts]
     cfg = load_cfg(args.config_file, opts)
-    setting = {"config": " ".join([args.config_file, *args.opts]), "height": args.size[0], "width": args.size[1], "device": args.device}
+    setting = {
+        "config": " ".join([args.config_file, *args.opts]),
+        "height": args.size[0],
+        "width": args.size[1],
+        "device": args.device,
+    }
     setting |= {"dtype": args.dtype, "threads": torch.get_num_threads(), "rounds": args.rounds}
     contestants = model_contestants(cfg, tuple(args.size), args.exits)
     with torch.autocast(args.device, DTYPES[args.dtype], enabled=args.dtype != "float32"):

@@ -62,6 +62,7 @@ def test_what_does_not_fit_is_refused(opts, message):
         build(PARENT, *opts)
 
 
+@pytest.mark.parametrize("amp", [False, True])
 @torch.no_grad()
 def test_autocast_enters_where_the_config_lets_it(amp):
     """Outputs stay near those of float32, and are theirs bit for bit where autocast is kept out."""

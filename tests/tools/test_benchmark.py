@@ -112,7 +112,11 @@ def test_whole_model_at_its_exits_and_with_the_op_in_pytorch(tmp_path, monkeypat
     assert rows[0]["ratio"] == "1.00" and all(float(row["wall_ms"]) > 0 for row in rows)
     assert rows[0]["dtype"] == "bfloat16"
     printed = capsys.readouterr().out
-    for figure in ("wall-clock saved at exit 2: ", "a batch of exits 2 and 4 over the sum", "the gate over the encoder"):
+    for figure in (
+        "wall-clock saved at exit 2: ",
+        "a batch of exits 2 and 4 over the sum",
+        "the gate over the encoder",
+    ):
         assert figure in printed
 
 
