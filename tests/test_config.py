@@ -13,7 +13,7 @@ from tiny import Tiny
 
 from eco_m2f import engine
 from eco_m2f.config import add_eco_config
-from eco_m2f.modeling import EcoMaskFormer
+from eco_m2f.modeling import EarlyExits
 
 ALL = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml"))
 LEAVES = [name for name in ALL if not Path(name).name.startswith("Base-")]
@@ -67,9 +67,14 @@ def test_every_config_loads_and_its_model_builds(name, build):
         return
     model = build(cfg)
     engine.check_datasets(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
-    assert model.sem_seg_head.predictor.class_embed.out_features == cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES + 1
-    assert isinstance(model, EcoMaskFormer) == ("eco" in Path(name).name)
-    assert model.sem_seg_head.exits[-1] == cfg.MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS == 6
+    classes = next(m for n, m in model.named_modules() if n.endswith("class_embed"))
+    assert classes.out_features == cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES + 1
+    assert isinstance(model, EarlyExits) == ("eco" in Path(name).name)
+    detr = "detr" in Path(name).name
+    layers = cfg.MODEL.DETR.ENC_LAYERS if detr else cfg.MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS
+    assert model.head.exits[-1] == layers == 6
+    if detr:
+        return
     for backbone in BACKBONES:
         if backbone in name:
             assert model.backbone.output_shape()["res2"].channels == WIDTHS[backbone]
@@ -109,7 +114,7 @@ def test_every_paper_config_has_a_variant_for_one_gpu():
             assert alias or name.replace(".yaml", "_1gpu.yaml") in ALL
 
 
-@pytest.mark.parametrize("name", [name for name in PAPER if "/eco/" in name])
+@pytest.mark.parametrize("name", [name for name in LEAVES if "/eco/" in name and "nuclei" not in name])
 def test_an_eco_config_differs_from_its_parent_in_the_method_alone(name):
     eco = leaves(engine.load_cfg(str(CONFIGS / name)))
     backbone = next(b for b in BACKBONES if b in name)
@@ -258,6 +263,7 @@ def test_official_keys_are_all_in_that_file():
     """Of our keys, those that the list lacks are this project's own."""
     assert own_keys() - set(leaves(yaml.safe_load(OFFICIAL))) == {
         "DATASETS.CUSTOM",
+        *(key for key in own_keys() if key.startswith(("MODEL.DETR.", "MODEL.TIMM."))),
         "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENCODER_NAME",
         "SOLVER.ACCUMULATION_STEPS",
         "SOLVER.AMP.PRECISION",
@@ -305,14 +311,15 @@ VARIANTS = {
     "alpha list": ("MODEL.ECO.ALPHA", "list", "MODEL.ECO.ALPHA_LIST", (1, 2, 3, 4, 5)),
     "semantic alone": ("MODEL.MASK_FORMER.TEST.PANOPTIC_ON", False, "MODEL.MASK_FORMER.TEST.INSTANCE_ON", False),
     "poly": ("SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR"),
+    "timm": ("MODEL.BACKBONE.NAME", "TimmBackbone", "MODEL.TIMM.NAME", "resnet18"),
 }
 
 
 def test_each_key_is_read_by_what_trains_and_evaluates(tiny, monkeypatch):
     reads = Reads(monkeypatch)
     monkeypatch.setattr(engine, "register_from_config", spy := Spy(engine.register_from_config))
-    for options in VARIANTS.values():
-        cfg = reads.watch(engine.load_cfg(tiny.config(), list(options)))
+    for kind, options in [*(("eco_maskformer2", options) for options in VARIANTS.values()), ("eco_detr", ())]:
+        cfg = reads.watch(engine.load_cfg(tiny.config(kind), list(options)))
         trainer = engine.Trainer(cfg)
         trainer.build_hooks()
         engine.autocast(cfg, "cpu", cfg.SOLVER.AMP.ENABLED)

@@ -1,5 +1,6 @@
-"""Quality and cost: PQ per image and per dataset, mIoU, AP, exits taken and GFLOPs."""
+"""Quality and cost: PQ and AP per image and per dataset, mIoU, exits taken and GFLOPs."""
 
+from .boxes import BoxEvaluator, BoxGroundTruth, BoxTarget
 from .build import evaluators_for
 from .exit_statistics import ExitStatistics
 from .instance import InstanceEvaluator
@@ -8,6 +9,9 @@ from .panoptic_quality import ImageStatistics, PanopticTarget, dataset_pq, image
 from .semantic import SemanticEvaluator
 
 __all__ = [
+    "BoxEvaluator",
+    "BoxGroundTruth",
+    "BoxTarget",
     "ExitStatistics",
     "ImageStatistics",
     "InstanceEvaluator",

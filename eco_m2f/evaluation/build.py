@@ -6,6 +6,7 @@ import os
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import CityscapesInstanceEvaluator, DatasetEvaluators
 
+from .boxes import BoxEvaluator, BoxGroundTruth
 from .exit_statistics import ExitStatistics
 from .ground_truth import PanopticGroundTruth
 from .instance import InstanceEvaluator
@@ -13,6 +14,7 @@ from .panoptic import PanopticEvaluator
 from .semantic import SemanticEvaluator
 
 PANOPTIC_TYPES = ("coco_panoptic_seg", "panoptic_like", "cityscapes_panoptic_seg")
+BOX_TYPE = "coco"  # COCO's detection format
 
 
 def evaluators_for(
@@ -26,15 +28,21 @@ def evaluators_for(
 ) -> DatasetEvaluators:
     """PQ, mIoU and AP for the heads that are on, and the statistics of the exits.
 
-    Serves any dataset in COCO's panoptic format; results go to `output_dir/<dataset_name>` where that is given. AP on
-    Cityscapes comes from the official script, as `segm`, where `cityscapesscripts` is installed; else it is COCO's AP
-    of the same objects and is called `segm_coco_style`, since the two are not comparable.
+    Serves any dataset in COCO's panoptic format, and in its detection format, which gets the AP of boxes; results go to
+    `output_dir/<dataset_name>` where that is given. AP on Cityscapes comes from the official script, as `segm`, where
+    `cityscapesscripts` is installed; else it is COCO's AP of the same objects and is called `segm_coco_style`, since
+    the two are not comparable.
     Raises ValueError for a dataset of another `evaluator_type`.
     """
     kind = getattr(MetadataCatalog.get(dataset_name), "evaluator_type", None)
-    if kind not in PANOPTIC_TYPES:
-        raise ValueError(f"dataset {dataset_name!r} has evaluator_type {kind!r}; known are {list(PANOPTIC_TYPES)}")
+    if kind not in (*PANOPTIC_TYPES, BOX_TYPE):
+        raise ValueError(
+            f"dataset {dataset_name!r} has evaluator_type {kind!r}; known are {[*PANOPTIC_TYPES, BOX_TYPE]}"
+        )
     folder = os.path.join(output_dir, dataset_name) if output_dir else None
+    if kind == BOX_TYPE:
+        boxes = BoxEvaluator(BoxGroundTruth(dataset_name), folder, max_detections)
+        return DatasetEvaluators([ExitStatistics(folder), boxes])
     truth = PanopticGroundTruth(dataset_name)
     evaluators = [ExitStatistics(folder)]
     if panoptic_on:

@@ -33,6 +33,15 @@ def class_cost(logits: Tensor, labels: Tensor) -> Tensor:
     return -logits.softmax(-1)[:, labels]
 
 
+def assign(cost: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the queries and of the targets whose pairs cost least in all: [Q, G] -> two of [min(Q, G)]."""
+    # A diverging model gives NaN costs; scipy refuses them. Any matching will do: the loss is not finite either,
+    # and the trainer stops on that with the iteration and the images.
+    finite = torch.nan_to_num(cost, nan=1e6, posinf=1e6, neginf=-1e6).cpu()
+    rows, columns = linear_sum_assignment(finite)
+    return tuple(torch.as_tensor(i, dtype=torch.int64, device=cost.device) for i in (rows, columns))
+
+
 class HungarianMatcher(nn.Module):
     """Minimum-cost one-to-one matching of queries and targets, image by image."""
 
@@ -48,7 +57,7 @@ class HungarianMatcher(nn.Module):
             self.cost(logits, masks, target["labels"], target["masks"])
             for logits, masks, target in zip(pred["pred_logits"], pred["pred_masks"], targets)
         ]
-        return [self._assign(cost) for cost in costs]
+        return [assign(cost) for cost in costs]
 
     def cost(
         self, logits: Tensor, masks: Tensor, labels: Tensor, target_masks: Tensor, points: Tensor | None = None
@@ -65,11 +74,3 @@ class HungarianMatcher(nn.Module):
                 + self.cost_class * class_cost(logits, labels)
                 + self.cost_dice * pairwise_dice_cost(sampled, target)
             )
-
-    @staticmethod
-    def _assign(cost: Tensor) -> tuple[Tensor, Tensor]:
-        # A diverging model gives NaN costs; scipy refuses them. Any matching will do: the loss is not finite either,
-        # and the trainer stops on that with the iteration and the images.
-        finite = torch.nan_to_num(cost, nan=1e6, posinf=1e6, neginf=-1e6).cpu()
-        rows, columns = linear_sum_assignment(finite)
-        return tuple(torch.as_tensor(i, dtype=torch.int64, device=cost.device) for i in (rows, columns))
