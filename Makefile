@@ -8,7 +8,8 @@ ENV := env
 endif
 
 DATA ?= toy
-OUTPUT ?= output/recipe$(if $(filter-out toy,$(DATA)),-$(DATA))
+MODEL ?= maskformer2
+OUTPUT ?= output/recipe$(if $(filter-out maskformer2,$(MODEL)),-$(MODEL))$(if $(filter-out toy,$(DATA)),-$(DATA))
 export MPLBACKEND ?= Agg
 
 .PHONY: help env recipe test lint format clean distclean
@@ -20,8 +21,8 @@ help:  ## this list
 env:  ## complete .venv: pinned packages, detectron2, this package with its extension
 	@$(PYTHON) tools/setup_env.py
 
-recipe: $(ENV)  ## train, derive, fit and evaluate: DATA=toy|nuclei, NUCLEI_RAW=<folder>, OUTPUT=<folder>, ARGS=...
-	$(PY) tools/recipe.py --data $(DATA) $(if $(NUCLEI_RAW),--nuclei-raw "$(NUCLEI_RAW)") --output "$(OUTPUT)" $(ARGS)
+recipe: $(ENV)  ## train, derive, fit and evaluate: MODEL=maskformer2|detr, DATA=toy|nuclei, NUCLEI_RAW=<folder>, OUTPUT=<folder>, ARGS=...
+	$(PY) tools/recipe.py --model $(MODEL) --data $(DATA) $(if $(NUCLEI_RAW),--nuclei-raw "$(NUCLEI_RAW)") --output "$(OUTPUT)" $(ARGS)
 
 test: export OMP_NUM_THREADS ?= 2
 test: $(ENV)  ## all tests, the style checks among them: ARGS="-k word" to choose

@@ -1,7 +1,8 @@
 """A budget (beta, K, loss) becomes a gate with its measured PQ and GFLOPs: frontiers, and the search for a budget.
 
 Measuring needs no images and no parent: PQ and GFLOPs of any choice of exits are sums over a derived dataset's rows.
-A frontier over beta and K is therefore a matter of seconds per gate.
+A frontier over beta and K is therefore a matter of seconds per gate. Where the quality is no PQ (boxes: AP), the mean
+over the images stands in for it.
 """
 
 import csv
@@ -26,7 +27,8 @@ class Row:
 
     policy: "fixed" (everyone leaves at max_exit), "oracle" (the targets of Eq. 5), or "gate". pq, pq_things, pq_stuff:
     of the whole dataset, exact, in points of 100; NaN where the dataset has no statistics. quality: the mean over the
-    images, in points. gflops: means over the images. images: {exit: number of images leaving there}.
+    images of the dataset's measure, in points. gflops: means over the images. images: {exit: number of images leaving
+    there}.
     """
 
     policy: str
@@ -237,7 +239,11 @@ def format_row(row: Row) -> str:
     beta = "-" if row.beta is None else f"{row.beta:.3g}"
     images = " ".join(f"{k}:{n}" for k, n in row.images.items())
     return (
-        f"{row.policy:7} {row.max_exit:<2} {beta:8} {row.loss or '-':9} {row.pq:<6.2f} {row.pq_things:<6.2f} "
-        f"{row.pq_stuff:<6.2f} {row.quality:<8.2f} {row.mean_exit:<6.3f} {row.total_gflops:<9.2f} "
+        f"{row.policy:7} {row.max_exit:<2} {beta:8} {row.loss or '-':9} {_points(row.pq)} {_points(row.pq_things)} "
+        f"{_points(row.pq_stuff)} {row.quality:<8.2f} {row.mean_exit:<6.3f} {row.total_gflops:<9.2f} "
         f"{row.encoder_gflops:<8.2f} {images}"
     )
+
+
+def _points(value: float) -> str:
+    return f"{'-':6}" if math.isnan(value) else f"{value:<6.2f}"

@@ -1,9 +1,9 @@
 """Every config key of the project and its default.
 
 The keys of the parent carry their official Mask2Former names, so that official YAML files merge unchanged. Keys of
-this project are those under MODEL.ECO, MODEL.TIMM, MODEL.PROSCALE, MODEL.HYBRID and MODEL.DOVIT; MASK_BRANCH,
-PIXEL_DECODER_AMP and TRANSFORMER_ENCODER_NAME of MODEL.SEM_SEG_HEAD; SOLVER.AMP.PRECISION, SOLVER.ACCUMULATION_STEPS,
-TEST.AMP and DATASETS.CUSTOM. Each key is read somewhere; tests/test_config.py proves it.
+this project are those under MODEL.ECO, MODEL.DETR, MODEL.TIMM, MODEL.PROSCALE, MODEL.HYBRID and MODEL.DOVIT;
+MASK_BRANCH, PIXEL_DECODER_AMP and TRANSFORMER_ENCODER_NAME of MODEL.SEM_SEG_HEAD; SOLVER.AMP.PRECISION,
+SOLVER.ACCUMULATION_STEPS, TEST.AMP and DATASETS.CUSTOM. Each key is read somewhere; tests/test_config.py proves it.
 """
 
 from detectron2.config import CfgNode
@@ -18,6 +18,7 @@ def add_eco_config(cfg: CfgNode) -> None:
     _add_mask_former(cfg)
     _add_pixel_decoder(cfg)
     _add_encoders(cfg)
+    _add_detr(cfg)
     _add_swin(cfg)
     _add_timm(cfg)
     _add_dovit(cfg)
@@ -96,6 +97,23 @@ def _add_encoders(cfg: CfgNode) -> None:
     p.EXIT_AFTER_STAGES = False  # exits after every stage, not only after the layers of the last
     h = cfg.MODEL.HYBRID = CfgNode()  # HybridEncoder
     h.NORM = "BN"  # or "SyncBN"
+
+
+def _add_detr(cfg: CfgNode) -> None:
+    """What Detr and EcoDetr read; their number of classes is MODEL.SEM_SEG_HEAD.NUM_CLASSES, as every model's."""
+    d = cfg.MODEL.DETR = CfgNode()
+    d.HIDDEN_DIM = 256
+    d.NHEADS = 8
+    d.ENC_LAYERS = 6
+    d.DEC_LAYERS = 6
+    d.DIM_FEEDFORWARD = 2048
+    d.DROPOUT = 0.1
+    d.NUM_OBJECT_QUERIES = 100
+    d.CLASS_WEIGHT = 1.0
+    d.L1_WEIGHT = 5.0
+    d.GIOU_WEIGHT = 2.0
+    d.NO_OBJECT_WEIGHT = 0.1
+    d.DEEP_SUPERVISION = True  # losses after every decoder layer, not after the last alone
 
 
 def _add_swin(cfg: CfgNode) -> None:

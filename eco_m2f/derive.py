@@ -1,6 +1,7 @@
-"""Step B: one pass over a split, and for every image the panoptic quality of every exit.
+"""Step B: one pass over a split, and for every image the quality of every exit.
 
-Backbone and encoder run once per image; the predictor runs once per exit. Images are taken one by one, so that the
+What the quality is, the meta-architecture says: panoptic quality, or the AP of boxes (`evaluation/quality.py`).
+Backbone and encoder run once per image; the decoder runs once per exit. Images are taken one by one, so that the
 product does not depend on what else is in a batch, nor on the number of processes.
 """
 
@@ -17,34 +18,36 @@ from tqdm import tqdm
 
 from . import __version__
 from .data import PanopticTestMapper
-from .derived import ShardWriter, make_row, parent_sha256
+from .derived import DEFAULT_MEASURE, ShardWriter, make_row, parent_sha256
 from .engine import check_datasets
-from .evaluation.ground_truth import PanopticGroundTruth
-from .evaluation.panoptic_quality import PanopticTarget, to_dataset_categories
+from .evaluation.quality import BoxMeasure, PanopticMeasure
 from .files import file_sha256
-from .modeling import EcoMaskFormer
-from .modeling.exit_policy import pool_valid
+from .modeling import EarlyExits
+from .modeling.exit_policy import check_feature_source, pool_valid
 
 logger = logging.getLogger(__name__)
+Measure = PanopticMeasure | BoxMeasure
 
 
-def derive(cfg: CfgNode, model: EcoMaskFormer, dataset_name: str, directory: str, shard_size: int) -> None:
+def derive(cfg: CfgNode, model: EarlyExits, dataset_name: str, directory: str, shard_size: int) -> None:
     """Writes the derived dataset of a split to `directory`, shard by shard; shards already there are kept.
 
     Called by every process of a distributed run; each takes its share of the missing shards.
     """
-    if not isinstance(model, EcoMaskFormer):
-        raise ValueError(f"Step B needs META_ARCHITECTURE EcoMaskFormer (an eco config), got {type(model).__name__}")
+    if not isinstance(model, EarlyExits):
+        raise ValueError(
+            f"Step B needs META_ARCHITECTURE EcoMaskFormer or EcoDetr (an eco config), got {type(model).__name__}"
+        )
     check_datasets(cfg, [dataset_name])
     records = DatasetCatalog.get(dataset_name)
-    truth = PanopticGroundTruth(dataset_name)
-    provenance = provenance_of(cfg, model, dataset_name, truth, len(records))
+    measure = model.measure.of(dataset_name)
+    provenance = provenance_of(cfg, model, dataset_name, measure, len(records))
     writer = open_writer(directory, provenance, len(records), shard_size)
     shards = writer.missing(comm.get_rank(), comm.get_world_size())
     wanted = [i for s in shards for i in writer.indices(s)]
     logger.info("%d of %d shards are missing here: %d images", len(shards), writer.num_shards, len(wanted))
     rows = iter(
-        tqdm(derived_rows(cfg, model, truth, [records[i] for i in wanted]), total=len(wanted), desc=dataset_name,
+        tqdm(derived_rows(cfg, model, measure, [records[i] for i in wanted]), total=len(wanted), desc=dataset_name,
              disable=not comm.is_main_process(), unit="image")
     )  # fmt: skip
     for shard in shards:
@@ -62,22 +65,22 @@ def open_writer(directory: str, provenance: dict, num_images: int, shard_size: i
     return writer
 
 
-def provenance_of(
-    cfg: CfgNode, model: EcoMaskFormer, dataset_name: str, truth: PanopticGroundTruth, num_images: int
-) -> dict:
+def provenance_of(cfg: CfgNode, model: EarlyExits, dataset_name: str, measure: Measure, num_images: int) -> dict:
     """What the rows depend on; two parts of one derived dataset agree in all of it."""
+    check_feature_source(cfg.MODEL.ECO.FEATURE)
     keys = ("id", "name", "isthing")
     return {
         "exits": list(model.exits),
-        "feature_source": feature_source(cfg),
+        "feature_source": cfg.MODEL.ECO.FEATURE,
         "dataset": dataset_name,
         "num_images": num_images,
-        "categories": [{k: c[k] for k in keys if k in c} for c in truth.categories],
+        "categories": [{k: c[k] for k in keys if k in c} for c in measure.categories],
         "checkpoint": Path(cfg.MODEL.WEIGHTS).name,
         "checkpoint_sha256": file_sha256(cfg.MODEL.WEIGHTS),
         "parent_sha256": parent_sha256(model.state_dict()),
         "config": model_config(cfg).dump(),
         "code_version": __version__,
+        **({} if measure.name == DEFAULT_MEASURE else {"measure": measure.name}),
     }
 
 
@@ -89,16 +92,8 @@ def model_config(cfg: CfgNode) -> CfgNode:
     return kept
 
 
-def feature_source(cfg: CfgNode) -> str:
-    """MODEL.ECO.FEATURE, checked."""
-    source = cfg.MODEL.ECO.FEATURE
-    if source not in ("res5", "projected"):
-        raise ValueError(f"MODEL.ECO.FEATURE {source!r} is unknown; use 'res5' or 'projected'")
-    return source
-
-
 @torch.no_grad()
-def derived_rows(cfg: CfgNode, model: EcoMaskFormer, truth: PanopticGroundTruth, records: Sequence[dict]):
+def derived_rows(cfg: CfgNode, model: EarlyExits, measure: Measure, records: Sequence[dict]):
     """Yields the row of every record, in order."""
     if not records:
         return
@@ -109,20 +104,20 @@ def derived_rows(cfg: CfgNode, model: EcoMaskFormer, truth: PanopticGroundTruth,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
     model.eval()
-    source = feature_source(cfg)
     for batch in loader:
-        yield derived_row(model, truth, batch[0], source)
+        yield derived_row(model, measure, batch[0], cfg.MODEL.ECO.FEATURE)
 
 
-def derived_row(model: EcoMaskFormer, truth: PanopticGroundTruth, x: dict, source: str) -> dict:
+def derived_row(model: EarlyExits, measure: Measure, x: dict, source: str) -> dict:
     """Feature, cost, and the quality of every exit, of one image."""
     images = model.preprocess([x])
-    features = model.backbone(images.tensor)
-    target = PanopticTarget(truth.id_map(x["image_id"]), truth.segments(x["image_id"]))
-    statistics = {}
-    for k, pred in model.sem_seg_head.forward_exits(features, model.exits).items():
-        panoptic, segments = model.panoptic(pred, images, x)
-        statistics[k] = target.compare(panoptic.cpu().numpy(), to_dataset_categories(segments, truth.dataset_id))
+    features = model.extract(images)
+    compare = measure.target(x["image_id"])
+    quality, statistics = {}, {}
+    for k, pred in model.head.forward_exits(features, model.exits).items():
+        quality[k], sums = compare(model.judged(pred, images, x))
+        if sums is not None:
+            statistics[k] = sums
     costs = model.costs(images.tensor.shape[-2:], (x["height"], x["width"]))
     pooled = pool_valid(model.policy_features(features, source)[source], images.image_sizes)[0]
     return make_row(
@@ -130,7 +125,7 @@ def derived_row(model: EcoMaskFormer, truth: PanopticGroundTruth, x: dict, sourc
         file_name=Path(x["file_name"]).name,
         height=x["height"],
         width=x["width"],
-        quality=[statistics[k].pq() for k in model.exits],
+        quality=[quality[k] for k in model.exits],
         feature=pooled.float().cpu(),
         statistics=statistics,
         total_gflops=[costs[k]["total"] for k in model.exits],

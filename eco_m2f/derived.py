@@ -41,6 +41,7 @@ PROVENANCE_KEYS = (
     "num_images",
     "code_version",
 )
+DEFAULT_MEASURE = "PQ"  # of the quality; another is named in the provenance under the key "measure"
 
 
 def _column(name: str, kind: pa.DataType) -> pa.Field:
@@ -125,7 +126,7 @@ class ShardWriter:
     """
 
     def __init__(self, directory: str | Path, provenance: Mapping, num_images: int, shard_size: int = 256):
-        """provenance: `PROVENANCE_KEYS`, plain JSON values; num_images may be left out of it.
+        """provenance: `PROVENANCE_KEYS`, plain JSON values; num_images may be left out of it, "measure" put into it.
 
         Raises DerivedDatasetError if the directory holds a derived dataset of another provenance, and names the keys.
         """
@@ -219,6 +220,11 @@ class DerivedDataset:
     @property
     def exits(self) -> tuple[int, ...]:
         return tuple(self.provenance["exits"])
+
+    @property
+    def measure(self) -> str:
+        """The name of the quality, such as "PQ"."""
+        return self.provenance.get("measure", DEFAULT_MEASURE)
 
     @property
     def has_statistics(self) -> bool:
@@ -337,7 +343,7 @@ def parent_sha256(state_dict: Mapping[str, Tensor]) -> str:
 
 
 def _make_manifest(provenance: Mapping, num_images: int, shard_size: int) -> dict:
-    lacking, unknown = set(PROVENANCE_KEYS) - set(provenance), set(provenance) - set(PROVENANCE_KEYS)
+    lacking, unknown = set(PROVENANCE_KEYS) - set(provenance), set(provenance) - {*PROVENANCE_KEYS, "measure"}
     if lacking or unknown:
         raise ValueError(f"the provenance lacks {sorted(lacking)} and has unknown keys {sorted(unknown)}")
     if provenance["num_images"] != num_images:
@@ -452,7 +458,7 @@ def _join_shards(path: Path, manifest: Mapping, shards: Iterable[int], with_feat
     joined = {name: np.concatenate(values) for name, values in parts.items()}
     _check_unique(joined["image_id"], path)
     return {
-        "provenance": {key: manifest[key] for key in PROVENANCE_KEYS},
+        "provenance": {key: manifest[key] for key in (*PROVENANCE_KEYS, "measure") if key in manifest},
         "image_ids": joined["image_id"].tolist(),
         "file_names": joined["file_name"].tolist(),
         "sizes": np.stack([joined["height"], joined["width"]], axis=1),

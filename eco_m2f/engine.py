@@ -14,6 +14,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, SimpleTrainer, default_setup, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling import build_model as build_detectron2_model
 from detectron2.projects.deeplab import build_lr_scheduler
 from detectron2.solver.build import reduce_param_groups
@@ -27,7 +28,7 @@ from .command_line import HelpFormatter, argument_parser, hide_training_trace, l
 from .config import add_eco_config
 from .data import PanopticTestMapper, build_train_loader, check_class_count, register_from_config
 from .evaluation import evaluators_for
-from .modeling import DoViT, EcoMaskFormer
+from .modeling import DoViT, EarlyExits
 from .modeling.encoders.hybrid import fuse_for_deployment
 from .modeling.exit_policy import OracleExit
 
@@ -324,8 +325,8 @@ def check_training(cfg: CfgNode, processes: int) -> None:
 
 def trains_some_exits(model: nn.Module) -> bool:
     """Whether a step may leave parameters without gradient: the layers beyond the deepest exit drawn."""
-    return isinstance(model, EcoMaskFormer) and (
-        model.sampler.exits_per_step < len(model.exits) or model.exits[-1] < model.sem_seg_head.exits[-1]
+    return isinstance(model, EarlyExits) and (
+        model.sampler.exits_per_step < len(model.exits) or model.exits[-1] < model.head.exits[-1]
     )
 
 
@@ -341,9 +342,12 @@ def distributed(model: nn.Module, unused: bool) -> nn.Module:
 
 
 def check_datasets(cfg: CfgNode, names: Sequence[str]) -> None:
-    """Stops early on a dataset whose classes are not as many as the model's."""
+    """Stops early on a dataset without the annotation that the model needs, or of another number of classes."""
+    known = cfg.MODEL.META_ARCHITECTURE in META_ARCH_REGISTRY  # else building the model says what is wrong
+    parent = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE) if known else None
+    annotation = getattr(parent, "annotation", "panoptic")
     for name in dict.fromkeys(names):
-        check_class_count(name, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
+        check_class_count(name, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, annotation)
 
 
 def check_oracle(model: nn.Module, dataset_name: str) -> None:
@@ -365,9 +369,10 @@ def check_oracle(model: nn.Module, dataset_name: str) -> None:
 
 
 def _annotation(dataset_name: str) -> str:
-    """The panoptic JSON of a dataset, or its name: a split may be registered twice, with and without class maps."""
-    known = dataset_name in DatasetCatalog.list()
-    return getattr(MetadataCatalog.get(dataset_name), "panoptic_json", dataset_name) if known else dataset_name
+    """The annotation file of a dataset, or its name: a split may be registered twice, with and without class maps."""
+    metadata = MetadataCatalog.get(dataset_name) if dataset_name in DatasetCatalog.list() else None
+    files = (getattr(metadata, key, None) for key in ("panoptic_json", "json_file"))
+    return next((file for file in files if file), dataset_name)
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str):
@@ -379,7 +384,7 @@ def build_trained(cfg: CfgNode, with_gate: bool = True) -> nn.Module:
     """The model of a config in eval mode, MODEL.WEIGHTS loaded strictly; with its gate where the policy is learned."""
     model = build_model(cfg)
     Checkpointer(model).load_for_evaluation(cfg.MODEL.WEIGHTS)
-    if with_gate and isinstance(model, EcoMaskFormer) and cfg.MODEL.ECO.POLICY == "LinearGate":
+    if with_gate and isinstance(model, EarlyExits) and cfg.MODEL.ECO.POLICY == "LinearGate":
         model.load_gate(cfg.MODEL.ECO.GATE)
     return model.eval()
 

@@ -1,4 +1,4 @@
-"""Panoptic maps as pictures."""
+"""Panoptic maps and boxes as pictures."""
 
 from collections.abc import Mapping, Sequence
 
@@ -27,6 +27,23 @@ def draw_panoptic(
         drawn[where] += opacity * (shade * np.asarray(colors[segment["category_id"]], float) - drawn[where])
     drawn[_outlines(id_map)] *= 0.3
     return np.clip(drawn + 0.5, 0, 255).astype(np.uint8)
+
+
+def draw_boxes(image: np.ndarray, objects: Sequence[Mapping], colors: Mapping[int, Sequence]) -> np.ndarray:
+    """The image [H, W, 3] uint8 with the outlines of objects, one pixel wide, in the colours of their classes.
+
+    objects: dicts with `bbox` (x, y, width, height in pixels) and `category_id`. colors: RGB, 0 to 255, by category_id.
+    """
+    drawn = np.array(image)
+    height, width = drawn.shape[:2]
+    for thing in objects:
+        x, y, w, h = thing["bbox"]
+        left, right = (int(np.clip(round(v), 0, width - 1)) for v in (x, x + w - 1))
+        top, bottom = (int(np.clip(round(v), 0, height - 1)) for v in (y, y + h - 1))
+        color = np.asarray(colors[thing["category_id"]])
+        drawn[[top, bottom], left : right + 1] = color
+        drawn[top : bottom + 1, [left, right]] = color
+    return drawn
 
 
 def _outlines(id_map: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A Mask2Former of 0.8 M parameters, with every part of the full one, to test on."""
+"""A Mask2Former of 0.8 M parameters, and a DETR of as many, with every part of the full ones, to test on."""
 
 import zlib
 from pathlib import Path
@@ -10,12 +10,16 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 PARENT = "coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml"
 ECO = "coco/panoptic-segmentation/eco/eco_maskformer2_R50_bs16_50ep.yaml"
+DETR = "coco/object-detection/detr_R50_bs16_500ep.yaml"
+ECO_DETR = "coco/object-detection/eco/eco_detr_R50_bs16_500ep.yaml"
 MINI = [
     *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 7),
     *("MODEL.SEM_SEG_HEAD.CONVS_DIM", 32, "MODEL.SEM_SEG_HEAD.MASK_DIM", 32, "MODEL.MASK_FORMER.HIDDEN_DIM", 32),
     *("MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", 12, "MODEL.MASK_FORMER.DEC_LAYERS", 4),
     *("MODEL.MASK_FORMER.DIM_FEEDFORWARD", 64, "MODEL.MASK_FORMER.TRAIN_NUM_POINTS", 128),
     *("MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 16, "MODEL.RESNETS.WIDTH_PER_GROUP", 4),
+    *("MODEL.DETR.HIDDEN_DIM", 32, "MODEL.DETR.DIM_FEEDFORWARD", 64, "MODEL.DETR.NUM_OBJECT_QUERIES", 12),
+    *("MODEL.DETR.DEC_LAYERS", 3, "MODEL.DETR.DROPOUT", 0.0),
 ]
 _HEAD = "MODEL.SEM_SEG_HEAD."
 LITE = (_HEAD + "TRANSFORMER_ENCODER_NAME", "LiteEncoder")
@@ -57,7 +61,7 @@ def fill(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def make_batch(sizes=((64, 96), (60, 80)), num_targets: int = 3) -> list[dict]:
-    from detectron2.structures import Instances
+    from detectron2.structures import Boxes, Instances
 
     rng = np.random.default_rng(7)
     batch = []
@@ -67,6 +71,14 @@ def make_batch(sizes=((64, 96), (60, 80)), num_targets: int = 3) -> list[dict]:
         blobs = torch.from_numpy(rng.random((num_targets, 1, 4, 6)))
         up = torch.nn.functional.interpolate(blobs, (h, w), mode="bilinear")[:, 0]
         instances.gt_masks = up.argmax(0)[None] == torch.arange(num_targets)[:, None, None]
+        instances.gt_boxes = Boxes(_boxes(i, num_targets) * torch.tensor([w, h, w, h]))
         image = torch.from_numpy(rng.integers(0, 256, (3, h, w), dtype=np.uint8))
         batch.append({"image": image, "instances": instances, "height": h, "width": w, "image_id": i})
     return batch
+
+
+def _boxes(seed: int, count: int) -> torch.Tensor:
+    """Corners in parts of the image, [count, 4]."""
+    rng = np.random.default_rng([7, seed])
+    centre, half = rng.uniform(0.3, 0.7, (count, 2)), rng.uniform(0.05, 0.3, (count, 2))
+    return torch.from_numpy(np.concatenate([centre - half, centre + half], axis=1)).float()

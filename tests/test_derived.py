@@ -97,6 +97,17 @@ def test_what_is_written_is_read(dataset):
     assert dataset.provenance == make_provenance() and set(dataset.provenance) == set(PROVENANCE_KEYS)
 
 
+def test_another_measure_than_pq_is_named_and_pq_leaves_no_trace(dataset, tmp_path):
+    """So that derived datasets of PQ are, byte for byte, what they were before there was another."""
+    assert dataset.measure == "PQ"
+    write(tmp_path / "ap", measure="AP")
+    assert DerivedDataset.load(tmp_path / "ap").measure == "AP"
+    assert DerivedDataset.load(tmp_path / "ap").subset([1, 2]).measure == "AP"
+    assert "measure" not in json.loads((write(tmp_path / "pq").directory / MANIFEST).read_text())
+    with pytest.raises(DerivedDatasetError, match="measure: 'AP' there, None now"):
+        write(tmp_path / "ap")
+
+
 def pq_from_dense_sums(choice):
     """PQ by its definition, from dense per-category sums in plain Python."""
     sums = {c["id"]: [0.0, 0, 0, 0] for c in CATEGORIES}

@@ -5,7 +5,17 @@ import pytest
 from test_budget import EXITS, make_derived
 
 from eco_m2f.budget import GateFitter, fixed_rows
-from eco_m2f.report import PARENT, STEP_A, Result, _examples, collect, evaluated_pq, gate_name, markdown
+from eco_m2f.report import (
+    PARENT,
+    STEP_A,
+    Result,
+    _examples,
+    collect,
+    evaluated_ap,
+    evaluated_pq,
+    gate_name,
+    markdown,
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +45,27 @@ def test_results_hold_forced_exits_gates_and_targets(tmp_path, derived):
     assert results[6].row.pq == gate.results["pq"] and results[6].model == STEP_A
 
 
+def test_of_boxes_the_mean_ap_of_the_images_takes_the_place_of_pq(tmp_path):
+    about = {"with_statistics": False, "measure": "AP"}
+    train, val = (make_derived(tmp_path / name, n, seed, **about) for name, n, seed in (("a", 200, 2), ("b", 60, 1)))
+    gate = GateFitter(train, val).fit(0.005, 6).gate
+    for name in ("full", gate_name(gate)):
+        folder = tmp_path / "eval" / name / "inference" / "toy"
+        folder.mkdir(parents=True)
+        (folder / "boxes.json").write_text('{"AP": 0.25, "AP_image": 0.5}')
+    results = collect(tmp_path, val, val, [gate])
+    assert [(r.evaluated, r.dataset_ap) for r in results[5:]] == [(50.0, 25.0), (50.0, 25.0), (None, None)]
+    head, _, *lines = markdown(results, val.measure)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *lines)]
+    assert cells[0][2:5] == ["mean AP of an image", "evaluated mean AP", "AP of the dataset"]
+    assert {len(row) for row in cells} == {10}
+    assert cells[6][2:5] == [f"{results[5].row.quality:.2f}", "50.00", "25.00"] and cells[8][3:5] == ["", ""]
+
+
 def test_an_evaluation_that_is_missing_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="eval-only"):
-        evaluated_pq(tmp_path)
+    for evaluated in (evaluated_pq, evaluated_ap):
+        with pytest.raises(FileNotFoundError, match="eval-only"):
+            evaluated(tmp_path)
 
 
 def test_examples_are_spread_over_the_exits(derived):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from eco_m2f.visualization import draw_panoptic
+from eco_m2f.visualization import draw_boxes, draw_panoptic
 
 RED, BLUE = (200, 0, 0), (0, 0, 200)
 
@@ -30,3 +30,16 @@ def test_opacity_blends():
 def test_sizes_must_agree():
     with pytest.raises(ValueError, match=r"\(4, 4\), \(4, 5\)"):
         draw_panoptic(np.zeros((4, 4, 3), np.uint8), np.zeros((4, 5), int), [], {})
+
+
+def test_boxes_are_outlines_in_the_colours_of_their_classes():
+    image = np.full((8, 10, 3), 50, np.uint8)
+    objects = [{"bbox": [2, 1, 4, 3], "category_id": 5}, {"bbox": [-3.0, 5.0, 50.0, 2.0], "category_id": 6}]
+    drawn = draw_boxes(image, objects, {5: (200, 0, 0), 6: (0, 200, 0)})
+    red, green = ((drawn == color).all(2) for color in ((200, 0, 0), (0, 200, 0)))
+    wanted = np.zeros((8, 10), bool)
+    wanted[1:4, 2:6] = True
+    wanted[2, 3:5] = False
+    assert (red == wanted).all()
+    assert green[5:7].all() and green.sum() == 20  # what lies outside the image is drawn at its border
+    assert (drawn[~red & ~green] == 50).all() and (image == 50).all()

@@ -17,6 +17,7 @@ MODEL:
   RESNETS: {{STEM_OUT_CHANNELS: 8, RES2_OUT_CHANNELS: 16, WIDTH_PER_GROUP: 4, NORM: "FrozenBN"}}
   SEM_SEG_HEAD: {{CONVS_DIM: 32, MASK_DIM: 32}}
   MASK_FORMER: {{HIDDEN_DIM: 32, DIM_FEEDFORWARD: 64, NUM_OBJECT_QUERIES: 12, DEC_LAYERS: 3, TRAIN_NUM_POINTS: 64}}
+  DETR: {{HIDDEN_DIM: 32, DIM_FEEDFORWARD: 64, NUM_OBJECT_QUERIES: 12, DEC_LAYERS: 2}}
 DATASETS:
   CUSTOM: ["{train}", "{val}"]
   TRAIN: ["{name}_train"]
@@ -38,24 +39,27 @@ class Tiny:
         self.name = f"tiny{next(_COUNTER)}"
         make_toy_dataset(base / "data", ToySpec(num_train, num_val, size))
 
-    def spec(self, split: str) -> str:
+    def spec(self, split: str, boxes: bool = False) -> str:
         """The DATASETS.CUSTOM entry of a split."""
         data = self.base / "data"
+        if boxes:
+            return f"name={self.name}_boxes_{split},images={data / split},boxes={self.json(split, 'detection')}"
         folders = f"images={data / split},panoptic={data / f'panoptic_{split}'}"
         return f"name={self.name}_{split},{folders},json={self.json(split)}"
 
-    def json(self, split: str) -> Path:
-        return self.base / "data" / "annotations" / f"panoptic_{split}.json"
+    def json(self, split: str, kind: str = "panoptic") -> Path:
+        return self.base / "data" / "annotations" / f"{kind}_{split}.json"
 
     def config(self, kind: str = "eco_maskformer2") -> str:
-        """Path of a config, "maskformer2" or "eco_maskformer2", whose OUTPUT_DIR is `base`/output."""
+        """Path of a config, of configs/toy: "maskformer2", "eco_detr" .. Its OUTPUT_DIR is `base`/output."""
+        boxes = kind.endswith("detr")
         path = self.base / f"{kind}.yaml"
         path.write_text(
             CONFIG.format(
                 base=CONFIGS / "toy" / f"{kind}_toy.yaml",
-                train=self.spec("train"),
-                val=self.spec("val"),
-                name=self.name,
+                train=self.spec("train", boxes),
+                val=self.spec("val", boxes),
+                name=f"{self.name}_boxes" if boxes else self.name,
                 output=self.output,
             )
         )

@@ -612,6 +612,7 @@ def run_step_b(args: argparse.Namespace) -> None:
     from eco_m2f.derive import derived_row
     from eco_m2f.engine import build_model, load_cfg
     from eco_m2f.evaluation.panoptic_quality import PanopticTarget, to_dataset_categories
+    from eco_m2f.evaluation.quality import PanopticMeasure
     from eco_m2f.modeling.exit_policy import FixedExit
 
     _use_threads(args.threads)
@@ -634,7 +635,8 @@ def run_step_b(args: argparse.Namespace) -> None:
             target = PanopticTarget(truth.ids, truth.segments(0))
             target.compare(panoptic.cpu().numpy(), to_dataset_categories(segments, truth.dataset_id))
 
-    contestants = {"one pass": lambda: derived_row(model, truth, x, "res5"), "one evaluation per exit": separately}
+    measure = PanopticMeasure(truth)
+    contestants = {"one pass": lambda: derived_row(model, measure, x, "res5"), "one evaluation per exit": separately}
     rows = measure_model(contestants, args.rounds, args.device)
     setting = {"config": args.config_file, "height": args.size[0], "width": args.size[1], "exits": len(model.exits)}
     _save(args, [{**setting, **row} for row in rows])

@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""Step B: the panoptic quality of every image of a split at every exit, with what a gate needs to learn from it.
+"""Step B: the quality of every image of a split at every exit, with what a gate needs to learn from it.
+
+The quality is PQ, or the AP of boxes, as the config's model has it.
 
     tools/derive_dataset.py --config-file configs/toy/eco_maskformer2_toy.yaml --dataset toy_panoptic_train \\
         --output output/derived/train MODEL.WEIGHTS output/toy/eco/model_final.pth

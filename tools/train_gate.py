@@ -9,6 +9,7 @@
     tools/train_gate.py --train derived/train --val derived/val --target-gflops 120 --output gate.pth
 
 No images and no parent are needed. PQ and GFLOPs are exact for the images of --val: sums over the derived dataset.
+Of boxes the quality is the mean over the images of each one's AP, and takes the place of PQ.
 """
 
 import argparse
@@ -41,7 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--beta", type=float, nargs="+", help="what an encoder layer costs in quality (COCO: 0.0005)")
     budget.add_argument("--target-gflops", type=float, metavar="G", help="find beta: mean GFLOPs on --val at most G")
-    budget.add_argument("--max-pq-drop", type=float, metavar="D", help="find beta: PQ on --val at most D points lower")
+    budget.add_argument(
+        "--max-pq-drop", type=float, metavar="D", help="find beta: PQ (or mean AP) on --val at most D points lower"
+    )
     return parser
 
 
@@ -50,7 +53,10 @@ def main(argv: list[str] | None = None) -> None:
     train, val = load(args)
     max_exits = args.max_exit or [train.exits[-1]]
     options = {"optimizer": args.optimizer, "l2": args.l2, "seed": args.seed}
-    print(f"{len(train)} images to fit on, {len(val)} to measure on, exits {list(train.exits)}\n{HEADER}", flush=True)
+    about = (
+        f"{len(train)} images to fit on, {len(val)} to measure on, exits {list(train.exits)}, quality {train.measure}"
+    )
+    print(f"{about}\n{HEADER}", flush=True)
     if args.beta:
         rows = show(frontier(train, val, args.beta, max_exits, args.loss, **options))
         best = [row for row in rows if row.gate]
@@ -64,7 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     for row in best:
         path = gate_path(args.output, row, alone=len(best) == 1)
         row.gate.save(path)
-        print(f"saved {path}: beta {row.beta:.4g}, K {row.max_exit}, {row.total_gflops:.2f} GFLOPs, PQ {row.pq:.2f}")
+        quality = f"{train.measure} {row.score:.2f}"
+        print(f"saved {path}: beta {row.beta:.4g}, K {row.max_exit}, {row.total_gflops:.2f} GFLOPs, {quality}")
     if args.frontier:
         write_csv(rows, args.frontier)
         print(f"saved {args.frontier}")

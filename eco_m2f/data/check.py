@@ -5,7 +5,7 @@ Works on any dataset whose metadata names a panoptic_json: COCO, Cityscapes, and
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +33,14 @@ class Finding:
         return f"{self.kind}: {self.where}; {self.remedy}"
 
 
-def check_class_count(dataset_name: str, num_classes: int) -> None:
-    """Raises ValueError unless MODEL.SEM_SEG_HEAD.NUM_CLASSES is the dataset's number of categories (thing + stuff)."""
-    if _is_semantic(dataset_name):
+def check_class_count(dataset_name: str, num_classes: int, annotation: str = "panoptic") -> None:
+    """Raises ValueError unless MODEL.SEM_SEG_HEAD.NUM_CLASSES is the dataset's number of categories.
+
+    annotation: what the model needs. "panoptic": things and stuff count; "boxes": COCO's detection format.
+    """
+    if annotation == "boxes":
+        count = len(_box_metadata(dataset_name).thing_classes)
+    elif _is_semantic(dataset_name):
         count = len(MetadataCatalog.get(dataset_name).stuff_classes)
     else:
         meta = _metadata(dataset_name)
@@ -143,15 +148,28 @@ def _is_semantic(name: str) -> bool:
     return name in DatasetCatalog.list() and MetadataCatalog.get(name).get("evaluator_type") in SEMANTIC_TYPES
 
 
-def _metadata(name: str):
+def _registered(name: str, alike: Callable[[str], bool]):
+    """The metadata of a dataset; an unknown name is answered with those that are alike."""
     if name not in DatasetCatalog.list():
-        alike = sorted(
-            n for n in DatasetCatalog.list() if "panoptic" in n and not n.endswith(("_separated", "_stuffonly"))
-        )
+        others = sorted(n for n in DatasetCatalog.list() if alike(n))
         raise ValueError(
-            f"dataset {name!r} is not registered; choose one of {alike}, or register your own by DATASETS.CUSTOM"
+            f"dataset {name!r} is not registered; choose one of {others}, or register your own by DATASETS.CUSTOM"
         )
-    meta = MetadataCatalog.get(name)
+    return MetadataCatalog.get(name)
+
+
+def _box_metadata(name: str):
+    meta = _registered(name, lambda n: n.endswith(("_detection_train", "_detection_val")) or n.startswith("coco_2017"))
+    if getattr(meta, "evaluator_type", None) != "coco":
+        raise ValueError(
+            f"dataset {name!r} has no boxes in COCO's detection format: take a detection dataset, such as "
+            "coco_2017_train or toy_detection_train, or an entry boxes=<json> of DATASETS.CUSTOM"
+        )
+    return meta
+
+
+def _metadata(name: str):
+    meta = _registered(name, lambda n: "panoptic" in n and not n.endswith(("_separated", "_stuffonly")))
     if not getattr(meta, "panoptic_json", None):
         raise ValueError(f"dataset {name!r} has no panoptic annotation (its metadata lacks panoptic_json)")
     return meta

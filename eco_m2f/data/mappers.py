@@ -2,7 +2,7 @@
 
 Training mappers are named by INPUT.DATASET_MAPPER_NAME, with the names public Mask2Former YAMLs use:
 `coco_panoptic_lsj` (large-scale jittering), `mask_former_panoptic` (resize, crop, colour, flip) and
-`mask_former_semantic` (the same for class maps).
+`mask_former_semantic` (the same for class maps); `detr` maps boxes.
 """
 
 import copy
@@ -12,7 +12,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, BoxMode, Instances
 
 from .panoptic_map import ADVICE, DataError, decode, index_map, masks_of, read_classes, read_ids
 from .transforms import ColorAugSSD, JitterScale
@@ -154,14 +154,70 @@ class MaskFormerSemanticMapper(MaskFormerPanopticMapper):
         return classes
 
 
+class DetrMapper:
+    """DETR's augmentations of an image and its boxes: flip; perhaps resize and crop; resize the shortest edge.
+
+    With INPUT.CROP.ENABLED half of the images are first resized to a shortest edge of 400, 500 or 600 pixels and
+    cropped (DETR, section A.4). Input: a dict with file_name and annotations, as detectron2 loads them from COCO's
+    detection format. Output: image (uint8 [3, H, W]), height and width (of the original, pixels), image_id,
+    file_name, and instances with gt_classes (int64 [N]) and gt_boxes (corners, pixels). Crowds, and objects that the
+    crop cut away, are left out. Raises DataError naming the offending file.
+    """
+
+    BEFORE_CROP = (400, 500, 600)  # shortest edges, pixels
+
+    @configurable
+    def __init__(self, is_train: bool = True, *, augmentations: list, image_format: str):
+        if not is_train:
+            raise ValueError("DetrMapper is for training only; use PanopticTestMapper to evaluate")
+        self.augmentations = T.AugmentationList(augmentations)
+        self.image_format = image_format
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
+        crop = cfg.INPUT.CROP
+        augmentations = _flip(cfg)
+        if crop.ENABLED:
+            zoom = [T.ResizeShortestEdge(cls.BEFORE_CROP, sample_style="choice"), T.RandomCrop(crop.TYPE, crop.SIZE)]
+            augmentations.append(T.RandomApply(T.AugmentationList(zoom), prob=0.5))
+        augmentations.append(
+            T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING)
+        )
+        return {"is_train": is_train, "augmentations": augmentations, "image_format": cfg.INPUT.FORMAT}
+
+    def __call__(self, dataset_dict: dict) -> dict:
+        record = dict(dataset_dict)
+        if "annotations" not in record:
+            raise DataError(
+                f"{record['file_name']}: the dataset has no boxes; train on a detection dataset, e.g. one that "
+                "DATASETS.CUSTOM names with boxes=<json>"
+            )
+        aug_input = T.AugInput(read_image(record, self.image_format))
+        transforms = self.augmentations(aug_input)
+        instances = _boxes(record["annotations"], transforms, aug_input.image.shape[:2])
+        return {**_identity(record), "image": _to_tensor(aug_input.image), "instances": instances}
+
+
+def _boxes(annotations: list[dict], transforms: T.Transform, size: tuple[int, int]) -> Instances:
+    kept = [a for a in annotations if not a.get("iscrowd", 0)]
+    corners = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in kept]
+    corners = transforms.apply_box(np.array(corners, dtype=np.float64).reshape(-1, 4))
+    instances = Instances(size)
+    instances.gt_boxes = Boxes(torch.from_numpy(corners).float())
+    instances.gt_boxes.clip(size)
+    instances.gt_classes = torch.tensor([a["category_id"] for a in kept], dtype=torch.int64)
+    return instances[instances.gt_boxes.nonempty()]
+
+
 MAPPERS = {
     "coco_panoptic_lsj": COCOPanopticLSJMapper,
     "mask_former_panoptic": MaskFormerPanopticMapper,
     "mask_former_semantic": MaskFormerSemanticMapper,
+    "detr": DetrMapper,
 }
 
 
-def build_train_mapper(cfg: CfgNode) -> PanopticTrainMapper:
+def build_train_mapper(cfg: CfgNode) -> PanopticTrainMapper | DetrMapper:
     """The training mapper that INPUT.DATASET_MAPPER_NAME asks for. Raises ValueError for a name it does not know."""
     name = cfg.INPUT.DATASET_MAPPER_NAME
     if name not in MAPPERS:

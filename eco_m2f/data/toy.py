@@ -6,9 +6,12 @@ one class, noise, clutter and warping, and lowers size, contrast and what colour
 has its colour and little context is needed; in a hard one colour is a hint at most, and it takes the global shape and
 the weave to tell classes apart.
 
+The things are also there as boxes, in COCO's detection format: the same objects, of the same images.
+
 Every image is drawn from its own seed (seed, split, index), so image i does not depend on how many are made.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,13 +91,17 @@ class Scene:
 
 
 def make_toy_dataset(output: str | Path, spec: ToySpec | None = None, overwrite: bool = False) -> bool:
-    """Writes the toy set to `output`: {train,val}/, panoptic_{train,val}/ and annotations/panoptic_{train,val}.json.
+    """Writes the toy set to `output`: {train,val}/, panoptic_{train,val}/ and annotations/panoptic_{train,val}.json,
+    and beside these detection_{train,val}.json, which are also added to a set that lacks them.
 
     The folder appears whole or not at all. Returns False, doing nothing, if a set of the same spec is there already.
     Raises FileExistsError if `output` holds something else, unless it is a toy set and overwrite is set.
     """
     spec = spec or ToySpec()
     if already_made(output, _made_from(spec), SPLITS, overwrite):
+        for split in SPLITS:
+            if not detection_json(output, split).exists():
+                write_detection(output, split)
         return False
     with whole_folder(output) as draft:
         for split in SPLITS:
@@ -133,6 +140,27 @@ def _write_split(base: Path, split: str, spec: ToySpec) -> None:
         images.append({"id": i, "file_name": name, **size, "difficulty": round(scene.difficulty, 6)})
         annotations.append({"image_id": i, "file_name": name, "segments_info": scene.segments})
     write_json(base / "annotations" / f"panoptic_{split}.json", _made_from(spec), images, annotations, CATEGORIES)
+    write_detection(base, split)
+
+
+def detection_json(base: str | Path, split: str) -> Path:
+    return Path(base) / "annotations" / f"detection_{split}.json"
+
+
+def write_detection(base: str | Path, split: str) -> None:
+    """The things of a split's panoptic JSON as COCO's detection JSON; crowds stay crowds."""
+    panoptic = json.loads((Path(base) / "annotations" / f"panoptic_{split}.json").read_text())
+    things = [c for c in panoptic["categories"] if c["isthing"]]
+    wanted = {c["id"] for c in things}
+    objects = [
+        {"image_id": a["image_id"], **{key: s[key] for key in ("category_id", "bbox", "area", "iscrowd")}}
+        for a in panoptic["annotations"]
+        for s in a["segments_info"]
+        if s["category_id"] in wanted
+    ]
+    numbered = [{"id": i, **o} for i, o in enumerate(objects, start=1)]  # to pycocotools an id of 0 means no object
+    made_from = panoptic["info"]["made_from"]
+    write_json(detection_json(base, split), made_from, panoptic["images"], numbered, things)
 
 
 class _Canvas:

@@ -88,7 +88,7 @@ def describe_segments(ids: np.ndarray, category_of: Mapping[int, int], crowds: C
 def write_json(
     path: str | Path, made_from: dict, images: list[dict], annotations: list[dict], categories: list[dict]
 ) -> None:
-    """Writes the panoptic JSON, with what the dataset was made from in its info, so that a second run knows."""
+    """Writes a panoptic or detection JSON, with what it was made from in its info, so that a second run knows."""
     content = {
         "info": {"made_from": made_from},
         "images": images,

@@ -1,5 +1,6 @@
-"""Quality and cost: PQ per image and per dataset, mIoU, AP, exits taken, tokens kept and GFLOPs."""
+"""Quality and cost: PQ and AP per image and per dataset, mIoU, exits taken, tokens kept and GFLOPs."""
 
+from .boxes import BoxEvaluator, BoxGroundTruth, BoxTarget
 from .build import evaluators_for
 from .exit_statistics import ExitStatistics
 from .instance import InstanceEvaluator
@@ -9,6 +10,9 @@ from .semantic import SemanticEvaluator
 from .token_statistics import TokenStatistics
 
 __all__ = [
+    "BoxEvaluator",
+    "BoxGroundTruth",
+    "BoxTarget",
     "ExitStatistics",
     "ImageStatistics",
     "InstanceEvaluator",

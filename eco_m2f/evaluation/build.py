@@ -7,6 +7,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import CityscapesInstanceEvaluator, DatasetEvaluators
 
 from ..data import SEMANTIC_TYPES
+from .boxes import BoxEvaluator, BoxGroundTruth
 from .exit_statistics import ExitStatistics
 from .ground_truth import PanopticGroundTruth, SemanticGroundTruth
 from .instance import InstanceEvaluator
@@ -15,6 +16,7 @@ from .semantic import SemanticEvaluator
 from .token_statistics import TokenStatistics
 
 PANOPTIC_TYPES = ("coco_panoptic_seg", "panoptic_like", "cityscapes_panoptic_seg")
+BOX_TYPE = "coco"  # COCO's detection format
 
 
 def evaluators_for(
@@ -28,17 +30,20 @@ def evaluators_for(
 ) -> DatasetEvaluators:
     """PQ, mIoU and AP for the heads that are on, and the statistics of exits or tokens.
 
-    Serves any dataset in COCO's panoptic format, and those of class maps alone, which get mIoU; results go to
-    `output_dir/<dataset_name>` where that is given. AP on Cityscapes comes from the official script, as `segm`, where
-    `cityscapesscripts` is installed; else it is COCO's AP of the same objects and is called `segm_coco_style`, since
-    the two are not comparable. Raises ValueError for a dataset of another `evaluator_type`.
+    Serves any dataset in COCO's panoptic format, those of class maps alone, which get mIoU, and those in COCO's
+    detection format, which get the AP of boxes; results go to `output_dir/<dataset_name>` where that is given. AP on
+    Cityscapes comes from the official script, as `segm`, where `cityscapesscripts` is installed; else it is COCO's AP
+    of the same objects and is called `segm_coco_style`, since the two are not comparable. Raises ValueError for a
+    dataset of another `evaluator_type`.
     """
     kind = getattr(MetadataCatalog.get(dataset_name), "evaluator_type", None)
-    if kind not in PANOPTIC_TYPES + SEMANTIC_TYPES:
-        known = [*PANOPTIC_TYPES, *SEMANTIC_TYPES]
+    known = [*PANOPTIC_TYPES, *SEMANTIC_TYPES, BOX_TYPE]
+    if kind not in known:
         raise ValueError(f"dataset {dataset_name!r} has evaluator_type {kind!r}; known are {known}")
     folder = os.path.join(output_dir, dataset_name) if output_dir else None
     evaluators = [ExitStatistics(folder), TokenStatistics(folder)]
+    if kind == BOX_TYPE:
+        return DatasetEvaluators([*evaluators, BoxEvaluator(BoxGroundTruth(dataset_name), folder, max_detections)])
     if kind in SEMANTIC_TYPES:
         if not semantic_on:
             raise ValueError(f"dataset {dataset_name!r} has class maps alone: set MODEL.MASK_FORMER.TEST.SEMANTIC_ON")

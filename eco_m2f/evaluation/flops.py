@@ -12,7 +12,8 @@ The `paper` convention is that of detectron2's `FlopCountAnalysis` on a traced M
 - of attention, weights times values counts, and queries times keys only where it is not masked (the tool does not know
   `baddbmm`); here attention is one operator, so it is counted by that rule;
 - results that nothing depends on are not in a trace: the class logits of the auxiliary predictions do not count;
-- "Tx. Enc.", here `pixel_decoder`, is what runs in submodules of the pixel decoder: not the resizing between them.
+- "Tx. Enc.", here `pixel_decoder`, is what runs in submodules of the pixel decoder: not the resizing between them. Of
+  DETR it is the layers of the transformer encoder, where every product of queries and keys is masked.
 
 The `full` convention adds the deformable core by its own formula. A gate's few thousand multiply-adds are in neither.
 The paper's means over COCO resize every result to its image's own size: `mean` takes that size beside the padded one.
@@ -26,7 +27,7 @@ import csv
 import functools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -43,11 +44,10 @@ CONVENTION = {
     "paper": "total and its parts: the core of deformable attention and masked query-key products count nothing",
     "full": "total_full and pixel_decoder_full: the same with the core, 4 per channel and sampling point",
 }
-PARTS = {"backbone": "backbone", "pixel_decoder": "sem_seg_head.pixel_decoder.", "predictor": "sem_seg_head.predictor"}
 
 
 class ExitCosts:
-    """Costs per exit of a `MaskFormer` or `EcoMaskFormer`, for images of any size.
+    """Costs per exit of a `Parent`, with or without early exits, for images of any size.
 
     Takes the architecture of the model as it is now and keeps no weights. Costs are remembered per size.
     """
@@ -55,26 +55,29 @@ class ExitCosts:
     def __init__(self, model: nn.Module, exits: Sequence[int] | None = None):
         """
         Args:
-            model: has `backbone`, `sem_seg_head` (with `forward_exits`) and `postprocessor`; may be wrapped for
-                data-parallel training.
+            model: has `backbone`, `head` (an `ExitHead`) and `postprocessor`, and says its `cost_parts`; may be
+                wrapped for data-parallel training.
             exits: those to cost; default: `exits_of(model)`.
 
         Raises:
             ValueError: the model lacks a part, or an exit.
         """
         model = getattr(model, "module", model)
-        missing = [n for n in ("backbone", "sem_seg_head", "postprocessor") if not hasattr(model, n)]
+        missing = [n for n in ("backbone", "head", "postprocessor") if not hasattr(model, n)]
         if missing:
             raise ValueError(
                 f"{type(model).__name__} has no {' and no '.join(missing)}, so no exits: costs are known for a "
-                "MODEL.META_ARCHITECTURE of MaskFormer or EcoMaskFormer"
+                "MODEL.META_ARCHITECTURE of MaskFormer or EcoMaskFormer, Detr or EcoDetr"
             )
         self.exits = tuple(exits if exits is not None else exits_of(model))
-        if not self.exits or not set(self.exits) <= set(model.sem_seg_head.exits):
-            raise ValueError(f"exits {list(self.exits)} are not all offered: {list(model.sem_seg_head.exits)}")
+        if not self.exits or not set(self.exits) <= set(model.head.exits):
+            raise ValueError(f"exits {list(self.exits)} are not all offered: {list(model.head.exits)}")
         self._post = model.postprocessor
         self._backbone = _without_values(model.backbone)
-        self._head = _without_values(model.sem_seg_head)
+        self._head = _without_values(model.head)
+        self._head_name = model.head_name
+        self._parts = {"backbone": "backbone", **model.cost_parts}
+        self._encoder = next(iter(model.cost_parts))
         self._measured: dict[tuple[int, int], dict[int, Measurement]] = {}
 
     def __call__(
@@ -90,7 +93,7 @@ class ExitCosts:
             {exit: {"total", "encoder"}}; "encoder" is the paper's "Tx. Enc.".
         """
         details = self.details(padded_size, output_size)
-        return {k: {"total": d["total"], "encoder": d["pixel_decoder"]} for k, d in details.items()}
+        return {k: {"total": d["total"], "encoder": d[self._encoder]} for k, d in details.items()}
 
     def details(
         self, padded_size: Sequence[int], output_size: Sequence[int] | None = None
@@ -99,6 +102,7 @@ class ExitCosts:
 
         These are in the `paper` convention; "total_full" and "pixel_decoder_full" have the deformable core in them.
         The parts do not add up to the total by the resizing inside the pixel decoder. Arguments as in `__call__`.
+        DETR's parts are "encoder" and "decoder"; its projection, classes and boxes are in the total alone.
         """
         padded = _checked_size(padded_size)
         output = padded if output_size is None else _checked_size(output_size)
@@ -107,7 +111,7 @@ class ExitCosts:
             post = postprocessing_flops(self._post, cost.num_queries, padded, output)
             flops = {"total": cost.flops + post, **cost.parts, "postprocessing": post}
             flops["total_full"] = flops["total"] + cost.core
-            flops["pixel_decoder_full"] = flops["pixel_decoder"] + cost.core
+            flops[f"{self._encoder}_full"] = flops[self._encoder] + cost.core
             result[k] = {name: value / 1e9 for name, value in flops.items()}
         return result
 
@@ -136,19 +140,20 @@ class ExitCosts:
         return self._measured[size]
 
     def _run(self, size: tuple[int, int]) -> dict[int, Measurement]:
-        """One pass for all exits; the predictor, which costs the same at each, runs on the last exit alone."""
+        """One pass for all exits; the decoder, which costs the same at each, runs on the last exit alone."""
         tape = OpTape()
-        with _shapes_only(), tape.attributing(backbone=self._backbone, sem_seg_head=self._head), tape:
+        with _shapes_only(), tape.attributing(**{"backbone": self._backbone, self._head_name: self._head}), tape:
             features = self._backbone(torch.empty(1, 3, *size))
-            states = self._head.pixel_decoder.forward_exits(features, self.exits)
-            states = {k: [mask_features, *maps] for k, (mask_features, maps) in states.items()}
+            shared, states = self._head.encode(features, self.exits)
             last = states[self.exits[-1]]
-            prediction = self._head.predictor(last[1:], last[0])
-        live = tape.ancestors([prediction["pred_logits"], prediction["pred_masks"]])
+            prediction = self._head.decode(shared, last)
+        live = tape.ancestors(t for t in prediction.values() if isinstance(t, Tensor))
         read = [i for i, t in enumerate(last) if tape.writer(t) in live]
-        predictor = [op for op in live if PARTS["predictor"] in op.modules]
+        encoding = tape.ancestors(last)
+        decoding = {op: None for op in live if op not in encoding}
+        ops = {k: tape.ancestors(states[k][i] for i in read) | decoding for k in self.exits}
         queries = prediction["pred_logits"].shape[1]
-        return {k: _measurement([*tape.ancestors(states[k][i] for i in read), *predictor], queries) for k in self.exits}
+        return {k: _measurement(list(ops[k]), queries, self._parts) for k in self.exits}
 
     def __deepcopy__(self, memo) -> ExitCosts:
         return self  # a copy of the model costs the same
@@ -163,8 +168,8 @@ def module_flops(module: nn.Module, *shapes: Sequence[int]) -> int:
 
 
 def exits_of(model: nn.Module) -> tuple[int, ...]:
-    """The exits of an `EcoMaskFormer`; of a parent, the depths from 2 that its encoder offers, or else the last."""
-    offered = model.sem_seg_head.exits
+    """The exits of a model with early exits; of a parent, the depths from 2 that its encoder offers, or the last."""
+    offered = model.head.exits
     return tuple(getattr(model, "exits", [k for k in offered if k >= 2])) or tuple(offered[-1:])
 
 
@@ -179,14 +184,14 @@ class Measurement:
     num_queries: int
 
 
-def _measurement(ops: list[Op], num_queries: int) -> Measurement:
+def _measurement(ops: list[Op], num_queries: int, prefixes: Mapping[str, str]) -> Measurement:
     by_module = Counter()
     for op in ops:
         if op.flops:
             by_module.update(dict.fromkeys(op.modules, op.flops))
     parts = {
         part: sum(op.flops for op in ops if any(name.startswith(prefix) for name in op.modules))
-        for part, prefix in PARTS.items()
+        for part, prefix in prefixes.items()
     }
     return Measurement(sum(op.flops for op in ops), sum(op.core for op in ops), parts, dict(by_module), num_queries)
 
@@ -194,8 +199,10 @@ def _measurement(ops: list[Op], num_queries: int) -> Measurement:
 def postprocessing_flops(post, num_queries: int, padded: tuple[int, int], output: tuple[int, int]) -> int:
     """What a `PostProcessor` costs: masks to the padded size, then to the output size, and the semantic product.
 
-    Resizing counts even where source and target are of one size, as in the traced reference.
+    Resizing counts even where source and target are of one size, as in the traced reference. Boxes cost nothing.
     """
+    if not post.resizes_masks:
+        return 0
     at_padded, at_output = prod(padded), prod(output)
     flops = 4 * num_queries * at_padded
     if post.resize_first:
@@ -209,12 +216,16 @@ def postprocessing_flops(post, num_queries: int, padded: tuple[int, int], output
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     """Parameters of the parent's parts and their sum "total"; apart from it the weights of an "exit_policy".
 
-    Buffers do not count, but for those of the policy: a gate is no parameter of the parent, and keeps its weights so.
+    What is in no part is "other". Buffers do not count, but for those of the policy: a gate is no parameter of the
+    parent, and keeps its weights so.
     """
     model = getattr(model, "module", model)
-    head = model.sem_seg_head
-    parts = {"backbone": model.backbone, "pixel_decoder": head.pixel_decoder, "predictor": head.predictor}
-    count = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    prefixes = {"backbone": "backbone.", **model.cost_parts}
+    count = dict.fromkeys(prefixes, 0)
+    for name, p in model.named_parameters():
+        if not name.startswith("exit_policy."):
+            part = next((part for part, prefix in prefixes.items() if name.startswith(prefix)), "other")
+            count[part] = count.get(part, 0) + p.numel()
     count = {"total": sum(count.values()), **count}
     if hasattr(model, "exit_policy"):
         count["exit_policy"] = sum(t.numel() for t in (*model.exit_policy.parameters(), *model.exit_policy.buffers()))
@@ -232,7 +243,7 @@ def analyze(
     """Parameters and costs of a model, as JSON takes them.
 
     Args:
-        model: a `MaskFormer` or `EcoMaskFormer`.
+        model: a `Parent`, with or without early exits.
         size: (height, width) of an image that is neither resized before the model nor after it.
         images: (size at which the model gets it, size of the result) of every image to take the mean over.
 

@@ -105,10 +105,13 @@ class InstanceEvaluator(DatasetEvaluator):
 
 
 def average_precision(
-    truth: COCO, detections: list[dict], image_ids: list, max_detections: int = 100
+    truth: COCO, detections: list[dict], image_ids: list, max_detections: int = 100, kind: str = "segm"
 ) -> dict[str, float]:
-    """COCO's mask AP, in percent, over the given images; detections are in COCO's result format."""
-    evaluation = COCOeval(truth, _results(truth, detections), "segm")
+    """COCO's AP, in percent, over the given images; detections are in COCO's result format.
+
+    kind: "segm" compares masks, "bbox" boxes.
+    """
+    evaluation = COCOeval(truth, result_set(truth, detections), kind)
     evaluation.params.imgIds = list(image_ids)
     evaluation.params.maxDets = [1, 10, max_detections]
     evaluation.evaluate()
@@ -125,7 +128,7 @@ def average_precision(
     return result
 
 
-def _results(truth: COCO, detections: list[dict]) -> COCO:
+def result_set(truth: COCO, detections: list[dict]) -> COCO:
     """The detections as pycocotools wants them; its own loader fails on an empty list."""
     if detections:
         return truth.loadRes([dict(d) for d in detections])
@@ -135,10 +138,14 @@ def _results(truth: COCO, detections: list[dict]) -> COCO:
     return empty
 
 
-def _mean(precision: np.ndarray) -> float:
-    """Mean of the entries that exist; pycocotools marks the others with -1."""
+def mean_precision(precision: np.ndarray) -> float:
+    """Mean of the entries that exist, in [0, 1]; pycocotools marks the others with -1."""
     values = precision[precision > -1]
-    return 100 * float(values.mean()) if values.size else float("nan")
+    return float(values.mean()) if values.size else float("nan")
+
+
+def _mean(precision: np.ndarray) -> float:
+    return 100 * mean_precision(precision)
 
 
 def _encode(mask: np.ndarray) -> dict:

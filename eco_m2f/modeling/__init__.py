@@ -1,7 +1,9 @@
-"""Importing this package fills detectron2's registries with Mask2Former and ECO-M2F."""
+"""Importing this package fills detectron2's registries with Mask2Former, DETR, and both with early exits."""
 
 from . import backbones, encoders
+from .detr import Detr, EcoDetr
 from .dovit import DoViT
+from .early_exits import EarlyExits
 from .eco_maskformer import EcoMaskFormer
 from .head import MaskFormerHead
 from .maskformer import MaskFormer
@@ -9,7 +11,10 @@ from .pixel_decoder import MSDeformAttnPixelDecoder
 from .transformer_decoder import MultiScaleMaskedTransformerDecoder
 
 __all__ = [
+    "Detr",
     "DoViT",
+    "EarlyExits",
+    "EcoDetr",
     "EcoMaskFormer",
     "MSDeformAttnPixelDecoder",
     "MaskFormer",

@@ -38,12 +38,68 @@ def uncertain_points(logits: Tensor, num_points: int, oversample_ratio: float, i
     return torch.cat((kept, fresh), dim=1)
 
 
-class SetCriterion(nn.Module):
-    """Class, mask and dice losses of matched queries, with deep supervision.
+class QueryCriterion(nn.Module):
+    """Losses of queries matched one to one with targets, with deep supervision; what is compared is the subclass's.
 
-    Losses are called loss_ce, loss_mask and loss_dice, with suffix _0, _1.. for the auxiliary outputs, and come
-    unweighted; `weight_dict` says by how much each counts.
+    The class loss is called loss_ce; a subclass adds others in `matched_losses`. They have suffix _0, _1.. for the
+    auxiliary outputs, and come unweighted; `weight_dict` says by how much each counts.
     """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        matcher: nn.Module,
+        weights: dict[str, float],
+        no_object_weight: float,
+        num_aux: int,
+        persistent: bool = False,
+    ):
+        """matcher: (pred, targets) -> [(query indices, target indices)]; persistent: the state dict has the weights of
+        the classes."""
+        super().__init__()
+        self.num_classes = num_classes
+        self.matcher = matcher
+        suffixes = ["", *(f"_{i}" for i in range(num_aux))]
+        self.weight_dict = {name + s: w for s in suffixes for name, w in weights.items()}
+        empty_weight = torch.ones(num_classes + 1)
+        empty_weight[-1] = no_object_weight
+        self.register_buffer("empty_weight", empty_weight, persistent=persistent)
+
+    def forward(self, pred: dict, targets: list[dict], num_targets: float | Tensor) -> dict[str, Tensor]:
+        """
+        Args:
+            pred: pred_logits [B, Q, C + 1], what else the subclass reads, aux_outputs (may be missing).
+            targets: per image, labels [G] int64 and what the subclass reads.
+            num_targets: their mean number per process, at least 1.
+        """
+        outputs = {"": pred, **{f"_{i}": aux for i, aux in enumerate(pred.get("aux_outputs", ()))}}
+        losses = {}
+        for (suffix, output), matches in zip(outputs.items(), self.matcher(list(outputs.values()), targets)):
+            losses |= self._losses(output, targets, matches, num_targets, suffix)
+        return losses
+
+    def _losses(self, pred: dict, targets: list[dict], matches, num_targets, suffix: str) -> dict[str, Tensor]:
+        others = self.matched_losses(pred, targets, matches, num_targets)
+        losses = {"loss_ce": self._class_loss(pred["pred_logits"], targets, matches), **others}
+        return {name + suffix: loss for name, loss in losses.items()}
+
+    def matched_losses(self, pred: dict, targets: list[dict], matches, num_targets) -> dict[str, Tensor]:
+        """The losses of the matched pairs by name; zeros that hang on the prediction where there is none."""
+        raise NotImplementedError
+
+    def _class_loss(self, logits: Tensor, targets: list[dict], matches) -> Tensor:
+        """Cross-entropy over all queries; the unmatched ones are to say no-object, at a lower weight."""
+        wanted = torch.full(logits.shape[:2], self.num_classes, dtype=torch.int64, device=logits.device)
+        for row, target, (query, gt) in zip(wanted, targets, matches):
+            row[query] = target["labels"][gt]
+        logits = at_least_float32(logits)
+        return F.cross_entropy(logits.transpose(1, 2), wanted, self.empty_weight.to(logits))
+
+
+class SetCriterion(QueryCriterion):
+    """Mask2Former's losses loss_ce, loss_mask and loss_dice; predictions hold pred_masks [B, Q, h, w], targets masks
+    [G, H, W] bool, padded as the batch is."""
 
     def __init__(
         self,
@@ -57,43 +113,21 @@ class SetCriterion(nn.Module):
         importance_sample_ratio: float,
         num_aux: int,
     ):
-        super().__init__()
-        self.num_classes = num_classes
-        self.matcher = matcher
+        super().__init__(
+            num_classes,
+            matcher=matcher,
+            weights=weights,
+            no_object_weight=no_object_weight,
+            num_aux=num_aux,
+            persistent=True,  # as in the published checkpoints
+        )
         self.num_points = num_points
         self.oversample_ratio = oversample_ratio
         self.importance_sample_ratio = importance_sample_ratio
-        suffixes = ["", *(f"_{i}" for i in range(num_aux))]
-        self.weight_dict = {name + s: w for s in suffixes for name, w in weights.items()}
-        empty_weight = torch.ones(num_classes + 1)
-        empty_weight[-1] = no_object_weight
-        self.register_buffer("empty_weight", empty_weight)
 
-    def forward(self, pred: dict, targets: list[dict], num_masks: float | Tensor) -> dict[str, Tensor]:
-        """
-        Args:
-            pred: pred_logits [B, Q, C + 1], pred_masks [B, Q, h, w], aux_outputs (may be missing).
-            targets: per image, labels [G] int64 and masks [G, H, W] bool, padded as the batch is.
-            num_masks: the mean number of target masks per process, at least 1.
-        """
-        outputs = {"": pred, **{f"_{i}": aux for i, aux in enumerate(pred.get("aux_outputs", ()))}}
-        losses = {}
-        for (suffix, output), matches in zip(outputs.items(), self.matcher(list(outputs.values()), targets)):
-            losses |= self._losses(output, targets, matches, num_masks, suffix)
-        return losses
-
-    def _losses(self, pred: dict, targets: list[dict], matches, num_masks, suffix: str) -> dict[str, Tensor]:
+    def matched_losses(self, pred: dict, targets: list[dict], matches, num_masks) -> dict[str, Tensor]:
         loss_mask, loss_dice = self._mask_losses(pred["pred_masks"], targets, matches, num_masks)
-        loss_ce = self._class_loss(pred["pred_logits"], targets, matches)
-        return {"loss_ce" + suffix: loss_ce, "loss_mask" + suffix: loss_mask, "loss_dice" + suffix: loss_dice}
-
-    def _class_loss(self, logits: Tensor, targets: list[dict], matches) -> Tensor:
-        """Cross-entropy over all queries; the unmatched ones are to say no-object, at a lower weight."""
-        wanted = torch.full(logits.shape[:2], self.num_classes, dtype=torch.int64, device=logits.device)
-        for row, target, (query, gt) in zip(wanted, targets, matches):
-            row[query] = target["labels"][gt]
-        logits = at_least_float32(logits)
-        return F.cross_entropy(logits.transpose(1, 2), wanted, self.empty_weight.to(logits))
+        return {"loss_mask": loss_mask, "loss_dice": loss_dice}
 
     def _mask_losses(self, masks: Tensor, targets: list[dict], matches, num_masks) -> tuple[Tensor, Tensor]:
         with torch.autocast(masks.device.type, enabled=False):

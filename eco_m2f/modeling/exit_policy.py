@@ -14,11 +14,11 @@ EXIT_POLICY_REGISTRY = Registry("EXIT_POLICY")
 EXIT_POLICY_REGISTRY.__doc__ = """
 Registry of exit policies: modules that choose an exit for every image, from the backbone's features alone.
 
-A policy is built by `policy_class(cfg, input_shape)`, input_shape being the backbone's {map name: ShapeSpec}, and
+A policy is built by `policy_class(cfg, input_shape)`, input_shape being {map name: ShapeSpec} of these features, and
 called by `policy(features, image_sizes, image_ids=None)`:
 
 features: {map name: [B, C, h, w]}, the backbone's maps of the padded batch; for FEATURE "projected" also "projected",
-    the coarsest map after the pixel decoder's input projection;
+    the coarsest map after the head's input projection;
 image_sizes: B pairs (height, width) in pixels, before padding;
 image_ids: B ids of the images, for policies that look them up; others ignore it.
 
@@ -32,8 +32,14 @@ FEATURE_SOURCES = ("res5", "projected")
 FEATURE_STRIDE = 32  # pixels per token of res5 and of its projection
 
 
+def check_feature_source(source: str) -> None:
+    """Raises ValueError for a MODEL.ECO.FEATURE that there is not."""
+    if source not in FEATURE_SOURCES:
+        raise ValueError(f"MODEL.ECO.FEATURE must be one of {FEATURE_SOURCES}, not {source!r}")
+
+
 def build_exit_policy(cfg, input_shape) -> nn.Module:
-    """The policy named by cfg.MODEL.ECO.POLICY; `input_shape` is the backbone's {map name: ShapeSpec}."""
+    """The policy named by cfg.MODEL.ECO.POLICY; `input_shape` is the {map name: ShapeSpec} of what it may read."""
     return EXIT_POLICY_REGISTRY.get(cfg.MODEL.ECO.POLICY)(cfg, input_shape)
 
 
@@ -73,8 +79,7 @@ class LinearGate(nn.Module):
         `load_gate`, when the parent's weights are known.
         """
         super().__init__()
-        if feature_source not in FEATURE_SOURCES:
-            raise ValueError(f"MODEL.ECO.FEATURE must be one of {FEATURE_SOURCES}, not {feature_source!r}")
+        check_feature_source(feature_source)
         self.in_channels = in_channels
         self.offered_exits = check_exits(exits)
         self.exits = self.offered_exits
@@ -88,9 +93,9 @@ class LinearGate(nn.Module):
     @classmethod
     def from_config(cls, cfg, input_shape):
         eco = cfg.MODEL.ECO
-        projected = eco.FEATURE == "projected"
+        check_feature_source(eco.FEATURE)
         return {
-            "in_channels": cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM if projected else input_shape["res5"].channels,
+            "in_channels": input_shape[eco.FEATURE].channels,
             "exits": exits_up_to(eco.EXITS, eco.MAX_EXIT),
             "feature_source": eco.FEATURE,
             "gate": eco.GATE,

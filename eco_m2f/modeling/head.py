@@ -7,11 +7,12 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
+from .parent import ExitHead
 from .transformer_decoder import TRANSFORMER_DECODER_REGISTRY
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
-class MaskFormerHead(nn.Module):
+class MaskFormerHead(ExitHead):
     """Backbone maps -> class logits and mask logits, at one exit or at several."""
 
     @configurable
@@ -52,16 +53,21 @@ class MaskFormerHead(nn.Module):
         """The exits of the pixel decoder's encoder, ascending."""
         return self.pixel_decoder.exits
 
-    def forward(self, features: dict[str, Tensor]) -> dict:
-        """The prediction after the last encoder layer; see `MultiScaleMaskedTransformerDecoder.forward`."""
-        last = self.exits[-1]
-        return self.forward_exits(features, [last])[last]
+    @property
+    def projected_channels(self) -> int:
+        return self.pixel_decoder.input_proj[0][0].out_channels
 
-    def forward_exits(self, features: dict[str, Tensor], exits: Sequence[int]) -> dict[int, dict]:
-        """{exit: prediction}; the encoder runs once, the predictor once per exit."""
-        lateral, maps = self.pixel_decoder.encode(features, exits)
-        return {k: self.decode(lateral, maps[k]) for k in sorted(maps)}
+    def projected(self, features: dict[str, Tensor]) -> Tensor:
+        """The coarsest of the encoder's input maps [B, C, h, w], before position and level embedding."""
+        coarsest = self.pixel_decoder.encoder_in_features[0]
+        return self.pixel_decoder.input_proj[0](features[coarsest].float())
+
+    def encode(
+        self, features: dict[str, Tensor], exits: Sequence[int]
+    ) -> tuple[Tensor | None, dict[int, list[Tensor]]]:
+        """See `MSDeformAttnPixelDecoder.encode`."""
+        return self.pixel_decoder.encode(features, exits)
 
     def decode(self, lateral: Tensor | None, maps: Sequence[Tensor]) -> dict:
-        """The prediction of one exit, from what `MSDeformAttnPixelDecoder.encode` gives."""
+        """The prediction of one exit, from what `encode` gives; see `MultiScaleMaskedTransformerDecoder.forward`."""
         return self.predictor(maps, self.pixel_decoder.mask_branch(lateral, maps))

@@ -31,18 +31,40 @@ def sine_position(height: int, width: int, dim: int, device: torch.device, tempe
     coordinates are 1-based and scaled to (0, 2 pi] (DETR, section A.4).
     """
     half = dim // 2
-    pair = torch.div(torch.arange(half, device=device, dtype=torch.float32), 2, rounding_mode="floor")
-    period = temperature ** (2 * pair / half)
+    period = _periods(half, device, temperature)
     code = [_axis_code(n, period) for n in (height, width)]  # [n, half]
     y = code[0][:, None, :].expand(height, width, half)
     x = code[1][None, :, :].expand(height, width, half)
     return torch.cat((y, x), dim=2).permute(2, 0, 1)[None]
 
 
+def padded_sine_position(padding: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
+    """As `sine_position`, for maps that are padded: each image's own part is scaled to (0, 2 pi].
+
+    padding: [B, h, w] bool, True where there is no image -> [B, dim, h, w], float32.
+    """
+    period = _periods(dim // 2, padding.device, temperature)
+    codes = []
+    for axis in (1, 2):
+        position = (~padding).cumsum(axis, dtype=torch.float32)
+        last = position.narrow(axis, position.shape[axis] - 1, 1)
+        codes.append(_waves((position / (last + 1e-6) * 2 * torch.pi)[..., None] / period))
+    return torch.cat(codes, dim=3).permute(0, 3, 1, 2)
+
+
+def _periods(half: int, device: torch.device, temperature: float) -> Tensor:
+    pair = torch.div(torch.arange(half, device=device, dtype=torch.float32), 2, rounding_mode="floor")
+    return temperature ** (2 * pair / half)
+
+
 def _axis_code(size: int, period: Tensor) -> Tensor:
     position = torch.arange(1, size + 1, device=period.device, dtype=torch.float32)
-    angle = (position / (size + 1e-6) * 2 * torch.pi)[:, None] / period
-    return torch.stack((angle[:, 0::2].sin(), angle[:, 1::2].cos()), dim=2).flatten(1)
+    return _waves((position / (size + 1e-6) * 2 * torch.pi)[:, None] / period)
+
+
+def _waves(angle: Tensor) -> Tensor:
+    """Sine of the even entries of the last axis, cosine of the odd ones."""
+    return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=-1).flatten(-2)
 
 
 def attend(attn: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
@@ -53,7 +75,7 @@ def attend(attn: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tenso
 
     Args:
         query: [B, Q, C]; key, value: [B, S, C].
-        allowed: [B, Q, S] bool, True where a query may look, or None.
+        allowed: [B, Q or 1, S] bool, True where a query may look, or None.
 
     Returns:
         [B, Q, C].

@@ -1,21 +1,27 @@
 """The parent: Mask2Former as a detectron2 meta-architecture. It knows nothing of exits."""
 
-import torch
 from detectron2.config import configurable
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, build_sem_seg_head
 from detectron2.structures import ImageList
-from detectron2.utils import comm
-from torch import Tensor, nn
+from torch import nn
 
 from .criterion import SetCriterion
 from .matcher import HungarianMatcher
+from .parent import Parent
 from .postprocessing import PostProcessor
 
 
 @META_ARCH_REGISTRY.register()
-class MaskFormer(nn.Module):
-    """Mask2Former for panoptic, instance and semantic segmentation."""
+class MaskFormer(Parent):
+    """Mask2Former for panoptic, instance and semantic segmentation.
+
+    Results, per image: those of sem_seg [C, H, W], panoptic_seg (int32 [H, W], segments) and instances that are on.
+    """
+
+    head_name = "sem_seg_head"
+    annotation = "panoptic"
+    cost_parts = {"pixel_decoder": "sem_seg_head.pixel_decoder.", "predictor": "sem_seg_head.predictor"}
 
     @configurable
     def __init__(
@@ -34,9 +40,7 @@ class MaskFormer(nn.Module):
         self.sem_seg_head = sem_seg_head
         self.criterion = criterion
         self.postprocessor = postprocessor
-        self.size_divisibility = size_divisibility if size_divisibility > 0 else backbone.size_divisibility
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+        self.set_input(size_divisibility, pixel_mean, pixel_std)
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -51,32 +55,6 @@ class MaskFormer(nn.Module):
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
 
-    @property
-    def device(self) -> torch.device:
-        return self.pixel_mean.device
-
-    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
-        """
-        Args:
-            batched_inputs: per image, `image` [3, H, W] RGB in 0..255; for training `instances` with gt_classes [G]
-                and gt_masks [G, H, W]; for inference `height` and `width` of the wanted output (default: the image's).
-
-        Returns:
-            In training, the weighted losses by name. Else, per image, those of sem_seg [C, H, W], panoptic_seg
-            (int32 [H, W], segments) and instances that are on.
-        """
-        images = self.preprocess(batched_inputs)
-        features = self.backbone(images.tensor)
-        if self.training:
-            targets = self.prepare_targets(batched_inputs, images.tensor.shape[-2:])
-            return self.losses(features, targets, self.count_masks(targets))
-        return self.inference(features, images, batched_inputs)
-
-    def preprocess(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalises, then pads right and bottom with 0."""
-        images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
-        return ImageList.from_tensors(images, self.size_divisibility)
-
     def prepare_targets(self, batched_inputs: list[dict], size: tuple[int, int]) -> list[dict]:
         """labels [G] and masks [G, H, W] of every image, padded to the batch's size."""
         targets = []
@@ -88,32 +66,12 @@ class MaskFormer(nn.Module):
             targets.append({"labels": instances.gt_classes, "masks": padded})
         return targets
 
-    def count_masks(self, targets: list[dict]) -> Tensor:
-        """Mean number of target masks per process, at least 1. The only communication of the losses."""
-        num = torch.as_tensor(float(sum(len(t["labels"]) for t in targets)), device=self.device)
-        if comm.get_world_size() > 1:
-            torch.distributed.all_reduce(num)
-        return (num / comm.get_world_size()).clamp(min=1)
-
-    def losses(self, features: dict[str, Tensor], targets: list[dict], num_masks: Tensor) -> dict[str, Tensor]:
-        return self.weighted_losses(self.sem_seg_head(features), targets, num_masks)
-
-    def weighted_losses(self, pred: dict, targets: list[dict], num_masks: Tensor) -> dict[str, Tensor]:
-        """The criterion's losses times their weights; a loss without a weight is left out."""
-        losses = self.criterion(pred, targets, num_masks)
-        weights = self.criterion.weight_dict
-        return {name: loss * weights[name] for name, loss in losses.items() if name in weights}
-
-    def inference(self, features: dict[str, Tensor], images: ImageList, batched_inputs: list[dict]) -> list[dict]:
-        return self.postprocess(self.sem_seg_head(features), images, batched_inputs)
-
     def postprocess(self, pred: dict, images: ImageList, batched_inputs: list[dict]) -> list[dict]:
         """Results of every image at the size that its input asks for."""
         padded = tuple(images.tensor.shape[-2:])
         results = []
         for logits, masks, size, x in zip(pred["pred_logits"], pred["pred_masks"], images.image_sizes, batched_inputs):
-            wanted = (x.get("height", size[0]), x.get("width", size[1]))
-            results.append(self.postprocessor(logits, masks, padded, size, wanted))
+            results.append(self.postprocessor(logits, masks, padded, size, self.output_size(x, size)))
         return results
 
 

@@ -34,6 +34,22 @@ def class_cost(logits: Tensor, labels: Tensor) -> Tensor:
     return -logits.softmax(-1)[..., labels]
 
 
+def assign(costs: list[Tensor]) -> list[list[tuple[Tensor, Tensor]]]:
+    """Matches of every output and image, from each image's costs [L, Q, G].
+
+    scipy takes some 10 microseconds for an image, less than it costs to hand the work to a thread.
+    """
+    # A diverging model gives NaN costs; scipy refuses them. Any matching will do: the loss is not finite either, and
+    # the trainer stops on that with the iteration and the images.
+    flat = torch.nan_to_num(torch.cat([cost.flatten() for cost in costs]), nan=1e6, posinf=1e6, neginf=-1e6).cpu()
+    on_host = [part.view(cost.shape).numpy() for part, cost in zip(flat.split([c.numel() for c in costs]), costs)]
+    pairs = [np.stack(linear_sum_assignment(matrix)) for cost in on_host for matrix in cost]  # [2, min(Q, G)]
+    indices = torch.as_tensor(np.concatenate(pairs, axis=1), dtype=torch.int64).to(costs[0].device)
+    parts = iter(indices.split([pair.shape[1] for pair in pairs], dim=1))
+    by_image = [[tuple(next(parts)) for _ in cost] for cost in costs]
+    return [list(matches) for matches in zip(*by_image)]
+
+
 class HungarianMatcher(nn.Module):
     """Minimum-cost one-to-one matching of queries and targets, image by image."""
 
@@ -58,7 +74,7 @@ class HungarianMatcher(nn.Module):
             )
             for i, target in enumerate(targets)
         ]
-        return _assign(costs)
+        return assign(costs)
 
     def cost(
         self,
@@ -84,19 +100,3 @@ class HungarianMatcher(nn.Module):
                 + self.cost_class * class_cost(logits, labels)
                 + self.cost_dice * pairwise_dice_cost(sampled, target)
             )
-
-
-def _assign(costs: list[Tensor]) -> list[list[tuple[Tensor, Tensor]]]:
-    """Matches of every output and image, from each image's costs [L, Q, G].
-
-    scipy takes some 10 microseconds for an image, less than it costs to hand the work to a thread.
-    """
-    # A diverging model gives NaN costs; scipy refuses them. Any matching will do: the loss is not finite either, and
-    # the trainer stops on that with the iteration and the images.
-    flat = torch.nan_to_num(torch.cat([cost.flatten() for cost in costs]), nan=1e6, posinf=1e6, neginf=-1e6).cpu()
-    on_host = [part.view(cost.shape).numpy() for part, cost in zip(flat.split([c.numel() for c in costs]), costs)]
-    pairs = [np.stack(linear_sum_assignment(matrix)) for cost in on_host for matrix in cost]  # [2, min(Q, G)]
-    indices = torch.as_tensor(np.concatenate(pairs, axis=1), dtype=torch.int64).to(costs[0].device)
-    parts = iter(indices.split([pair.shape[1] for pair in pairs], dim=1))
-    by_image = [[tuple(next(parts)) for _ in cost] for cost in costs]
-    return [list(matches) for matches in zip(*by_image)]

@@ -1,6 +1,7 @@
 """From a query's class logits and mask logits to semantic, panoptic and instance segmentation (Mask2Former, 3.1)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ class PostProcessor:
         overlap_threshold: a segment of which less than this fraction is visible is dropped.
         resize_first: resize the masks to the output size before anything else (always so for panoptic and instance).
     """
+
+    resizes_masks: ClassVar[bool] = True  # which is what post-processing costs
 
     num_classes: int
     thing_classes: frozenset[int]

@@ -45,7 +45,7 @@ def make_gate(path, exits=(2, 3, 4, 5, 6), feature_source="res5", channels=None)
 
 
 def make_cfg(policy="FixedExit", **options):
-    cfg = CfgNode({"MODEL": {"SEM_SEG_HEAD": {"CONVS_DIM": CHANNELS["projected"]}}})
+    cfg = CfgNode({"MODEL": {}})
     cfg.MODEL.ECO = CfgNode(
         {
             "EXITS": EXITS,
@@ -63,7 +63,8 @@ def make_cfg(policy="FixedExit", **options):
 
 
 def build(**options):
-    return build_exit_policy(make_cfg(**options), {"res5": ShapeSpec(channels=CHANNELS["res5"], stride=32)})
+    shapes = {name: ShapeSpec(channels=channels, stride=32) for name, channels in CHANNELS.items()}
+    return build_exit_policy(make_cfg(**options), shapes)
 
 
 @pytest.fixture

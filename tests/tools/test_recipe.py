@@ -85,3 +85,40 @@ def test_nuclei_need_their_raw_folder(tmp_path):
     environment = tool_environment(DETECTRON2_DATASETS=str(tmp_path))
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 1 and "NUCLEI_RAW" in done.stderr
+
+
+DETR_SMALL = (
+    *("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "MODEL.DETR.DEC_LAYERS", "1"),
+    *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "DATALOADER.NUM_WORKERS", "0"),
+)
+
+
+def test_eco_detr_on_the_same_toy_set(folder, first):
+    """The same stages and the same report; AP stands in for PQ."""
+    done = recipe(folder, "--model", "detr", "--output", folder / "detr", *DETR_SMALL)
+    assert done.returncode == 0, done.stdout[-3000:]
+    table = (folder / "detr" / "table.md").read_text()
+    assert table in done.stdout and "mean AP of an image" in table and "nan" not in table
+    rows = list(csv.DictReader((folder / "detr" / "table.csv").open()))
+    assert [r["policy"] for r in rows] == ["fixed"] * 10 + ["gate"] * 3 + ["oracle"] * 3
+    for row in rows:
+        if row["policy"] == "gate" or (row["model"], row["leaves"]) == ("after Step A", "all at 6"):
+            assert float(row["evaluated_ap"]) == pytest.approx(float(row["quality"]), abs=1e-6)
+            assert 0 <= float(row["dataset_ap"]) <= 100
+        else:
+            assert row["evaluated_ap"] == row["dataset_ap"] == ""
+    for name in ("ap_gflops", "exits", "predictions"):
+        with Image.open(folder / "detr" / f"{name}.png") as picture:
+            assert min(picture.size) > 200 and len(picture.convert("RGB").getcolors(1 << 20)) > 50
+
+
+def test_detr_on_nuclei_is_refused(tmp_path):
+    words = ["--model", "detr", "--data", "nuclei", "--output", str(tmp_path / "o")]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "recipe.py"), *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=tool_environment(),
+    )
+    assert done.returncode == 1 and "no recipe for --model detr --data nuclei" in done.stderr

@@ -1,6 +1,7 @@
 """The names this project adds to detectron2's own: toy, nuclei, and COCO panoptic with semantic class maps.
 
-detectron2 already registers coco_2017_{train,val}_panoptic and cityscapes_fine_panoptic_{train,val}.
+detectron2 already registers coco_2017_{train,val}, coco_2017_{train,val}_panoptic and
+cityscapes_fine_panoptic_{train,val}.
 All paths lie under $DETECTRON2_DATASETS (./datasets if unset), read when this package is imported, as detectron2 does.
 """
 
@@ -10,6 +11,7 @@ from pathlib import Path
 from detectron2.data import MetadataCatalog
 
 from ..toy import CATEGORIES as TOY_CATEGORIES
+from .coco_boxes import register_coco_boxes
 from .coco_panoptic_like import register_coco_panoptic_like
 
 NUCLEI_CATEGORIES = [
@@ -28,6 +30,7 @@ def register_all(root: Path | None = None) -> None:
     root = root or datasets_root()
     for split in ("train", "val"):
         _register_split("toy", split, root, TOY_CATEGORIES)
+        _register_toy_boxes(split, root / "toy")
         _register_coco_with_sem_seg(split, root / "coco")
     for split in ("train", "val", "test"):
         _register_split("nuclei", split, root, NUCLEI_CATEGORIES)
@@ -42,6 +45,13 @@ def _register_split(dataset: str, split: str, root: Path, categories: list[dict]
         base / "annotations" / f"panoptic_{split}.json",
         categories=categories,
     )
+
+
+def _register_toy_boxes(split: str, base: Path) -> None:
+    """The things of the toy set as boxes."""
+    things = [c for c in TOY_CATEGORIES if c["isthing"]]
+    json_file = base / "annotations" / f"detection_{split}.json"
+    register_coco_boxes(f"toy_detection_{split}", base / split, json_file, categories=things)
 
 
 def _register_coco_with_sem_seg(split: str, base: Path) -> None:

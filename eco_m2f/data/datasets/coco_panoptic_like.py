@@ -48,7 +48,7 @@ def register_coco_panoptic_like(
         "label_divisor": 1000,
     }
     if name in DatasetCatalog.list():
-        _raise_unless_same(name, meta)
+        raise_unless_same(name, meta)
         return
     DatasetCatalog.register(name, lambda: load_coco_panoptic_like(image_root, panoptic_root, panoptic_json, meta))
     MetadataCatalog.get(name).set(**meta)
@@ -57,7 +57,7 @@ def register_coco_panoptic_like(
 def category_metadata(categories: list[dict]) -> dict:
     """Names, colours and the two id tables detectron2's panoptic evaluator reads, from a JSON's `categories`."""
     names = [c["name"] for c in categories]
-    colors = [tuple(c.get("color") or _color(i, len(categories))) for i, c in enumerate(categories)]
+    colors = category_colors(categories)
     tables = {True: {}, False: {}}
     for i, category in enumerate(categories):
         tables[bool(category["isthing"])][category["id"]] = i
@@ -70,6 +70,11 @@ def category_metadata(categories: list[dict]) -> dict:
         "thing_dataset_id_to_contiguous_id": tables[True],
         "stuff_dataset_id_to_contiguous_id": tables[False],
     }
+
+
+def category_colors(categories: list[dict]) -> list[tuple[int, ...]]:
+    """RGB of each category, 0 to 255; made up where none is declared."""
+    return [tuple(c.get("color") or _color(i, len(categories))) for i, c in enumerate(categories)]
 
 
 def read_categories(panoptic_json: str | Path) -> list[dict]:
@@ -142,7 +147,8 @@ def _contiguous(segment: dict, meta: dict, panoptic_json: str | Path) -> dict:
     raise DataError(f"{panoptic_json}: segment {segment['id']} has category_id {category}, which no category declares")
 
 
-def _raise_unless_same(name: str, meta: dict) -> None:
+def raise_unless_same(name: str, meta: dict) -> None:
+    """Raises ValueError if a name is registered with metadata other than these."""
     known = MetadataCatalog.get(name).as_dict()
     different = [key for key, value in meta.items() if known.get(key) != value]
     if different:

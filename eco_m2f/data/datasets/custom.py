@@ -1,33 +1,43 @@
-"""DATASETS.CUSTOM: own datasets from YAML or the command line, e.g. "name=cells,images=a,panoptic=b,json=c.json"."""
+"""DATASETS.CUSTOM: own datasets from YAML or the command line, e.g. "name=cells,images=a,panoptic=b,json=c.json".
+
+A dataset in COCO's detection format, for DETR, is "name=cells,images=a,boxes=b.json".
+"""
 
 from collections.abc import Iterable
 
+from .coco_boxes import register_coco_boxes
 from .coco_panoptic_like import register_coco_panoptic_like
 
 REQUIRED = ("name", "images", "panoptic", "json")
 OPTIONAL = ("instances", "sem_seg")
+BOXES = ("name", "images", "boxes")  # all keys of a dataset of boxes
 
 
 def parse_custom(spec: str) -> dict[str, str]:
     """Splits one "key=value,key=value" description; a comma within a value is not possible.
 
     Keys: name (to use in DATASETS.TRAIN or TEST), images (folder), panoptic (folder of PNGs), json (panoptic JSON),
-    and optionally instances (COCO instance JSON) and sem_seg (folder of class-map PNGs).
+    and optionally instances (COCO instance JSON) and sem_seg (folder of class-map PNGs). Or name, images and boxes
+    (COCO detection JSON).
     Raises ValueError naming the key that is unknown, missing, doubled or empty.
     """
     fields: dict[str, str] = {}
-    for part in spec.split(","):
-        key, equals, value = (piece.strip() for piece in part.partition("="))
+    pieces = [[piece.strip() for piece in part.partition("=")] for part in spec.split(",")]
+    of_boxes = any(key == "boxes" for key, _, _ in pieces)
+    required, optional = (BOXES, ()) if of_boxes else (REQUIRED, (*OPTIONAL, "boxes"))
+    for key, equals, value in pieces:
         if not equals or not value:
-            raise ValueError(f"DATASETS.CUSTOM entry {spec!r}: {part.strip()!r} is not of the form key=value")
-        if key not in REQUIRED + OPTIONAL:
             raise ValueError(
-                f"DATASETS.CUSTOM entry {spec!r}: unknown key {key!r}, use {', '.join(REQUIRED + OPTIONAL)}"
+                f"DATASETS.CUSTOM entry {spec!r}: {f'{key}{equals}{value}'!r} is not of the form key=value"
+            )
+        if key not in required + optional:
+            raise ValueError(
+                f"DATASETS.CUSTOM entry {spec!r}: unknown key {key!r}, use {', '.join(required + optional)}"
             )
         if key in fields:
             raise ValueError(f"DATASETS.CUSTOM entry {spec!r}: {key!r} is given twice")
         fields[key] = value
-    missing = [key for key in REQUIRED if key not in fields]
+    missing = [key for key in required if key not in fields]
     if missing:
         raise ValueError(f"DATASETS.CUSTOM entry {spec!r}: lacks {', '.join(missing)}")
     return fields
@@ -42,6 +52,9 @@ def register_from_config(specs: Iterable[str]) -> list[str]:
         raise ValueError(f'DATASETS.CUSTOM must be a list of strings, got the string {specs!r}: write ["..."]')
     parsed = [parse_custom(spec) for spec in specs]
     for fields in parsed:
+        if "boxes" in fields:
+            register_coco_boxes(fields["name"], fields["images"], fields["boxes"])
+            continue
         register_coco_panoptic_like(
             fields["name"],
             fields["images"],

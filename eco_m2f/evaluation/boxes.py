@@ -1,0 +1,141 @@
+"""Box AP by COCO's definition, through pycocotools: of a dataset, and of one image for Step B."""
+
+import contextlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.structures import Instances
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from .collect import gather_rows, write_json
+from .instance import average_precision, mean_precision, result_set
+
+
+class BoxGroundTruth:
+    """COCO's box annotation by image id, in the category ids of the dataset's own file.
+
+    Raises ValueError where the metadata names no `json_file`, or the file is missing.
+    """
+
+    def __init__(self, dataset_name: str):
+        self.name = dataset_name
+        self.metadata = MetadataCatalog.get(dataset_name)
+        self.json_file = getattr(self.metadata, "json_file", None)
+        if not self.json_file:
+            raise ValueError(f"dataset {dataset_name!r} has no json_file in its metadata: is it a detection dataset?")
+        if not Path(self.json_file).is_file():
+            raise ValueError(f"{self.json_file} of dataset {dataset_name!r} does not exist: see datasets/README.md")
+        content = json.loads(Path(self.json_file).read_text())
+        self.categories = sorted(content["categories"], key=lambda c: c["id"])
+        # the order of detectron2's contiguous ids
+        self.dataset_id = dict(enumerate(c["id"] for c in self.categories))
+        self._objects: dict = {image["id"]: [] for image in content["images"]}
+        for annotation in content["annotations"]:
+            self._objects[annotation["image_id"]].append(annotation)
+
+    def objects(self, image_id) -> list[dict]:
+        """COCO's annotations (bbox x y w h, category_id, area, iscrowd) of an image."""
+        if image_id not in self._objects:
+            raise ValueError(f"image {image_id!r} is not in {self.json_file}: is the dataset the right one?")
+        return self._objects[image_id]
+
+    def detections(self, image_id, instances: Instances) -> list[dict]:
+        """Predictions in COCO's result format."""
+        corners = instances.pred_boxes.tensor.cpu().double().numpy()
+        boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).tolist()
+        return [
+            {"image_id": image_id, "category_id": self.dataset_id[c], "bbox": box, "score": score}
+            for box, score, c in zip(boxes, instances.scores.tolist(), instances.pred_classes.tolist())
+        ]
+
+
+class BoxTarget:
+    """The objects of one image, prepared to be compared with the detections of any number of exits."""
+
+    def __init__(self, objects: Sequence[Mapping], max_detections: int = 100):
+        self._categories = sorted({o["category_id"] for o in objects if not o.get("iscrowd", 0)})
+        self._max_detections = max_detections
+        # ids from 1: to pycocotools an object of id 0 is never found
+        kept = [
+            {"id": i, "image_id": 0, "iscrowd": 0, "area": o["bbox"][2] * o["bbox"][3], **_shape(o)}
+            for i, o in enumerate(objects, start=1)
+        ]
+        self._truth = COCO()
+        self._truth.dataset = {
+            "images": [{"id": 0}],
+            "categories": [{"id": c} for c in sorted({o["category_id"] for o in objects})],
+            "annotations": kept,
+        }
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+            self._truth.createIndex()
+
+    def ap(self, detections: Sequence[Mapping]) -> float:
+        """AP@[.5:.95] of this image alone, in [0, 1]: the mean over the categories it has objects of.
+
+        detections: category_id, bbox x y w h, score. As in COCO, a detection of a category that the image has no
+        object of does not count, nor does one that lies in a crowd of its own.
+        An image without objects (crowds aside) has no AP: it counts as 0 at every exit, so that no exit is worth
+        more than another, and the cheapest is its target.
+        """
+        if not self._categories:
+            return 0.0
+        wanted = [{**d, "image_id": 0} for d in detections if d["category_id"] in self._categories]
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluation = COCOeval(self._truth, result_set(self._truth, wanted), "bbox")
+            p = evaluation.params
+            p.imgIds, p.catIds, p.maxDets = [0], self._categories, [self._max_detections]
+            p.areaRng, p.areaRngLbl = p.areaRng[:1], p.areaRngLbl[:1]  # all sizes
+            evaluation.evaluate()
+            evaluation.accumulate()
+        return mean_precision(evaluation.eval["precision"])
+
+
+def _shape(annotation: Mapping) -> dict:
+    return {k: annotation[k] for k in ("category_id", "bbox", "area", "iscrowd") if k in annotation}
+
+
+class BoxEvaluator(DatasetEvaluator):
+    """Reads `instances` of the outputs: pred_boxes (pixels), scores, pred_classes (contiguous).
+
+    `evaluate` returns {"bbox": {AP, AP50, AP75, APs, APm, APl, AP_image, AP-<class>}} in percent, NaN where no object
+    of that kind exists; AP_image is the mean over the images of `BoxTarget.ap`. With an output_dir it also writes
+    `boxes.json`, with each image's own AP. `max_detections` is COCO's limit per image and class; 100 is official.
+    """
+
+    def __init__(self, ground_truth: BoxGroundTruth, output_dir: str | None = None, max_detections: int = 100):
+        self._ground_truth = ground_truth
+        self._output_dir = output_dir
+        self._max_detections = max_detections
+        self.reset()
+
+    def reset(self) -> None:
+        self._rows = {}
+
+    def process(self, inputs: list[Mapping], outputs: list[Mapping]) -> None:
+        truth = self._ground_truth
+        for x, y in zip(inputs, outputs):
+            image_id = x["image_id"]
+            detections = truth.detections(image_id, y["instances"])
+            own = BoxTarget(truth.objects(image_id), self._max_detections).ap(detections)
+            self._rows[image_id] = (detections, own)
+
+    def evaluate(self) -> dict | None:
+        rows = gather_rows(self._rows)
+        if rows is None:
+            return None
+        detections = [d for found, _ in rows.values() for d in found]
+        per_image = {str(image_id): ap for image_id, (_, ap) in rows.items()}
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = COCO(self._ground_truth.json_file)
+            result = average_precision(truth, detections, list(rows), self._max_detections, "bbox")
+        result["AP_image"] = 100 * float(np.mean(list(per_image.values()))) if per_image else float("nan")
+        summary = {key: None if np.isnan(value) else value / 100 for key, value in result.items()}
+        write_json(self._output_dir, "boxes.json", {**summary, "per_image_ap": per_image})
+        write_json(self._output_dir, "boxes_predictions.json", detections)
+        return {"bbox": result}

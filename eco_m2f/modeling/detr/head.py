@@ -1,0 +1,114 @@
+"""DETR without its backbone: projection, transformer, and what reads classes and boxes off the queries."""
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
+from torch import Tensor, nn
+
+from ..exit_policy import FEATURE_STRIDE
+from ..layers import MLP, padded_sine_position, xavier_matrices_
+from ..parent import ExitHead
+from .transformer import DetrDecoder, DetrEncoder, allowed_tokens
+
+
+class DetrHead(ExitHead):
+    """The coarsest backbone map -> class logits and boxes, at one exit or at several.
+
+    Parameter names are those of the published checkpoints, the backbone's aside.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        num_classes: int,
+        num_queries: int = 100,
+        dim: int = 256,
+        num_heads: int = 8,
+        enc_layers: int = 6,
+        dec_layers: int = 6,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        in_feature: str = "res5",
+    ):
+        """in_channels: of the map `in_feature`; num_classes: without "no object", which is the last logit."""
+        super().__init__()
+        self.in_feature = in_feature
+        self.num_classes = num_classes
+        self.transformer = nn.Module()  # a plain holder, for the published parameter names
+        self.transformer.encoder = DetrEncoder(dim, enc_layers, num_heads, dim_feedforward, dropout)
+        self.transformer.decoder = DetrDecoder(dim, dec_layers, num_heads, dim_feedforward, dropout)
+        xavier_matrices_(self.transformer)
+        self.input_proj = nn.Conv2d(in_channels, dim, 1)
+        self.query_embed = nn.Embedding(num_queries, dim)
+        self.class_embed = nn.Linear(dim, num_classes + 1)
+        self.bbox_embed = MLP(dim, dim, 4, 3)
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]) -> dict:
+        detr = cfg.MODEL.DETR
+        if "res5" not in input_shape:
+            raise ValueError(f"DETR reads the backbone's res5, which is not among {sorted(input_shape)}: add it")
+        if input_shape["res5"].stride != FEATURE_STRIDE:
+            raise ValueError(
+                f"res5 has stride {input_shape['res5'].stride}: padding and gates are for a stride of {FEATURE_STRIDE}"
+            )
+        return {
+            "in_channels": input_shape["res5"].channels,
+            "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+            "num_queries": detr.NUM_OBJECT_QUERIES,
+            "dim": detr.HIDDEN_DIM,
+            "num_heads": detr.NHEADS,
+            "enc_layers": detr.ENC_LAYERS,
+            "dec_layers": detr.DEC_LAYERS,
+            "dim_feedforward": detr.DIM_FEEDFORWARD,
+            "dropout": detr.DROPOUT,
+        }
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """The exits of the encoder, ascending."""
+        return self.transformer.encoder.exits
+
+    @property
+    def projected_channels(self) -> int:
+        return self.input_proj.out_channels
+
+    def projected(self, features: dict[str, Tensor]) -> Tensor:
+        """The encoder's input [B, C, h, w], before the position code."""
+        return self.input_proj(features[self.in_feature])
+
+    def encode(
+        self, features: dict[str, Tensor], exits: Sequence[int]
+    ) -> tuple[tuple[Tensor, Tensor], dict[int, list[Tensor]]]:
+        """Runs the encoder once, to max(exits).
+
+        Args:
+            features: the backbone's maps, and "padding" [B, h, w] bool, True where there is no image (may be missing).
+
+        Returns:
+            (position code [B, C, h, w], padding), the same for every exit; and {exit: [map of [B, C, h, w]]}.
+        """
+        x = self.projected(features)
+        padding = features.get("padding")
+        if padding is None:
+            padding = x.new_zeros(len(x), *x.shape[-2:], dtype=torch.bool)
+        pos = padded_sine_position(padding, x.shape[1]).to(x.dtype)
+        return (pos, padding), self.transformer.encoder([x], [pos], exits, [padding])
+
+    def decode(self, shared: tuple[Tensor, Tensor], maps: Sequence[Tensor]) -> dict:
+        """The prediction of one exit, from what `encode` gives.
+
+        Returns:
+            pred_logits [B, Q, C + 1]; pred_boxes [B, Q, 4], (centre x, centre y, width, height) in parts of the
+            image's width and height; aux_outputs: the same of every decoder layer but the last.
+        """
+        pos, padding = shared
+        memory, pos = (m.flatten(2).transpose(1, 2) for m in (maps[0], pos))  # [B, S, C]
+        allowed = allowed_tokens(maps, [padding])
+        outputs = self.transformer.decoder(self.query_embed.weight, memory, pos, allowed)
+        *aux, last = [{"pred_logits": self.class_embed(x), "pred_boxes": self.bbox_embed(x).sigmoid()} for x in outputs]
+        return {**last, "aux_outputs": aux}

@@ -1,0 +1,129 @@
+"""Early exits for any parent: trained at several exits of its encoder, it lets each image leave at its own.
+
+`EarlyExits` stands before the parent among the bases of a meta-architecture: `EcoMaskFormer(EarlyExits, MaskFormer)`.
+Against the parent it overrides how losses are taken and how the exit is chosen, nothing else; with the last exit alone
+and linear weights it is bit-equal to the parent.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
+from detectron2.structures import ImageList
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..evaluation.flops import ExitCosts
+from ..exits import ExitSampler, combine_exit_losses, exit_weights
+from .exit_policy import FEATURE_STRIDE, build_exit_policy
+
+
+class EarlyExits(nn.Module):
+    """What arXiv 2404.15244, section 3, adds to a `Parent`.
+
+    A meta-architecture says besides how Step B judges it: `measure`, one of `evaluation.quality`, and
+    `judged(pred, images, x)`, which makes of the prediction for a batch of one image, `x`, what the measure compares.
+    """
+
+    measure: type
+
+    @configurable
+    def __init__(
+        self, *, exits: Sequence[int], sampler: ExitSampler, exit_policy: nn.Module, recompute: bool = False, **parent
+    ):
+        """
+        Args:
+            exits: encoder layers after which an image may leave, ascending.
+            sampler: Step A's iteration -> {exit: weight}.
+            exit_policy: see `EXIT_POLICY_REGISTRY`.
+            recompute: decode exits again in the backward pass, so that the graph of one exit at a time is in memory.
+            parent: the arguments of the parent.
+        """
+        super().__init__(**parent)
+        offered = self.head.exits
+        if not set(exits) <= set(offered):
+            raise ValueError(f"MODEL.ECO.EXITS {list(exits)} are not all among the encoder's exits {list(offered)}")
+        self.exits = tuple(exits)
+        self.sampler = sampler
+        self.exit_policy = exit_policy
+        self.recompute = recompute
+        self._costs = None
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        parent = super().from_config(cfg)
+        eco, head = cfg.MODEL.ECO, parent[cls.head_name]
+        kind = list(eco.ALPHA_LIST) if eco.ALPHA == "list" else eco.ALPHA
+        weights = exit_weights(kind, eco.EXITS, head.exits[-1])
+        projected = ShapeSpec(channels=head.projected_channels, stride=FEATURE_STRIDE)
+        return {
+            **parent,
+            "exits": eco.EXITS,
+            "sampler": ExitSampler(eco.EXITS, weights, eco.EXITS_PER_STEP, eco.SEED),
+            "exit_policy": build_exit_policy(cfg, {**parent["backbone"].output_shape(), "projected": projected}),
+            "recompute": eco.RECOMPUTE,
+        }
+
+    def losses(self, features: dict[str, Tensor], targets: list[dict], num_masks: Tensor) -> dict[str, Tensor]:
+        """Eq. 3: the parent's whole loss at each exit drawn for this iteration, weighted by alpha."""
+        weights = self.sampler(get_event_storage().iter)
+        exits = sorted(weights)
+        shared, states = self.head.encode(features, exits)
+
+        def exit_losses(shared, *state: Tensor) -> dict[str, Tensor]:
+            return self.weighted_losses(self.head.decode(shared, state), targets, num_masks)
+
+        losses = {}
+        for k in exits:
+            if self.recompute and k != exits[-1]:
+                losses[k] = checkpoint(exit_losses, shared, *states[k], use_reentrant=False)
+            else:  # the backward pass comes to it first and frees it before any other is decoded again
+                losses[k] = exit_losses(shared, *states[k])
+        return combine_exit_losses(losses, weights, self.exits[-1])
+
+    def inference(self, features: dict[str, Tensor], images: ImageList, batched_inputs: list[dict]) -> list[dict]:
+        """As the parent, plus `exit` (int) and `exit_gflops` ({total, encoder}) of every image."""
+        ids = [x.get("image_id") for x in batched_inputs]
+        source = getattr(self.exit_policy, "feature_source", "res5")
+        exits = self.exit_policy(self.policy_features(features, source), images.image_sizes, image_ids=ids)
+        chosen = exits.tolist()
+        results = self.postprocess(self.predict(features, chosen), images, batched_inputs)
+        padded = images.tensor.shape[-2:]
+        for x, size, result, k in zip(batched_inputs, images.image_sizes, results, chosen):
+            result["exit"] = k
+            result["exit_gflops"] = self.costs(padded, self.output_size(x, size))[k]
+        return results
+
+    def predict(self, features: dict[str, Tensor], exits: list[int]) -> dict[str, Tensor]:
+        """Each image at its own exit: images are grouped by exit, and no image runs a layer that it does not need."""
+        if len(set(exits)) == 1:
+            return self.head.forward_exits(features, exits[:1])[exits[0]]
+        merged = {}
+        for k in sorted(set(exits)):
+            rows = torch.tensor([i for i, e in enumerate(exits) if e == k], device=self.device)
+            pred = self.head.forward_exits({n: f[rows] for n, f in features.items()}, [k])[k]
+            for name, value in pred.items():
+                if not isinstance(value, Tensor):
+                    continue  # auxiliary outputs, which only training reads
+                if name not in merged:
+                    merged[name] = value.new_empty(len(exits), *value.shape[1:])
+                merged[name][rows] = value
+        return merged
+
+    def policy_features(self, features: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+        """What a policy reads: the backbone's maps, and for "projected" also the coarsest after the projection."""
+        return {**features, "projected": self.head.projected(features)} if source == "projected" else features
+
+    def costs(self, padded_size: Sequence[int], output_size: Sequence[int]) -> dict[int, dict[str, float]]:
+        """{exit: {"total", "encoder"}} GFLOPs of one image of these sizes (height, width), paper convention."""
+        if self._costs is None:
+            self._costs = ExitCosts(self, self.exits)
+        return self._costs(tuple(padded_size), tuple(output_size))
+
+    def load_gate(self, path: str) -> None:
+        """Loads the weights of a learned policy; the gate must have been fitted for exactly these parent weights."""
+        from ..derived import parent_sha256  # needs pyarrow, which a model without a gate does not
+
+        self.exit_policy.load_gate(path, parent_sha256(self.state_dict()))

@@ -1,0 +1,95 @@
+#!/usr/bin/env python3
+"""Convert a published DETR checkpoint (.pth, ResNet backbone) to the names of this project's Detr and EcoDetr.
+
+    python tools/convert_detr.py detr-r50-e632da11.pth detr_r50.pth
+
+The backbone gets detectron2's names, the rest goes under `detr.`. COCO's published models have a class for each of
+the numbers 0 to 90, of which 80 are in use: these are kept, in detectron2's order. Other numbers stay as they are.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import torch
+from detectron2.data import MetadataCatalog
+
+from eco_m2f.files import atomic_write
+from eco_m2f.safe_load import CheckpointError, read_checkpoint
+
+BACKBONE = "backbone.0.body."
+PROBE = "transformer.encoder.layers.0.self_attn.in_proj_weight"
+COCO_LOGITS = 92  # the category ids 0..90, and "no object"
+
+
+def convert(source: Path, target: Path) -> str:
+    """Write the converted checkpoint and return a line that tells what is in it."""
+    if target.suffix != ".pth":
+        raise CheckpointError(f"{target} must end in .pth, for it is written as PyTorch writes checkpoints")
+    weights = read_checkpoint(source)["model"]
+    if PROBE not in weights or f"{BACKBONE}conv1.weight" not in weights:
+        names = ", ".join(sorted(weights)[:3])
+        raise CheckpointError(f"{source} is no DETR checkpoint with a ResNet: it lacks {PROBE} (it holds {names}, ...)")
+    converted = converted_weights(weights)
+    with atomic_write(target) as file:
+        torch.save({"model": converted}, file)
+    classes = len(converted["detr.class_embed.weight"]) - 1
+    return f"{target}: {len(converted)} tensors, {classes} classes"
+
+
+def converted_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict under this project's names. Raises CheckpointError for a name of the backbone that is unknown."""
+    converted = {}
+    for name, value in weights.items():
+        if name.endswith(".num_batches_tracked"):
+            continue  # of no use to a frozen norm
+        if name.startswith(BACKBONE):
+            converted[f"backbone.{backbone_name(name.removeprefix(BACKBONE))}"] = value
+        else:
+            converted[f"detr.{name}"] = contiguous_classes(value) if name.startswith("class_embed.") else value
+    return converted
+
+
+def backbone_name(name: str) -> str:
+    """torchvision's name of a ResNet's tensor -> detectron2's.
+
+    Example: `layer1.0.bn2.weight` -> `res2.0.conv2.norm.weight`.
+    """
+    stem = re.fullmatch(r"(conv|bn)1\.(\w+)", name)
+    if stem:
+        return f"stem.conv1.{'norm.' if stem[1] == 'bn' else ''}{stem[2]}"
+    block = re.fullmatch(r"layer([1-4])\.(\d+)\.(?:(conv|bn)([1-3])|downsample\.([01]))\.(\w+)", name)
+    if block is None:
+        raise CheckpointError(f"{BACKBONE}{name} is no name of a ResNet with bottlenecks: only these are converted")
+    stage, number, kind, index, shortcut, tensor = block.groups()
+    part = f"conv{index}" if kind else "shortcut"
+    norm = "norm." if kind == "bn" or shortcut == "1" else ""
+    return f"res{int(stage) + 1}.{number}.{part}.{norm}{tensor}"
+
+
+def contiguous_classes(value: torch.Tensor) -> torch.Tensor:
+    """The rows of COCO's 80 categories and of "no object", of a classifier over the category ids 0..90."""
+    if len(value) != COCO_LOGITS:
+        return value
+    category = {i: k for k, i in MetadataCatalog.get("coco_2017_val").thing_dataset_id_to_contiguous_id.items()}
+    return value[[*(category[i] for i in range(len(category))), COCO_LOGITS - 1]].clone()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="the published .pth file")
+    parser.add_argument("target", type=Path, help="the .pth file to write")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = build_parser().parse_args(arguments)
+    try:
+        print(convert(args.source, args.target))
+    except (OSError, CheckpointError) as error:
+        sys.exit(f"convert_detr: {error}")
+
+
+if __name__ == "__main__":
+    main()
