@@ -4,6 +4,8 @@
     python tools/benchmark.py op --threads 2 --rounds 15 --output output/op_cpu.csv
     python tools/benchmark.py op --threads 2 --rounds 15 --from-logits --output output/op_cpu_from_logits.csv
     python tools/benchmark.py op --device cuda --dtype float16 --rounds 50 --output output/op_cuda.csv
+    python tools/benchmark.py dovit --threads 2 --config-file \\
+        configs/cityscapes/semantic-segmentation/dovit/dovit_vit_base_naive_bs16_90k.yaml --output output/dovit_cpu.csv
     python tools/benchmark.py model --threads 2 --exits 2 6 --config-file \\
         configs/coco/panoptic-segmentation/eco/eco_maskformer2_swin_tiny_bs16_50ep.yaml --output output/model_cpu.csv
 
