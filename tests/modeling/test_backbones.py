@@ -11,6 +11,7 @@ from minis import CONFIGS, ECO, MINI, build, make_batch
 from eco_m2f.checkpoint import Checkpointer
 from eco_m2f.engine import load_cfg
 from eco_m2f.modeling.backbones.timm import timm_features
+from eco_m2f.modeling.exit_policy import FixedExit
 from eco_m2f.safe_load import CheckpointError
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm")
@@ -68,7 +69,7 @@ def test_an_eco_model_on_a_timm_backbone_evaluates_each_image_at_its_exit():
     model = build(ECO, *LITE0)
     batch = make_batch()
     for k in (2, 6):
-        model.exit_policy.exit = k
+        model.exit_policy = FixedExit(k)
         results = model(batch)
         assert [r["exit"] for r in results] == [k, k]
         assert results[0]["exit_gflops"] == model.costs((64, 96), (64, 96))[k]

@@ -29,7 +29,7 @@ class TimmBackbone(Backbone):
         if unknown:
             raise ValueError(f"MODEL.TIMM.OUT_FEATURES {unknown} unknown; there are {list(STRIDES)}")
         self.model = timm_features(t.NAME, [STRIDES[r] for r in t.OUT_FEATURES], input_shape.channels)
-        self._channels_last = str(getattr(self.model, "output_fmt", "NCHW")) == "NHWC"
+        self._channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"  # timm's enum is a str
         self._out_features = list(t.OUT_FEATURES)
         self._out_feature_channels = dict(zip(self._out_features, self.model.feature_info.channels()))
         self._out_feature_strides = {r: STRIDES[r] for r in self._out_features}
@@ -43,10 +43,8 @@ class TimmBackbone(Backbone):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """[B, 3, H, W] -> {res2: [B, C, H/4, W/4], ...}."""
-        maps = self.model(x)
-        if self._channels_last:
-            maps = [m.permute(0, 3, 1, 2).contiguous() for m in maps]
-        return dict(zip(self._out_features, maps))
+        maps = [m.permute(0, 3, 1, 2) if self._channels_last else m for m in self.model(x)]
+        return {r: m.contiguous() for r, m in zip(self._out_features, maps)}
 
 
 def timm_features(name: str, strides: list[int], channels: int) -> torch.nn.Module:
