@@ -63,7 +63,7 @@ class ExitCosts:
             ValueError: the model lacks a part, or an exit.
         """
         model = getattr(model, "module", model)
-        missing = [n for n in ("backbone", "head", "postprocessor") if not hasattr(model, n)]
+        missing = [n for n in ("backbone", "postprocessor") if not hasattr(model, n)]  # a `Parent` has a head besides
         if missing:
             raise ValueError(
                 f"{type(model).__name__} has no {' and no '.join(missing)}, so no exits: costs are known for a "
