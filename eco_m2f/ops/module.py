@@ -86,6 +86,8 @@ class MSDeformAttn(nn.Module):
 
     def offsets(self, query: Tensor) -> Tensor:
         """In pixels, [N, Lq, M * L * P * 2]; not under autocast, for coordinates do not bear half precision."""
+        if query.is_meta:  # costs are counted there, and autocast does not know it
+            return self.sampling_offsets(query)
         with torch.autocast(query.device.type, enabled=False):
             return self.sampling_offsets(query.to(self.sampling_offsets.weight.dtype))
 
