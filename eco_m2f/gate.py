@@ -94,7 +94,7 @@ class Gate:
 OPTIMIZERS = ("lbfgs", "adam")
 _ROWS = 8192  # rows of features multiplied at a time
 _SAMPLE = 16384  # rows that the scaling, and the start of a large fit, are computed from
-_SIDE_BY_SIDE = 40  # gates fitted at a time; each needs some megabytes
+_SIDE_BY_SIDE = 16  # gates fitted at a time; each needs some megabytes
 
 
 Budget = tuple[float, int, str]  # beta, K, the loss of Table T2

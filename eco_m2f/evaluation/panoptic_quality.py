@@ -60,7 +60,7 @@ class PanopticTarget:
     def __init__(self, gt_map: np.ndarray, gt_segments: Sequence[Mapping]):
         gt_map = _checked_map(gt_map, "ground-truth")
         self.shape = gt_map.shape
-        self.ids, self._index = _renumber(gt_map)
+        self.ids, self._index, self._changes = _renumber(gt_map)
         segment_ids = _checked_ids(gt_segments, "ground-truth")
         self._row = _position(self.ids, segment_ids)  # [G], -1 where the map lacks the segment
         self._category = np.array([s["category_id"] for s in gt_segments], dtype=np.int64)
@@ -105,15 +105,20 @@ class PanopticTarget:
         return np.array([s.get("area", n) for s, n in zip(segments, counted)], dtype=np.int64)
 
     def _confusion(self, pred_map: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pixel counts [ids of the ground truth, ids of the prediction], and the latter ids."""
-        top = int(pred_map.max(initial=0))
-        if top < _DIRECT_IDS:
-            pred_ids, pred_index = np.arange(top + 1), pred_map.ravel()
-        else:
-            pred_ids, pred_index = _renumber(pred_map)
+        """Pixel counts [ids of the ground truth, ids of the prediction], and the latter ids.
+
+        Counted are runs, along which neither map changes: some thousand in some hundred thousand pixels.
+        """
+        flat = pred_map.ravel()
+        starts = _run_starts((flat[1:] != flat[:-1]) | self._changes, flat.size)
+        lengths = np.diff(np.append(starts, flat.size))
+        index, pred = self._index[starts], flat[starts]
+        top = int(pred.max(initial=0))
+        pred_ids = np.arange(top + 1) if top < _DIRECT_IDS else np.unique(pred)
+        column = pred if top < _DIRECT_IDS else np.searchsorted(pred_ids, pred)
         width = len(pred_ids)
-        pairs = np.bincount(self._index * width + pred_index, minlength=len(self.ids) * width)
-        return pairs.reshape(len(self.ids), width), pred_ids
+        pairs = np.bincount(index * width + column, weights=lengths, minlength=len(self.ids) * width)
+        return pairs.astype(np.int64).reshape(len(self.ids), width), pred_ids.astype(np.int64)
 
     @staticmethod
     def _rows(confusion: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -211,17 +216,21 @@ def _mean_quality(classes: Sequence[Mapping]) -> dict:
     return {**{key: sum(c[key] for c in classes) / n if n else float("nan") for key in _ABSENT}, "n": n}
 
 
-def _renumber(id_map: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted ids of a map, and the map flattened as int64 indices into them.
+def _run_starts(changes: np.ndarray, size: int) -> np.ndarray:
+    """Where runs start, given for each of `size` pixels but the first whether it differs from the one before."""
+    return np.concatenate([[0], np.flatnonzero(changes) + 1]) if size else np.zeros(0, dtype=np.int64)
 
-    Only the first pixel of each run is sorted: annotation has some thousand runs in some hundred thousand pixels.
+
+def _renumber(id_map: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sorted ids of a map; the map flattened as int64 indices into them; and where a pixel differs from the one before.
+
+    Only the first pixel of each run is sorted.
     """
     flat = id_map.ravel()
-    if flat.size == 0:
-        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+    changes = flat[1:] != flat[:-1]
+    starts = _run_starts(changes, flat.size)
     ids, inverse = np.unique(flat[starts], return_inverse=True)
-    return ids.astype(np.int64), np.repeat(inverse, np.diff(np.append(starts, flat.size)))
+    return ids.astype(np.int64), np.repeat(inverse, np.diff(np.append(starts, flat.size))), changes
 
 
 def _position(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
