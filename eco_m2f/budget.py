@@ -5,7 +5,6 @@ A frontier over beta and K is therefore a matter of seconds per gate. Where the 
 over the images stands in for it.
 """
 
-import csv
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from . import files
 from .derived import DerivedDataset
 from .exits import check_beta, exit_targets, exits_up_to
-from .files import atomic_write
 from .gate import Gate, Scaling, fit_gates
 
 
@@ -223,12 +222,7 @@ def _bisect(
 
 def write_csv(rows: Sequence[Row], path: str | Path) -> None:
     """Writes the rows whole or not at all; columns as in `Row`, one more per exit."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    numbers = [row.numbers() for row in rows]
-    with atomic_write(path, "w") as file:
-        writer = csv.DictWriter(file, fieldnames=list(numbers[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(numbers)
+    files.write_csv(path, [row.numbers() for row in rows])
 
 
 HEADER = "policy  K  beta     loss      PQ     PQ_th  PQ_st  quality  exit   GFLOPs    encoder  images per exit"

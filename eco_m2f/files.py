@@ -1,8 +1,9 @@
 """Files that are written whole or not at all, and what identifies them."""
 
+import csv
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -29,6 +30,19 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_csv(path: str | os.PathLike, rows: Sequence[Mapping], columns: Sequence[str] | None = None) -> None:
+    """Writes rows with a header, whole or not at all, and makes the folder; columns: by default the first row's.
+
+    Raises:
+        ValueError: a row has another column.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, "w") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if columns is None else columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def file_sha256(path: str | os.PathLike) -> str:

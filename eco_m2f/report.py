@@ -7,7 +7,6 @@ Every PQ of a forced exit is a sum over a derived dataset; that of a gate is so 
 whole model reached when it was evaluated, image by image, with this gate.
 """
 
-import csv
 import json
 import os
 import platform
@@ -33,7 +32,7 @@ from .engine import build_trained, load_cfg
 from .evaluation.boxes import BoxGroundTruth
 from .evaluation.ground_truth import PanopticGroundTruth
 from .evaluation.panoptic_quality import to_dataset_categories
-from .files import atomic_write
+from .files import atomic_write, write_csv
 from .gate import Gate
 from .visualization import draw_boxes, draw_panoptic
 
@@ -187,10 +186,7 @@ def _write_csv(results: Sequence[Result], path: Path) -> None:
     boxes = any(r.dataset_ap is not None for r in results)
     rows = [{"model": r.model, "leaves": r.leaves, **r.row.numbers(), **_evaluated_columns(r, boxes)} for r in results]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    with atomic_write(path, "w") as file:
-        writer = csv.DictWriter(file, fieldnames=names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path, rows, names)
 
 
 def _evaluated_columns(result: Result, boxes: bool) -> dict:

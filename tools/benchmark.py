@@ -32,7 +32,6 @@ moving each input and output once would take, at the speed of copying memory, me
 
 import argparse
 import contextlib
-import csv
 import functools
 import importlib.util
 import math
@@ -54,7 +53,7 @@ from torch import Tensor
 
 from eco_m2f import ops
 from eco_m2f.command_line import keep_freed_memory, run
-from eco_m2f.files import atomic_write
+from eco_m2f.files import write_csv
 from eco_m2f.ops.fused import compose
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -268,15 +267,6 @@ def machine(device: str) -> dict[str, str]:
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return {"machine": name, "torch": torch.__version__, "cuda": str(torch.version.cuda), "commit": commit or "unknown"}
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """All rows share the first one's columns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path, "w") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def run_op(args: argparse.Namespace) -> None:

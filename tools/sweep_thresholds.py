@@ -8,14 +8,13 @@ A threshold of 1.0 is the static model. A row per dataset of DATASETS.TEST and t
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
 from detectron2.utils import comm
 
 from eco_m2f import engine
-from eco_m2f.files import atomic_write
+from eco_m2f.files import write_csv
 from eco_m2f.modeling import DoViT
 
 
@@ -41,11 +40,7 @@ def report(rows: list[dict], output: Path | None) -> None:
     for row in rows:
         print("  ".join(f"{v:>{len(k)}.4g}" if isinstance(v, float) else v for k, v in row.items()))
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(output, "w") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(output, rows)
 
 
 def probability(text: str) -> float:
