@@ -462,9 +462,13 @@ def _conv_general(out, x, weight, bias, stride, padding, dilation, transposed, *
 
 
 def _attention(out, q, k, v, attn_mask=None, *_, **__) -> int:
-    """q.k where it is not masked, and attention times v; q [..., L, E], k [..., S, E], v [..., S, Ev]."""
+    """q.k where it is not masked, and attention times v; q [..., L, E], k [..., S, E], v [..., S, Ev].
+
+    A bias is no mask: Swin adds it in an operation of its own.
+    """
     weights = prod(q.shape[:-1]) * k.shape[-2]
-    return weights * v.shape[-1] + (weights * q.shape[-1] if attn_mask is None else 0)
+    masked = attn_mask is not None and attn_mask.dtype == torch.bool
+    return weights * v.shape[-1] + (0 if masked else weights * q.shape[-1])
 
 
 def _batch_norm(out, x, weight, bias, mean, var, training, *_, **__) -> int:
