@@ -1,9 +1,19 @@
-"""One function over many files, with a progress bar and, if asked, several processes."""
+"""One function over many jobs, in order, in other processes if asked."""
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+import collections
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 from tqdm import tqdm
+
+AHEAD = 32  # jobs handed over before the first of them must be done: what bounds the memory
 
 
 def each(function: Callable, jobs: Sequence, workers: int, title: str) -> Iterator:
@@ -20,3 +30,63 @@ def each(function: Callable, jobs: Sequence, workers: int, title: str) -> Iterat
         except BaseException:  # nobody will read the rest: do not compute it
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def alongside(function: Callable, jobs: Iterable, workers: int) -> Iterator:
+    """Yields function(job) for each job, in order, while this process is busy making the jobs that come next.
+
+    The workers are new interpreters, safe beside threads and CUDA; jobs and results cross by pickle. With 0 workers
+    everything happens here. No more than `AHEAD` jobs are under way. Workers leave Ctrl-C to this process and end
+    with it, also when it is killed. An error of the function is raised here, at its job; ChildProcessError where a
+    worker died.
+    """
+    if workers < 0:
+        raise ValueError(f"the number of workers must not be negative, got {workers}")
+    if workers == 0:
+        yield from map(function, jobs)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, spawn, initializer=_end_with, initargs=(os.getpid(),))
+    waiting = collections.deque()
+    try:
+        for job in jobs:
+            waiting.append(_submit(pool, function, job))
+            while waiting and (len(waiting) >= AHEAD or waiting[0].done()):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "a worker process died (out of memory?): run the same command again, with fewer workers if it happens again"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, function: Callable, job) -> Future:
+    """Pickled here and not by the pool, whose thread would hand tensors over as open files.
+
+    A worker is born in this call, if one is missing, and inherits that it gets no SIGINT, from its first instruction.
+    """
+    task = pickle.dumps((function, job), pickle.HIGHEST_PROTOCOL)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(_call, task)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _call(task: bytes):
+    function, job = pickle.loads(task)
+    return function(job)
+
+
+def _end_with(parent: int) -> None:
+    """Makes this process end at most a second after its parent, however that one ended."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -47,12 +47,17 @@ class BoxGroundTruth:
 
     def detections(self, image_id, instances: Instances) -> list[dict]:
         """Predictions in COCO's result format."""
-        corners = instances.pred_boxes.tensor.cpu().double().numpy()
-        boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).tolist()
-        return [
-            {"image_id": image_id, "category_id": self.dataset_id[c], "bbox": box, "score": score}
-            for box, score, c in zip(boxes, instances.scores.tolist(), instances.pred_classes.tolist())
-        ]
+        return [{"image_id": image_id, **d} for d in to_detections(instances, self.dataset_id)]
+
+
+def to_detections(instances: Instances, dataset_id: Mapping[int, int]) -> list[dict]:
+    """category_id (the dataset's), bbox x y w h, score of each instance."""
+    corners = instances.pred_boxes.tensor.cpu().double().numpy()
+    boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).tolist()
+    return [
+        {"category_id": dataset_id[c], "bbox": box, "score": score}
+        for box, score, c in zip(boxes, instances.scores.tolist(), instances.pred_classes.tolist())
+    ]
 
 
 class BoxTarget:
