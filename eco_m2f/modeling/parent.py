@@ -15,7 +15,7 @@ class ExitHead(nn.Module):
     - `exits`: tuple of int, those of its encoder, ascending;
     - `encode(features, exits) -> (shared, {exit: state})`: one run of the encoder. shared is what the decoder needs
       besides, the same for every exit; a state is a list of tensors;
-    - `decode(shared, state) -> prediction`, a dict of tensors [B, ...], with "aux_outputs" for training;
+    - `decode(shared, state, aux=True) -> prediction`, a dict of tensors [B, ...], with "aux_outputs" if asked for;
     - `projected(features) -> [B, projected_channels, h, w]`: the coarsest map as the encoder takes it, which a gate
       may read.
     """
@@ -26,9 +26,9 @@ class ExitHead(nn.Module):
         return self.forward_exits(features, [last])[last]
 
     def forward_exits(self, features: dict[str, Tensor], exits: Sequence[int]) -> dict[int, dict]:
-        """{exit: prediction}; the encoder runs once, the decoder once per exit."""
+        """{exit: prediction}; the encoder runs once, the decoder once per exit. Training has aux_outputs."""
         shared, states = self.encode(features, exits)
-        return {k: self.decode(shared, states[k]) for k in sorted(states)}
+        return {k: self.decode(shared, states[k], aux=self.training) for k in sorted(states)}
 
 
 class Parent(nn.Module):
