@@ -48,6 +48,8 @@ def derive(
         raise ValueError(
             f"Step B needs META_ARCHITECTURE EcoMaskFormer or EcoDetr (an eco config), got {type(model).__name__}"
         )
+    if workers < 0:
+        raise ValueError(f"--workers must be 0 or more, got {workers}")
     check_datasets(cfg, [dataset_name])
     records = DatasetCatalog.get(dataset_name)
     measure = model.measure.of(dataset_name)

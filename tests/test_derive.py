@@ -223,6 +223,12 @@ def test_another_origin_is_refused(case, whole, tmp_path):
     assert contents(tmp_path / "derived") == before
 
 
+def test_a_negative_number_of_workers_is_refused(case, tmp_path):
+    with pytest.raises(ValueError, match="--workers must be 0 or more, got -1"):
+        case.derive(tmp_path / "derived", workers=-1)
+    assert not (tmp_path / "derived").exists()
+
+
 def test_the_parent_without_exits_is_refused(case, tmp_path):
     cfg = engine.load_cfg(case.tiny.config("maskformer2"))
     with pytest.raises(ValueError, match="EcoMaskFormer.*got MaskFormer"):

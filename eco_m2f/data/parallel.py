@@ -40,8 +40,6 @@ def alongside(function: Callable, jobs: Iterable, workers: int) -> Iterator:
     with it, also when it is killed. An error of the function is raised here, at its job; ChildProcessError where a
     worker died.
     """
-    if workers < 0:
-        raise ValueError(f"the number of workers must not be negative, got {workers}")
     if workers == 0:
         yield from map(function, jobs)
         return

@@ -60,11 +60,6 @@ def test_a_worker_that_dies_ends_the_job():
         list(alongside(die, range(3), 2))
 
 
-def test_a_negative_number_of_workers_is_refused():
-    with pytest.raises(ValueError, match="must not be negative, got -1"):
-        list(alongside(abs, [1], -1))
-
-
 ENDLESS = """
 import itertools, os, time
 from eco_m2f.data.parallel import alongside
