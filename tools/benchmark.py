@@ -34,6 +34,7 @@ import argparse
 import contextlib
 import functools
 import importlib.util
+import itertools
 import math
 import multiprocessing
 import platform
@@ -609,7 +610,6 @@ def run_step_b(args: argparse.Namespace) -> None:
     from eco_m2f.engine import build_model, load_cfg
     from eco_m2f.evaluation.panoptic_quality import PanopticTarget, to_dataset_categories
     from eco_m2f.evaluation.quality import PanopticMeasure
-    from eco_m2f.modeling.exit_policy import FixedExit
 
     _use_threads(args.threads)
     if args.device == "cpu":
@@ -620,14 +620,20 @@ def run_step_b(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     whole = WholeModel(build_model(cfg).eval(), tuple(args.size))
     model = whole.model
-    model.postprocessor = whole.postprocessors[model.exits[-1]]  # a model of random weights shall have segments too
+    judged, turn = model.judged, itertools.cycle(model.exits)
+
+    def judged_in_turn(pred: dict, images, x: dict) -> tuple:
+        """The exits come in their order; each has its own score threshold, so that as many queries take part."""
+        model.postprocessor = whole.postprocessors[next(turn)]
+        return judged(pred, images, x)
+
+    model.judged = judged_in_turn
     truth = RandomTruth.of(args.size, 20, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, seed=0)
     x = {"image": whole.image, "image_id": 0, "file_name": "", "height": args.size[0], "width": args.size[1]}
 
     def separately() -> None:
         for k in model.exits:
-            model.exit_policy = FixedExit(k)
-            panoptic, segments = model([x])[0]["panoptic_seg"]
+            panoptic, segments = whole.segment([k])[0]["panoptic_seg"]
             target = PanopticTarget(truth.ids, truth.segments)
             target.compare(panoptic.cpu().numpy(), to_dataset_categories(segments, truth.dataset_id))
 
