@@ -107,7 +107,7 @@ def test_workers_end_with_their_parent(tmp_path, kind):
         os.killpg(process.pid, kind)
     else:
         process.kill()
-    _, errors = process.communicate(timeout=20)  # which also waits for the workers: they hold the pipes
+    _, errors = process.communicate(timeout=60)  # which also waits for the workers: they hold the pipes
     assert process.returncode == -kind
     assert not any(is_running(pid) for pid in workers)
     assert errors.count("Traceback") == (kind == signal.SIGINT), errors
