@@ -54,7 +54,7 @@ class Predicted:
             pred = self.model.sem_seg_head.forward_exits(self.model.backbone(images.tensor), [k])[k]
             panoptic, segments = self.model.judged(pred, images, x)
         content = json.loads(self.tiny.json("train").read_text())
-        return panoptic.numpy(), to_dataset_categories(
+        return panoptic.astype(np.int32), to_dataset_categories(
             segments, dict(enumerate(c["id"] for c in content["categories"]))
         )
 

@@ -87,6 +87,14 @@ def test_the_quality_of_an_exit_is_its_images_ap(case, derived):
         derived.dataset_pq([6] * NUM_IMAGES)
 
 
+def test_workers_change_nothing(case, derived, tmp_path):
+    step_b.derive(case.cfg, case.model, case.dataset, str(tmp_path / "derived"), 3, workers=1)
+    again = DerivedDataset.load(tmp_path / "derived")
+    assert again.image_ids == derived.image_ids
+    for name in ("quality", "features", "total_gflops", "encoder_gflops"):
+        assert np.array_equal(getattr(again, name), getattr(derived, name))
+
+
 def test_features_and_costs(case, derived):
     assert derived.features.shape == (NUM_IMAGES, case.model.backbone.output_shape()["res5"].channels)
     assert len(np.unique(derived.features[:, 0])) == NUM_IMAGES

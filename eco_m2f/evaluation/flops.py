@@ -11,7 +11,8 @@ The `paper` convention is that of detectron2's `FlopCountAnalysis` on a traced M
 - the core of deformable attention counts nothing, for the tool cannot see into a CUDA op;
 - of attention, weights times values counts, and queries times keys only where it is not masked (the tool does not know
   `baddbmm`); here attention is one operator, so it is counted by that rule;
-- results that nothing depends on are not in a trace: the class logits of the auxiliary predictions do not count;
+- results that nothing depends on are not in a trace: the class logits of the auxiliary predictions do not count, but
+  their masks do, at full size, as attention follows them; inference here makes those smaller, and that is not counted;
 - "Tx. Enc.", here `pixel_decoder`, is what runs in submodules of the pixel decoder: not the resizing between them. Of
   DETR it is the layers of the transformer encoder, where every product of queries and keys is masked.
 

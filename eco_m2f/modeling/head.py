@@ -68,6 +68,6 @@ class MaskFormerHead(ExitHead):
         """See `MSDeformAttnPixelDecoder.encode`."""
         return self.pixel_decoder.encode(features, exits)
 
-    def decode(self, lateral: Tensor | None, maps: Sequence[Tensor]) -> dict:
+    def decode(self, lateral: Tensor | None, maps: Sequence[Tensor], aux: bool = True) -> dict:
         """The prediction of one exit, from what `encode` gives; see `MultiScaleMaskedTransformerDecoder.forward`."""
-        return self.predictor(maps, self.pixel_decoder.mask_branch(lateral, maps))
+        return self.predictor(maps, self.pixel_decoder.mask_branch(lateral, maps), aux)

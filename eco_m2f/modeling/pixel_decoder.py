@@ -155,8 +155,10 @@ class MSDeformAttnPixelDecoder(nn.Module):
         return [proj(features[name]) for name, proj in zip(self.encoder_in_features, self.input_proj)]
 
     def lateral(self, features: dict[str, Tensor]) -> Tensor | None:
-        """res2 as the mask branch takes it, [B, conv_dim, H/4, W/4]; None where it does not."""
-        return self.adapter_1(features[self.mask_in_feature]) if self.mask_in_feature else None
+        """res2 as the mask branch takes it, [B, conv_dim, H/4, W/4], channels last; None where it does not."""
+        if self.mask_in_feature is None:
+            return None
+        return self.adapter_1(features[self.mask_in_feature]).contiguous(memory_format=torch.channels_last)
 
     def mask_branch(self, lateral: Tensor | None, maps: Sequence[Tensor]) -> Tensor:
         """Mask features: of one step of a feature pyramid, lateral + upsampled finest map, or of that map."""
@@ -164,7 +166,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
         with self._precision(x):
             if lateral is not None:
                 up = F.interpolate(x, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
-                x = self.layer_1(lateral + up)
+                x = self.layer_1(up.add_(lateral))
             return self.mask_features(x)
 
 

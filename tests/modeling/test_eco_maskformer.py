@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
-from minis import ECO, PARENT, make_batch
+from minis import ECO, ECO_DETR, PARENT, make_batch
 
 from eco_m2f.budget import Gate
 from eco_m2f.derived import parent_sha256
@@ -90,6 +90,23 @@ def test_forced_exit_equals_a_parent_with_k_layers(build_mini, parent, eco, k):
     ours, theirs = eco.sem_seg_head.forward_exits(features, EXITS)[k], shallow.sem_seg_head(features)
     for name in ("pred_logits", "pred_masks"):
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", [ECO, ECO_DETR])
+@torch.no_grad()
+def test_exits_of_a_single_image_are_decoded_at_once_as_each_alone(build_mini, fill_weights, config, monkeypatch):
+    model = fill_weights(build_mini(config))
+    features = model.extract(model.preprocess(make_batch()[:1]))
+    original, calls = model.head.decode, []
+    monkeypatch.setattr(model.head, "decode", lambda *a, **kw: calls.append(a) or original(*a, **kw))
+    together = model.head.forward_exits(features, EXITS)
+    assert len(calls) == 1
+    for k in EXITS:
+        alone = model.head.forward_exits(features, [k])[k]
+        assert together[k].keys() == alone.keys()
+        for name, value in alone.items():
+            torch.testing.assert_close(together[k][name], value, atol=1e-4, rtol=1e-5)
+    assert not torch.allclose(together[2]["pred_logits"], together[6]["pred_logits"], atol=1e-2)
 
 
 @torch.no_grad()
