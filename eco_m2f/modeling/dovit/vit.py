@@ -86,8 +86,17 @@ class TokenPassViT(nn.Module):
         """[B, 3, H, W] -> tokens with their position code [B, 1 + h * w, C], the cls token first."""
         patches = self.patch_embed(images)
         height, width = patches.shape[-2:]
-        tokens = torch.cat((self.cls_token.expand(len(images), -1, -1), patches.flatten(2).transpose(1, 2)), dim=1)
+        tokens = torch.cat((repeated(self.cls_token, len(images)), patches.flatten(2).transpose(1, 2)), dim=1)
         return tokens + resized_positions(self.pos_embed, height, width)
+
+
+def repeated(parameter: Tensor, times: int) -> Tensor:
+    """[1, n, C] -> [times, n, C].
+
+    Through a tensor without the first axis: of a batch of one the gradient would else be a part of a larger tensor, and
+    training in several processes copies gradients whose memory is not laid out as the parameter's.
+    """
+    return parameter[0].expand(times, -1, -1)
 
 
 def as_map(tokens: Tensor, height: int, width: int) -> Tensor:
