@@ -195,7 +195,8 @@ class Attention(nn.Module):
         else:
             groups = [part[None] for part in qkv.split(list(lengths))]
         attended = [F.scaled_dot_product_attention(*g.permute(2, 0, 3, 1, 4)) for g in groups]  # [b, M, n, D]
-        return self.proj(torch.cat([a.transpose(1, 2).flatten(2).flatten(0, 1) for a in attended]))
+        attended = [a.transpose(1, 2).flatten(2).flatten(0, 1) for a in attended]
+        return self.proj(torch.cat(attended) if len(attended) > 1 else attended[0])
 
 
 class Mlp(nn.Module):
