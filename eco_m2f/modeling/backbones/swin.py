@@ -1,8 +1,11 @@
 """Mask2Former's `D2SwinTransformer`: an adapter over detectron2's own SwinTransformer.
 
 The parameters have the published names already; what differs is the names of the maps (res2..res5), the size
-divisibility, that stochastic depth comes from torchvision instead of timm, and that attention is one operator.
+divisibility, that stochastic depth comes from torchvision instead of timm, and for speed that attention is one operator
+and that the masks of shifted windows are kept.
 """
+
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import SwinTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 
@@ -37,9 +41,7 @@ class D2SwinTransformer(SwinTransformer):
             patch_norm=s.PATCH_NORM,
             use_checkpoint=s.USE_CHECKPOINT,
         )
-        for layer in self.layers:
-            for block in layer.blocks:
-                block.attn = WindowAttention(block.attn)
+        self.layers = nn.ModuleList(Stage(layer) for layer in self.layers)
         self._set_drop_path(s.DROP_PATH_RATE)
         self._rename_maps(s.OUT_FEATURES)
 
@@ -69,6 +71,49 @@ class D2SwinTransformer(SwinTransformer):
         """[B, 3, H, W] -> {res2: [B, C, H/4, W/4], ...}."""
         maps = super().forward(x)
         return {r: maps[p] for p, r in self._names.items()}
+
+
+class Stage(nn.Module):
+    """The blocks of one stride, and the merging of patches after them."""
+
+    def __init__(self, layer: nn.Module):
+        """Takes over the parts of detectron2's `BasicLayer`, under their names."""
+        super().__init__()
+        self.window_size, self.shift_size, self.use_checkpoint = (
+            layer.window_size,
+            layer.shift_size,
+            layer.use_checkpoint,
+        )
+        self.blocks, self.downsample = layer.blocks, layer.downsample
+        for block in self.blocks:
+            block.attn = WindowAttention(block.attn)
+
+    def forward(self, x: Tensor, height: int, width: int) -> tuple[Tensor, int, int, Tensor, int, int]:
+        """[B, height*width, C] -> that after the blocks, height and width, and all three after merging."""
+        mask = shifted_window_mask(height, width, self.window_size, self.shift_size, x.device)
+        for block in self.blocks:
+            block.H, block.W = height, width
+            x = checkpoint(block, x, mask, use_reentrant=False) if self.use_checkpoint else block(x, mask)
+        if self.downsample is None:
+            return x, height, width, x, height, width
+        return x, height, width, self.downsample(x, height, width), (height + 1) // 2, (width + 1) // 2
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=16)
+def shifted_window_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:
+    """[W, N, N], -100 between places of one of the W windows that are no neighbours in the image, else 0; N = window^2.
+
+    The map is padded to whole windows and rolled by `shift` up and left: windows at its end hold two sides of it.
+    """
+    rows, columns = (
+        torch.bucketize(
+            torch.arange(size, device=device), torch.tensor([size - window, size - shift], device=device), right=True
+        ).view(-1, window)
+        for size in (-(-height // window) * window, -(-width // window) * window)
+    )
+    region = (3 * rows[:, None, :, None] + columns[None, :, None, :]).flatten(2).flatten(0, 1)  # [W, N]
+    return torch.where(region[:, :, None] == region[:, None], 0.0, -100.0)
 
 
 class WindowAttention(nn.Module):
