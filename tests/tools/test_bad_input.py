@@ -157,6 +157,14 @@ def test_another_number_of_classes(tools):
     assert_names(message, "NUM_CLASSES is 10", tools.good.name, "9 categories", "set it to 9")
 
 
+@pytest.mark.parametrize(
+    "kind, other, lacks", [("eco_detr", "panoptic", "has no boxes"), ("maskformer2", "detection", "no panoptic")]
+)
+def test_a_model_on_the_other_kind_of_annotation(tools, kind, other, lacks):
+    message = tools.message(tools.train("DATASETS.TRAIN", f"('toy_{other}_train',)", kind=kind))
+    assert_names(message, f"'toy_{other}_train'", lacks)
+
+
 def test_a_batch_that_cannot_be_shared(tools):
     assert_names(tools.message(tools.train("SOLVER.IMS_PER_BATCH", 0)), "SOLVER.IMS_PER_BATCH", "0")
 
