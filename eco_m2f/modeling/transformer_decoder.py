@@ -15,7 +15,8 @@ from .layers import MLP, attend, sine_position, xavier_matrices_
 TRANSFORMER_DECODER_REGISTRY = Registry("TRANSFORMER_MODULE")
 TRANSFORMER_DECODER_REGISTRY.__doc__ = """
 Predictors. A member is built as `Decoder(cfg, in_channels, mask_classification=True)` and called with
-(maps coarse to fine, mask_features) -> {pred_logits, pred_masks, aux_outputs}.
+(maps coarse to fine, mask_features) -> {pred_logits, pred_masks, aux_outputs}. Its `in_feature` is the value of
+MASK_FORMER.TRANSFORMER_IN_FEATURE that it goes with.
 """
 
 
@@ -68,6 +69,8 @@ class FFNLayer(_Residual):
 @TRANSFORMER_DECODER_REGISTRY.register()
 class MultiScaleMaskedTransformerDecoder(nn.Module):
     """Queries attend, level by level, to what their last mask prediction calls foreground."""
+
+    in_feature = "multi_scale_pixel_decoder"
 
     @configurable
     def __init__(
@@ -172,7 +175,12 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
 
     def _predict(self, x: Tensor, mask_features: Tensor) -> tuple[Tensor, Tensor]:
         x = self.decoder_norm(x)
-        return self.class_embed(x), torch.einsum("bqc,bchw->bqhw", self.mask_embed(x), mask_features)
+        return self.class_embed(x), predict_masks(self.mask_embed(x), mask_features)
+
+
+def predict_masks(embedding: Tensor, mask_features: Tensor) -> Tensor:
+    """Mask logits [B, Q, h, w]: products of the queries' [B, Q, C] with the mask features [B, C, h, w]."""
+    return torch.einsum("bqc,bchw->bqhw", embedding, mask_features)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
-from minis import CONFIGS, DETR, ECO, ECO_DETR, LITE, MINI, PARENT, PROSCALE, RT, build, fill, make_batch
+from minis import CONFIGS, DETR, ECO, ECO_DETR, LITE, MASKFORMER, MINI, PARENT, PROSCALE, RT, build, fill, make_batch
 
 from eco_m2f import engine
 from eco_m2f.budget import Gate
@@ -19,7 +19,7 @@ from eco_m2f.derived import parent_sha256
 SIZES = ((64, 96), (30, 70))  # the second is padded to the first: of boxes, half of its tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class System:
     """A parent and its variant with exits: configs, options, the exits, and the key that has the number of layers where
     exit k is a parent of k layers."""
@@ -59,6 +59,7 @@ def eco_opts(*exits: int) -> tuple:
     )
 
 
+DROPOUT = ("MODEL.DETR.DROPOUT", 0.3, "MODEL.MASK_FORMER.DROPOUT", 0.3)
 STAGES = ("MODEL.PROSCALE.STAGES", (1, 1, 1), "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", 3)
 SYSTEMS = {
     "m2f": System(PARENT, ECO, layers="MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS"),
@@ -67,10 +68,12 @@ SYSTEMS = {
     "proscale, all stages": System(
         PARENT, ECO, (*PROSCALE, *STAGES, "MODEL.PROSCALE.EXIT_AFTER_STAGES", True), (1, 2, 3)
     ),
+    "maskformer": System(PARENT, ECO, MASKFORMER, layers="MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS"),
     "detr": System(DETR, ECO_DETR, layers="MODEL.DETR.ENC_LAYERS"),
 }
 each_system = pytest.mark.parametrize("system", SYSTEMS.values(), ids=SYSTEMS)
-each_parent = pytest.mark.parametrize("system", [SYSTEMS["m2f"], SYSTEMS["detr"]], ids=["m2f", "detr"])
+PARENTS = ("m2f", "maskformer", "detr")
+each_parent = pytest.mark.parametrize("system", [SYSTEMS[name] for name in PARENTS], ids=PARENTS)
 
 
 def same(a: dict, b: dict) -> bool:
@@ -131,7 +134,7 @@ def test_forced_exit_equals_a_parent_with_k_layers(system):
     features = eco.extract(eco.preprocess(make_batch(SIZES)))
     of_exit = eco.head.forward_exits(features, system.exits)
     for k in system.exits:
-        shallow = build(system.parent, system.layers, k)
+        shallow = build(system.parent, *system.opts, system.layers, k)
         shallow.load_state_dict({n: v for n, v in parent.state_dict().items() if n in shallow.state_dict()})
         wanted = shallow.head(features)
         del wanted["aux_outputs"]
@@ -217,10 +220,9 @@ def test_eq3_loss_is_the_weighted_sum_over_exits(system):
 
 @each_parent
 def test_decoding_again_changes_neither_losses_nor_gradients(system):
-    """With dropout, where the parent has it: the second pass draws what the first one drew."""
+    """With dropout, where the parent has any: the second pass draws what the first one drew."""
     joint, again = (
-        step(system.twin("MODEL.DETR.DROPOUT", 0.3, "MODEL.ECO.RECOMPUTE", recompute), double=True)
-        for recompute in (False, True)
+        step(system.twin(*DROPOUT, "MODEL.ECO.RECOMPUTE", recompute), double=True) for recompute in (False, True)
     )
     assert again[0].keys() == joint[0].keys() and all(torch.equal(again[0][n], joint[0][n]) for n in joint[0])
     assert_all_close(again[1], joint[1], 1e-12)
