@@ -58,6 +58,7 @@ SYSTEMS = {
         (1, 2, 3),
     ),
     "RT-M2F": System(f"{COCO}/rt/rt_maskformer2_swin_tiny_bs16_50ep.yaml"),
+    "MaskFormer": System(f"{COCO}/maskformer/maskformer_R50_bs16_50ep.yaml"),
     "DETR": System(
         "coco/object-detection/detr_R50_bs16_500ep.yaml",
         "coco/object-detection/eco/eco_detr_R50_bs16_500ep.yaml",
