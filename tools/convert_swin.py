@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from eco_m2f.command_line import run
 from eco_m2f.files import atomic_write
 from eco_m2f.safe_load import CheckpointError, read_checkpoint
 
@@ -49,11 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("source", type=Path, help="the original .pth file")
     parser.add_argument("target", type=Path, help="the .pkl file to write")
     args = parser.parse_args(arguments)
-    try:
-        print(convert(args.source, args.target))
-    except (OSError, CheckpointError) as error:
-        sys.exit(f"convert_swin: {error}")
+    print(convert(args.source, args.target))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -68,14 +68,3 @@ def test_a_table_over_thresholds(tiny, trained):
     assert saved == pytest.approx([100 * (1 - g / s) for g, s in zip(gflops, static)]) and saved[2] == 0
     assert all(0 <= float(row["mIoU"]) <= 100 for row in rows)
     assert re.search(r"dataset +mIoU +threshold +kept@1", printed)
-
-
-def test_another_model_has_no_threshold(tiny):
-    path, weights = tiny.config("maskformer2"), tiny.base / "m2f.pth"
-    from eco_m2f.engine import build_model, load_cfg
-
-    torch.save({"model": build_model(load_cfg(path)).state_dict()}, weights)
-    arguments = ["--thresholds", 0.9, "--output", tiny.base / "no.csv", "MODEL.WEIGHTS", weights]
-    done = tool("sweep_thresholds", "--config-file", path, *arguments, "OUTPUT_DIR", tiny.base / "none")
-    assert done.returncode == 1 and "only a DoViT has a threshold" in done.stderr
-    assert not (tiny.base / "no.csv").exists()
