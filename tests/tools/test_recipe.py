@@ -28,7 +28,9 @@ import subprocess, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv.pop(1))
 from tiny import call
-subprocess.run = lambda words: subprocess.CompletedProcess(words, call(Path(words[1]).stem, *words[2:]))
+run = subprocess.run
+stage = lambda words: subprocess.CompletedProcess(words, call(Path(words[1]).stem, *words[2:]))
+subprocess.run = lambda words, **options: run(words, **options) if options else stage(words)
 sys.exit(call("recipe", *sys.argv[1:]))
 """
 
