@@ -40,7 +40,6 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         _join_processes(args)
         _work(main, args)
-        torch.distributed.destroy_process_group()
         return
     _check_processes(args)
     detectron2_launch(_work, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(main, args))
@@ -75,6 +74,16 @@ def _join_processes(args: argparse.Namespace) -> None:
     comm.synchronize()
 
 
+def _leave_processes() -> None:
+    """Ends this process's part in the run, and with it the threads that carry messages.
+
+    One that is still at work when the interpreter shuts down can take the process down with it, now and then, after all
+    work is done ("terminate called without an active exception"). detectron2 keeps the group of a machine alive.
+    """
+    torch.distributed.destroy_process_group()
+    comm._LOCAL_PROCESS_GROUP = None
+
+
 def keep_freed_memory() -> None:
     """Tells glibc to keep the memory of freed tensors for the next ones; does nothing with another C library.
 
@@ -101,6 +110,8 @@ def _work(main: Callable, args: argparse.Namespace) -> None:
     except MISTAKES:
         _log_trace()
         raise
+    if torch.distributed.is_initialized():
+        _leave_processes()
 
 
 def run(function: Callable, *args) -> int:

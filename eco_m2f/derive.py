@@ -2,13 +2,18 @@
 
 What the quality is, the meta-architecture says: panoptic quality, or the AP of boxes (`evaluation/quality.py`).
 Backbone and encoder run once per image; the decoder runs once per exit. Images are taken one by one, so that the
-product does not depend on what else is in a batch, nor on the number of processes.
+product does not depend on what else is in a batch, nor on the number of processes. While the model is at the next
+image, workers compare the predictions for the last ones with the annotation.
 """
 
+import contextlib
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, build_detection_test_loader
@@ -18,6 +23,7 @@ from tqdm import tqdm
 
 from . import __version__
 from .data import PanopticTestMapper
+from .data.parallel import alongside
 from .derived import DEFAULT_MEASURE, ShardWriter, make_row, parent_sha256
 from .engine import check_datasets
 from .evaluation.quality import BoxMeasure, PanopticMeasure
@@ -29,15 +35,21 @@ logger = logging.getLogger(__name__)
 Measure = PanopticMeasure | BoxMeasure
 
 
-def derive(cfg: CfgNode, model: EarlyExits, dataset_name: str, directory: str, shard_size: int) -> None:
+def derive(
+    cfg: CfgNode, model: EarlyExits, dataset_name: str, directory: str, shard_size: int, workers: int = 0
+) -> None:
     """Writes the derived dataset of a split to `directory`, shard by shard; shards already there are kept.
 
-    Called by every process of a distributed run; each takes its share of the missing shards.
+    Called by every process of a distributed run; each takes its share of the missing shards, and has `workers`
+    processes that compare predictions with the annotation (0: none, it does so itself). The files are the same, byte
+    for byte, for any number of either. Raises ChildProcessError where a worker died.
     """
     if not isinstance(model, EarlyExits):
         raise ValueError(
             f"Step B needs META_ARCHITECTURE EcoMaskFormer or EcoDetr (an eco config), got {type(model).__name__}"
         )
+    if workers < 0:
+        raise ValueError(f"--workers must be 0 or more, got {workers}")
     check_datasets(cfg, [dataset_name])
     records = DatasetCatalog.get(dataset_name)
     measure = model.measure.of(dataset_name)
@@ -46,12 +58,15 @@ def derive(cfg: CfgNode, model: EarlyExits, dataset_name: str, directory: str, s
     shards = writer.missing(comm.get_rank(), comm.get_world_size())
     wanted = [i for s in shards for i in writer.indices(s)]
     logger.info("%d of %d shards are missing here: %d images", len(shards), writer.num_shards, len(wanted))
-    rows = iter(
-        tqdm(derived_rows(cfg, model, measure, [records[i] for i in wanted]), total=len(wanted), desc=dataset_name,
-             disable=not comm.is_main_process(), unit="image")
-    )  # fmt: skip
-    for shard in shards:
-        writer.write(shard, [next(rows) for _ in writer.indices(shard)])
+    clock = _Clock()
+    with contextlib.closing(derived_rows(cfg, model, measure, [records[i] for i in wanted], workers, clock)) as made:
+        rows = iter(
+            tqdm(made, total=len(wanted), desc=dataset_name, disable=not comm.is_main_process(), unit="image")
+        )  # fmt: skip
+        for shard in shards:
+            writer.write(shard, [next(rows) for _ in writer.indices(shard)])
+    if wanted:
+        logger.info("the model was busy %.0f %% of %.1f s", 100 * clock.busy / clock.passed(), clock.passed())
     comm.synchronize()
 
 
@@ -92,8 +107,26 @@ def model_config(cfg: CfgNode) -> CfgNode:
     return kept
 
 
+class _Clock:
+    """How long the model was busy, since this was made."""
+
+    def __init__(self):
+        self.busy, self._start = 0.0, time.perf_counter()
+
+    def passed(self) -> float:
+        return time.perf_counter() - self._start
+
+    def timed(self, function: Callable, *args):
+        start = time.perf_counter()
+        result = function(*args)
+        self.busy += time.perf_counter() - start
+        return result
+
+
 @torch.no_grad()
-def derived_rows(cfg: CfgNode, model: EarlyExits, measure: Measure, records: Sequence[dict]):
+def derived_rows(
+    cfg: CfgNode, model: EarlyExits, measure: Measure, records: Sequence[dict], workers: int, clock: _Clock
+) -> Iterator[dict]:
     """Yields the row of every record, in order."""
     if not records:
         return
@@ -104,30 +137,49 @@ def derived_rows(cfg: CfgNode, model: EarlyExits, measure: Measure, records: Seq
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
     model.eval()
-    for batch in loader:
-        yield derived_row(model, measure, batch[0], cfg.MODEL.ECO.FEATURE)
+    predicted = (clock.timed(predict_exits, model, measure, batch[0], cfg.MODEL.ECO.FEATURE) for batch in loader)
+    yield from alongside(Predicted.row, predicted, workers)
 
 
-def derived_row(model: EarlyExits, measure: Measure, x: dict, source: str) -> dict:
-    """Feature, cost, and the quality of every exit, of one image."""
+@dataclass(frozen=True)
+class Predicted:
+    """What the model says of one image at every exit, on the host, and what its row needs besides."""
+
+    image: dict  # image_id, file_name, height, width
+    exits: tuple[int, ...]
+    predictions: list  # of each exit, as `judged` returns them
+    target: Callable[[list], list[tuple]]  # see `evaluation/quality.py`
+    feature: np.ndarray
+    total_gflops: list[float]
+    encoder_gflops: list[float]
+
+    def row(self) -> dict:
+        """Compares the predictions with the image's annotation; see `make_row`."""
+        compared = dict(zip(self.exits, self.target(self.predictions)))
+        return make_row(
+            **self.image,
+            quality=[quality for quality, _ in compared.values()],
+            statistics={k: sums for k, (_, sums) in compared.items() if sums is not None},
+            feature=self.feature,
+            total_gflops=self.total_gflops,
+            encoder_gflops=self.encoder_gflops,
+        )
+
+
+def predict_exits(model: EarlyExits, measure: Measure, x: dict, source: str) -> Predicted:
+    """Runs one mapped image through the model once, to all exits; `source` is where the gate's feature is read."""
+    target = measure.target(x["image_id"])
     images = model.preprocess([x])
     features = model.extract(images)
-    compare = measure.target(x["image_id"])
-    quality, statistics = {}, {}
-    for k, pred in model.head.forward_exits(features, model.exits).items():
-        quality[k], sums = compare(model.judged(pred, images, x))
-        if sums is not None:
-            statistics[k] = sums
+    predictions = model.head.forward_exits(features, model.exits)
     costs = model.costs(images.tensor.shape[-2:], (x["height"], x["width"]))
     pooled = pool_valid(model.policy_features(features, source)[source], images.image_sizes)[0]
-    return make_row(
-        image_id=x["image_id"],
-        file_name=Path(x["file_name"]).name,
-        height=x["height"],
-        width=x["width"],
-        quality=[quality[k] for k in model.exits],
-        feature=pooled.float().cpu(),
-        statistics=statistics,
+    return Predicted(
+        image={**{k: x[k] for k in ("image_id", "height", "width")}, "file_name": Path(x["file_name"]).name},
+        exits=model.exits,
+        predictions=[model.judged(predictions[k], images, x) for k in model.exits],
+        target=target,
+        feature=pooled.float().cpu().numpy(),
         total_gflops=[costs[k]["total"] for k in model.exits],
         encoder_gflops=[costs[k]["encoder"] for k in model.exits],
     )

@@ -11,7 +11,7 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,11 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used: which file, why, and what to do about it."""
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict:
+def read_checkpoint(path: str | os.PathLike, keys: Sequence[str] = ("model",)) -> dict:
     """Read a .pth or .pkl file without running code from it.
+
+    Args:
+        keys: where its state dict may be, the first that is there being taken; without any the file is a state dict.
 
     Returns:
         a dict with the state dict under "model", and whatever else the file holds.
@@ -44,7 +47,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         data = _read_pickle(path) if bare_pickle else _read_torch(path)
     except MALFORMED as error:
         raise CheckpointError(_unreadable(path, error)) from error
-    return _with_model(data, path)
+    return _with_model(data, path, keys)
 
 
 def _unreadable(path: Path, error: Exception) -> str:
@@ -64,7 +67,9 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 
 def _read_torch(path: Path) -> object:
-    with torch.serialization.safe_globals(_numpy_types()):
+    # The options of a run, which many trainings save: read as dicts, their classes are not made.
+    settings = [(OrderedDict, name) for name in ("argparse.Namespace", "yacs.config.CfgNode")]
+    with torch.serialization.safe_globals([*_numpy_types(), *settings]):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -73,15 +78,14 @@ def _read_pickle(path: Path) -> object:
         return _PlainUnpickler(file, encoding="latin1").load()  # latin1: arrays pickled by Python 2
 
 
-def _with_model(data: object, path: Path) -> dict:
+def _with_model(data: object, path: Path, keys: Sequence[str]) -> dict:
     """The file's content with its state dict under "model"; a bare one is wrapped. Values must be arrays."""
     if not isinstance(data, Mapping) or not data:
         raise CheckpointError(f"{path} holds a {type(data).__name__} where a dict of weights was expected")
-    data = dict(data)
-    if "model" not in data:
-        data = _wrap_bare(data, path)
+    key = next((key for key in keys if key in data), None)
+    data = _wrap_bare(dict(data), path) if key is None else {**data, "model": data[key]}
     if not isinstance(data["model"], Mapping) or not data["model"]:
-        raise CheckpointError(f'{path} holds no weights under "model", but a {type(data["model"]).__name__}')
+        raise CheckpointError(f'{path} holds no weights under "{key}", but a {type(data["model"]).__name__}')
     for key, value in data["model"].items():
         if not isinstance(value, torch.Tensor | np.ndarray):
             raise CheckpointError(f"{path}: {key!r} is a {type(value).__name__}, not an array: no state dict")

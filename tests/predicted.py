@@ -69,7 +69,7 @@ class Split:
         if self.model.annotation == "boxes":
             return BoxGroundTruth(self.dataset).detections(x["image_id"], found)
         categories = json.loads(self.tiny.json(self.split).read_text())["categories"]
-        return found[0].numpy(), to_dataset_categories(found[1], dict(enumerate(c["id"] for c in categories)))
+        return found[0].astype(np.int32), to_dataset_categories(found[1], dict(enumerate(c["id"] for c in categories)))
 
     def annotate(self, exits: Sequence[int]) -> None:
         """Image i is annotated with what is found at exits[i % len(exits)], spoilt a little; of boxes the last image

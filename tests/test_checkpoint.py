@@ -1,7 +1,6 @@
 """Checkpoints: official names in every style, strictness, hostile and broken files, interrupted saves, resuming."""
 
 import collections
-import importlib.util
 import json
 import os
 import pickle
@@ -541,52 +540,3 @@ def test_a_name_with_a_folder_is_refused(tmp_path, model):
 def test_sha256(tmp_path):
     (tmp_path / "f").write_bytes(b"abc")
     assert file_sha256(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-
-
-# --- converted Swin weights
-
-
-@pytest.fixture
-def convert_swin():
-    spec = importlib.util.spec_from_file_location("convert_swin", ROOT / "tools" / "convert_swin.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda *arguments: module.main([str(word) for word in arguments])
-
-
-def test_converted_swin_loads_into_the_backbone(tmp_path, convert_swin, capsys):
-    shapes = {"patch_embed.proj.weight": (2, 3, 4, 4), "layers.0.blocks.0.norm1.weight": (2,), "norm.weight": (2,)}
-    original = {name: torch.randn(shape) for name, shape in shapes.items()}
-    torch.save({"model": original}, tmp_path / "swin.pth")
-    convert_swin(tmp_path / "swin.pth", tmp_path / "swin.pkl")
-    assert "3 tensors, 1 stages, width 2" in capsys.readouterr().out
-    content = pickle.loads((tmp_path / "swin.pkl").read_bytes())
-    assert list(content["model"]) == list(original) and content["matching_heuristics"] is True
-    names = {"backbone." + k: v for k, v in shapes.items() if k != "norm.weight"} | {"backbone.norm0.weight": (2,)}
-    model = Tree(names | {"sem_seg_head.predictor.norm.weight": (2,)})
-    before = model.sem_seg_head.predictor.norm.weight.clone()
-    Checkpointer(model).load(str(tmp_path / "swin.pkl"))
-    assert torch.equal(model.backbone.patch_embed.proj.weight, original["patch_embed.proj.weight"])
-    assert torch.equal(model.sem_seg_head.predictor.norm.weight, before)
-
-
-def test_converted_swin_fills_the_whole_real_backbone(tmp_path, shared, build_mini, convert_swin, caplog):
-    """An ImageNet Swin has one norm at its end, where the backbone has one for each map."""
-    folder = shared / "oracle" / "m2f_mini_swin"
-    reference = load_file(folder / "weights.safetensors")
-    original = {k.removeprefix("backbone."): v for k, v in reference.items() if k.startswith("backbone.")}
-    original = {k: v for k, v in original.items() if not k.startswith("norm")}
-    last = [v.shape[0] for k, v in reference.items() if k == "backbone.norm3.weight"][0]
-    original |= {"norm.weight": torch.zeros(last), "norm.bias": torch.zeros(last), "head.weight": torch.zeros(9, last)}
-    torch.save({"model": original}, tmp_path / "swin.pth")
-    convert_swin(tmp_path / "swin.pth", tmp_path / "swin.pkl")
-    config = json.loads((folder / "case.json").read_text())
-    model = build_mini(config["base_config"], *config["opts"], mini=False)
-    heads = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("backbone.")}
-    Checkpointer(model).load(str(tmp_path / "swin.pkl"))
-    loaded = {"backbone." + k: v for k, v in original.items() if not k.startswith(("norm", "head"))}
-    norms = {f"backbone.norm{i}.{n}": v for i in range(4) for n, v in (("weight", 1.0), ("bias", 0.0))}
-    for name, value in model.state_dict().items():
-        expected = loaded.get(name, heads.get(name))
-        assert torch.all(value == norms[name]) if expected is None else torch.equal(value, expected), name
-    assert "8 backbone tensors keep their initial values" in caplog.text

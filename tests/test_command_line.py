@@ -1,7 +1,9 @@
 """Starting processes, and how the mistakes and the faults of a tool end."""
 
 import logging
+import socket
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,3 +115,31 @@ def test_the_trace_of_a_mistake_goes_to_the_log_file_alone(tmp_path, capsys):
 
 def read_nothing(args):
     raise ValueError("there is nothing to read")
+
+
+def carriers() -> int:
+    """Threads of this process that carry messages between processes."""
+    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    return sum("gloo" in name for name in names)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc, which is Linux's")
+def test_no_thread_of_the_run_is_left_at_its_end(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {
+        "RANK": 0,
+        "WORLD_SIZE": 1,
+        "LOCAL_RANK": 0,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(command_line, "keep_freed_memory", lambda: None)
+    during = []
+    args = command_line.argument_parser("").parse_args(["--config-file", "c.yaml"])
+    command_line.launch(lambda args: during.append(carriers()), args)
+    assert during[0] > 0 and carriers() == 0
+    assert not torch.distributed.is_initialized()

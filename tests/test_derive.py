@@ -17,11 +17,11 @@ from minis import ROOT
 from panopticapi.evaluation import pq_compute_single_core
 from PIL import Image
 from predicted import Predicted
-from tiny import tool, tool_environment
+from tiny import is_running, tool, tool_environment, workers_of
 
 from eco_m2f import derive as step_b
 from eco_m2f import engine
-from eco_m2f.data.panoptic_map import ids_to_rgb
+from eco_m2f.data.panoptic_map import DataError, ids_to_rgb
 from eco_m2f.derived import DerivedDataset, DerivedDatasetError
 from eco_m2f.evaluation import BoxGroundTruth, BoxTarget
 
@@ -32,12 +32,12 @@ KINDS = ("eco_maskformer2", "eco_detr")
 class Case(Predicted):
     """Step B on the images of `Predicted`."""
 
-    def derive(self, directory: Path, cfg=None, shard_size: int = SHARD_SIZE) -> None:
-        step_b.derive(cfg or self.cfg, self.model, self.dataset, str(directory), shard_size)
+    def derive(self, directory: Path, cfg=None, shard_size: int = SHARD_SIZE, workers: int = 0) -> None:
+        step_b.derive(cfg or self.cfg, self.model, self.dataset, str(directory), shard_size, workers)
 
     def command(self, directory: Path, *more) -> list:
         config = ["--config-file", self.tiny.config(), "--dataset", self.dataset, "--output", directory]
-        return ["derive_dataset", *config, "--shard-size", SHARD_SIZE, *more, *self.options]
+        return ["derive_dataset", *config, "--shard-size", SHARD_SIZE, "--workers", 0, *more, *self.options]
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_another_shard_size_gives_the_same_rows(case, whole, tmp_path):
 
 
 def test_stopped_in_the_middle_it_goes_on_with_the_same_bytes(case, whole, tmp_path, monkeypatch):
-    directory, original, derived = tmp_path / "derived", step_b.derived_row, []
+    directory, original, derived = tmp_path / "derived", step_b.predict_exits, []
 
     def row(model, truth, x, source):
         if len(derived) == 5:  # the second image of shard 2
@@ -156,7 +156,7 @@ def test_stopped_in_the_middle_it_goes_on_with_the_same_bytes(case, whole, tmp_p
         derived.append(x["image_id"])
         return original(model, truth, x, source)
 
-    monkeypatch.setattr(step_b, "derived_row", row)
+    monkeypatch.setattr(step_b, "predict_exits", row)
     with pytest.raises(RuntimeError, match="power cut"):
         case.derive(directory)
     finished = {p: p.stat().st_mtime_ns for p in directory.glob("*.parquet")}
@@ -170,7 +170,7 @@ def test_stopped_in_the_middle_it_goes_on_with_the_same_bytes(case, whole, tmp_p
 
 def test_a_finished_dataset_is_left_alone(case, whole, monkeypatch):
     before = contents(whole)
-    monkeypatch.setattr(step_b, "derived_row", None)
+    monkeypatch.setattr(step_b, "predict_exits", None)
     case.derive(whole)
     assert contents(whole) == before
 
@@ -189,9 +189,53 @@ def test_killed_it_goes_on_in_two_processes_with_the_same_bytes(case, whole, tmp
     assert process.wait() == -signal.SIGKILL
     assert 1 <= len(list((tmp_path / "derived").glob("*.parquet"))) < 5
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "derived").glob("*.parquet")}
-    again = tool(*case.command(tmp_path / "derived", "--num-gpus", 2))
+    again = tool(*case.command(tmp_path / "derived", "--num-gpus", 2, "--workers", 1))
     assert again.returncode == 0, again.stderr
     assert all(p.stat().st_mtime_ns == before for p, before in times.items())
+    assert contents(tmp_path / "derived") == contents(whole)
+
+
+@pytest.mark.slow
+def test_killed_beside_its_workers_it_leaves_none_and_goes_on(case, whole, tmp_path):
+    name, *arguments = map(str, case.command(tmp_path / "derived", "--workers", 2))
+    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *arguments]
+    process = subprocess.Popen(
+        command, env=tool_environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while len(workers := workers_of(process.pid)) < 2:
+        assert process.poll() is None, "it ended before it had workers"
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    end = time.monotonic() + 30
+    while any(is_running(pid) for pid in workers):
+        assert time.monotonic() < end, "workers outlive the process that they worked for"
+        time.sleep(0.1)
+    again = tool(*case.command(tmp_path / "derived"))
+    assert again.returncode == 0, again.stderr
+    assert contents(tmp_path / "derived") == contents(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_workers_change_no_byte(made, tmp_path, kind):
+    case, folder = made(kind)
+    case.derive(tmp_path / "derived", workers=2)
+    assert contents(tmp_path / "derived") == contents(folder)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_broken_annotation_ends_it_by_name_and_finished_shards_stay(case, whole, tmp_path, workers):
+    path = Path(case.inputs()[5]["pan_seg_file_name"])  # of shard 2
+    png = path.read_bytes()
+    path.write_bytes(png[: len(png) // 2])
+    try:
+        with pytest.raises(DataError, match=f"{path.name}: panoptic PNG cannot be read"):
+            case.derive(tmp_path / "derived", workers=workers)
+    finally:
+        path.write_bytes(png)
+    assert {p.name for p in (tmp_path / "derived").glob("*.parquet")} == {"shard-00000.parquet", "shard-00001.parquet"}
+    case.derive(tmp_path / "derived", workers=workers)
     assert contents(tmp_path / "derived") == contents(whole)
 
 
@@ -213,6 +257,12 @@ def test_another_origin_is_refused(case, whole, tmp_path):
     with pytest.raises(DerivedDatasetError, match="shard_size: 2 there, 3 now"):
         case.derive(tmp_path / "derived", shard_size=3)
     assert contents(tmp_path / "derived") == before
+
+
+def test_a_negative_number_of_workers_is_refused(case, tmp_path):
+    with pytest.raises(ValueError, match="--workers must be 0 or more, got -1"):
+        case.derive(tmp_path / "derived", workers=-1)
+    assert not (tmp_path / "derived").exists()
 
 
 def test_the_parent_without_exits_is_refused(case, tmp_path):

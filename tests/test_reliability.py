@@ -1,4 +1,4 @@
-"""The promises of docs/RELIABILITY.md that no other test holds: a kill in the middle of training, and a full disk."""
+"""The promises of docs/RELIABILITY.md that no other test holds: kills in Steps A and C, and a full disk."""
 
 import contextlib
 import resource
@@ -81,3 +81,20 @@ def test_a_training_killed_outright_goes_on_to_the_same_weights(tmp_path):
     assert "Starting training from iteration 0" not in resumed.stdout
     a, b = (torch.load(folder / "model_final.pth", weights_only=False)["model"] for folder in (whole, cut))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.slow
+def test_gates_killed_outright_leave_the_one_before_and_are_fitted_again(tmp_path):
+    make_derived(tmp_path / "derived", 400, seed=0)
+    words = ["--train", str(tmp_path / "derived"), "--output", str(tmp_path / "gate.pth"), "--beta"]
+    assert tool("train_gate", *words, "0.001").returncode == 0
+    before = {p.name: p.read_bytes() for p in tmp_path.glob("*.*")}
+    assert list(before) == ["gate.pth"]
+    command = [sys.executable, str(ROOT / "tools" / "train_gate.py"), *words, *(f"{i}e-5" for i in range(1, 1500))]
+    with subprocess.Popen(command, cwd=ROOT, env=tool_environment(), stdout=subprocess.PIPE, text=True) as process:
+        printed = [next(process.stdout) for _ in range(4)]  # some gates are fitted and measured
+        process.kill()
+    assert process.returncode == -signal.SIGKILL and "saved" not in "".join(printed), "killed too late"
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("*.*")} == before
+    assert tool("train_gate", *words, "0.001").returncode == 0
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("*.*")} == before

@@ -125,3 +125,21 @@ def tool_environment(**more) -> dict[str, str]:
     """The environment of a tool in a test: one thread, no GPU, and not as torchrun would have set it."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return {**kept, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": "", **more}
+
+
+def is_running(pid: int) -> bool:
+    return _status(pid)[0] != "Z"
+
+
+def workers_of(pid: int) -> set[int]:
+    """The spawned Python processes whose parent this is."""
+    found = {int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit()}
+    return {p for p in found if _status(p)[1] == str(pid) and b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()}
+
+
+def _status(pid: int) -> list[str]:
+    """State and parent of a process; Z, as of one that has ended, where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except (FileNotFoundError, ProcessLookupError):
+        return ["Z", ""]

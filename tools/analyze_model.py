@@ -1,11 +1,15 @@
 #!/usr/bin/env python
-"""Parameters of a config's model, and its GFLOPs at every exit, without weights, images or a GPU.
+"""Parameters of a config's model, and its GFLOPs at every exit or share of tokens, without weights or images.
 
     tools/analyze_model.py --config-file configs/cityscapes/panoptic-segmentation/maskformer2_R50_bs16_90k.yaml \\
         --size 1024 2048 --json analysis.json
     # the mean over a dataset: a CSV with the columns height and width, a row per image
     tools/analyze_model.py --config-file configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml \\
         --sizes-csv coco_val2017_sizes.csv MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS 5
+    # a DoViT, static and with 60, 40 and 30 % of the tokens going on after its decision points; or with the shares that
+    # tools/sweep_thresholds.py measured for some weights, a row per threshold
+    tools/analyze_model.py --config-file configs/toy/dovit_toy.yaml --size 96 96 --kept 0.6 0.4 0.3 \\
+        --thresholds-csv thresholds.csv
 
 The images of the CSV are resized by INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST and padded as in evaluation, and their
 results resized back; the image of --size is only padded. eco_m2f/evaluation/flops.py says what is counted.
@@ -22,8 +26,10 @@ import torch
 import eco_m2f
 from eco_m2f import engine
 from eco_m2f.command_line import HelpFormatter, run
-from eco_m2f.evaluation.flops import analyze, at_test_size, format_report, read_image_sizes
+from eco_m2f.evaluation.flops import CostTable, ExitCosts, analyze, at_test_size, format_report, read_image_sizes
 from eco_m2f.files import atomic_write
+from eco_m2f.modeling import DoViT
+from eco_m2f.modeling.dovit.costs import read_shares
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,6 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--config-file", required=True, metavar="FILE", help="YAML file, see configs/")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="height and width of an image, in pixels")
     add("--sizes-csv", metavar="CSV", help="image sizes to take the mean over")
+    add("--kept", type=float, nargs="+", metavar="SHARE", help="DoViT: tokens that go on after each decision point")
+    add("--thresholds-csv", metavar="CSV", help="DoViT: shares measured by tools/sweep_thresholds.py")
     add("--json", metavar="OUT", help="also write the numbers to this file")
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config options, as MODEL.ECO.EXITS [2,4,6]")
     return parser
@@ -44,14 +52,26 @@ def main(args: argparse.Namespace) -> None:
     cfg = engine.load_cfg(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts])
     limits = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     images = [(at_test_size(size, *limits), size) for size in sizes]
-    report = analyze(engine.build_model(cfg), args.size, images)
-    print(format_report(report))
+    model = engine.build_model(cfg)
+    costs = cost_table(model, args.kept, args.thresholds_csv)
+    report = analyze(model, args.size, images, costs)
+    print(format_report(report, costs))
     if args.json:
         source = {"config": args.config_file, "opts": args.opts, "sizes_csv": args.sizes_csv}
         versions = {module.__name__: module.__version__ for module in (eco_m2f, torch, detectron2)}
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(args.json, "w") as file:
             file.write(json.dumps({**source, **report, "versions": versions}, indent=2) + "\n")
+
+
+def cost_table(model: torch.nn.Module, kept: list[float] | None, thresholds_csv: str | None) -> CostTable:
+    """What is to be told of the model: its exits; of a DoViT, its shares of tokens."""
+    if not isinstance(model, DoViT):
+        if kept or thresholds_csv:
+            raise ValueError(f"--kept and --thresholds-csv are of a DoViT: this is a {type(model).__name__}")
+        return ExitCosts(model)
+    shares = {" ".join(map(str, kept)): kept} if kept else {}
+    return model.cost_table(shares | (read_shares(thresholds_csv) if thresholds_csv else {}))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ import argparse
 import contextlib
 import functools
 import importlib.util
+import itertools
 import math
 import multiprocessing
 import platform
@@ -591,21 +592,24 @@ class RandomTruth:
         cells = np.argmin((y - sites[:, 0, None, None]) ** 2 + (x - sites[:, 1, None, None]) ** 2, axis=0)
         return cls(cells + 1, rng.integers(num_classes, size=num_segments).tolist(), {i: i for i in range(num_classes)})
 
-    def id_map(self, image_id) -> np.ndarray:
+    def image(self, image_id) -> "RandomTruth":
+        return self
+
+    def id_map(self) -> np.ndarray:
         return self.ids
 
-    def segments(self, image_id) -> list[dict]:
+    @property
+    def segments(self) -> list[dict]:
         return [{"id": i + 1, "category_id": c} for i, c in enumerate(self.categories)]
 
 
 @torch.no_grad()
 def run_step_b(args: argparse.Namespace) -> None:
     """The subcommand `step_b`."""
-    from eco_m2f.derive import derived_row
+    from eco_m2f.derive import predict_exits
     from eco_m2f.engine import build_model, load_cfg
     from eco_m2f.evaluation.panoptic_quality import PanopticTarget, to_dataset_categories
     from eco_m2f.evaluation.quality import PanopticMeasure
-    from eco_m2f.modeling.exit_policy import FixedExit
 
     _use_threads(args.threads)
     if args.device == "cpu":
@@ -616,19 +620,28 @@ def run_step_b(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     whole = WholeModel(build_model(cfg).eval(), tuple(args.size))
     model = whole.model
-    model.postprocessor = whole.postprocessors[model.exits[-1]]  # a model of random weights shall have segments too
+    judged, turn = model.judged, itertools.cycle(model.exits)
+
+    def judged_in_turn(pred: dict, images, x: dict) -> tuple:
+        """The exits come in their order; each has its own score threshold, so that as many queries take part."""
+        model.postprocessor = whole.postprocessors[next(turn)]
+        return judged(pred, images, x)
+
+    model.judged = judged_in_turn
     truth = RandomTruth.of(args.size, 20, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, seed=0)
     x = {"image": whole.image, "image_id": 0, "file_name": "", "height": args.size[0], "width": args.size[1]}
 
     def separately() -> None:
         for k in model.exits:
-            model.exit_policy = FixedExit(k)
-            panoptic, segments = model([x])[0]["panoptic_seg"]
-            target = PanopticTarget(truth.ids, truth.segments(0))
+            panoptic, segments = whole.segment([k])[0]["panoptic_seg"]
+            target = PanopticTarget(truth.ids, truth.segments)
             target.compare(panoptic.cpu().numpy(), to_dataset_categories(segments, truth.dataset_id))
 
     measure = PanopticMeasure(truth)
-    contestants = {"one pass": lambda: derived_row(model, measure, x, "res5"), "one evaluation per exit": separately}
+    contestants = {
+        "one pass": lambda: predict_exits(model, measure, x, "res5").row(),
+        "one evaluation per exit": separately,
+    }
     rows = measure_model(contestants, args.rounds, args.device)
     setting = {"config": args.config_file, "height": args.size[0], "width": args.size[1], "exits": len(model.exits)}
     _save(args, [{**setting, **row} for row in rows])
@@ -644,9 +657,9 @@ def pq_milliseconds(rounds: int = 20) -> float:
     truth, *predictions = (RandomTruth.of((480, 640), 20, 10, seed) for seed in range(6))
 
     def once() -> None:
-        target = PanopticTarget(truth.ids, truth.segments(0))
+        target = PanopticTarget(truth.ids, truth.segments)
         for other in predictions:
-            target.compare(other.ids, other.segments(0))
+            target.compare(other.ids, other.segments)
 
     return statistics.median(timed(once, "cpu")[0] for _ in range(rounds))
 

@@ -8,7 +8,6 @@ the numbers 0 to 90, of which 80 are in use: these are kept, in detectron2's ord
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from detectron2.data import MetadataCatalog
 
 from eco_m2f.command_line import run
 from eco_m2f.files import atomic_write
+from eco_m2f.published import resnet_name
 from eco_m2f.safe_load import CheckpointError, read_checkpoint
 
 BACKBONE = "backbone.0.body."
@@ -43,30 +43,13 @@ def converted_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     """A state dict under this project's names. Raises CheckpointError for a name of the backbone that is unknown."""
     converted = {}
     for name, value in weights.items():
-        if name.endswith(".num_batches_tracked"):
-            continue  # of no use to a frozen norm
         if name.startswith(BACKBONE):
-            converted[f"backbone.{backbone_name(name.removeprefix(BACKBONE))}"] = value
+            new = resnet_name(name.removeprefix(BACKBONE))
+            if new is not None:
+                converted[f"backbone.{new}"] = value
         else:
             converted[f"detr.{name}"] = contiguous_classes(value) if name.startswith("class_embed.") else value
     return converted
-
-
-def backbone_name(name: str) -> str:
-    """torchvision's name of a ResNet's tensor -> detectron2's.
-
-    Example: `layer1.0.bn2.weight` -> `res2.0.conv2.norm.weight`.
-    """
-    stem = re.fullmatch(r"(conv|bn)1\.(\w+)", name)
-    if stem:
-        return f"stem.conv1.{'norm.' if stem[1] == 'bn' else ''}{stem[2]}"
-    block = re.fullmatch(r"layer([1-4])\.(\d+)\.(?:(conv|bn)([1-3])|downsample\.([01]))\.(\w+)", name)
-    if block is None:
-        raise CheckpointError(f"{BACKBONE}{name} is no name of a ResNet with bottlenecks: only these are converted")
-    stage, number, kind, index, shortcut, tensor = block.groups()
-    part = f"conv{index}" if kind else "shortcut"
-    norm = "norm." if kind == "bn" or shortcut == "1" else ""
-    return f"res{int(stage) + 1}.{number}.{part}.{norm}{tensor}"
 
 
 def contiguous_classes(value: torch.Tensor) -> torch.Tensor:

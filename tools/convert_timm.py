@@ -13,7 +13,6 @@ name of an installed package that carries such a file.
 
 import argparse
 import importlib.util
-import pickle
 import sys
 import tempfile
 from pathlib import Path
@@ -21,26 +20,24 @@ from pathlib import Path
 import torch
 
 from eco_m2f.command_line import run
-from eco_m2f.files import atomic_write
+from eco_m2f.published import check_target, write_backbone
 from eco_m2f.requirements import require
 from eco_m2f.safe_load import CheckpointError, read_checkpoint
 
 
 def convert(name: str, target: Path, source: str | None = None) -> str:
     """Write the pickle and return a line that tells what is in it."""
-    if target.suffix != ".pkl":
-        raise CheckpointError(f"{target} must end in .pkl, for that is how it is recognised when it is loaded")
+    check_target(target)
     timm = require("timm", "converting its weights")
     if not timm.is_model(name):
         listing = "python -c 'import timm; print(timm.list_models())'"
         raise CheckpointError(f"{name!r} is no model of timm {timm.__version__}; {listing} lists them")
     model = timm.create_model(name, pretrained=True, **wanted_parts(name)) if source is None else loaded(name, source)
-    arrays = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
-    with atomic_write(target) as file:
-        pickle.dump({"model": arrays, "__author__": "third_party", "matching_heuristics": True}, file, protocol=4)
+    weights = model.state_dict()
+    write_backbone(target, weights)
     d = timm.get_pretrained_cfg(name).to_dict()
     mean, std = ([round(255 * v, 3) for v in d[key]] for key in ("mean", "std"))
-    return f"{target}: {len(arrays)} tensors of {name}; trained with PIXEL_MEAN {mean}, PIXEL_STD {std}, FORMAT RGB"
+    return f"{target}: {len(weights)} tensors of {name}; trained with PIXEL_MEAN {mean}, PIXEL_STD {std}, FORMAT RGB"
 
 
 def wanted_parts(name: str) -> dict:

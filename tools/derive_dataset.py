@@ -17,14 +17,18 @@ from eco_m2f import derive, engine
 
 def main(args) -> None:
     cfg = engine.setup(args)
-    derive.derive(cfg, engine.build_trained(cfg, with_gate=False), args.dataset, args.output, args.shard_size)
+    derive.derive(
+        cfg, engine.build_trained(cfg, with_gate=False), args.dataset, args.output, args.shard_size, args.workers
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = engine.argument_parser(__doc__)
-    parser.add_argument("--dataset", required=True, help="registered name of the split, e.g. coco_2017_train_panoptic")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the derived dataset")
-    parser.add_argument("--shard-size", type=int, default=256, help="images per file, hence at most repeated")
+    add = parser.add_argument
+    add("--dataset", required=True, help="registered name of the split, e.g. coco_2017_train_panoptic")
+    add("--output", required=True, metavar="DIR", help="folder of the derived dataset")
+    add("--shard-size", type=int, default=256, help="images per file, hence at most repeated")
+    add("--workers", type=int, default=1, metavar="N", help="processes beside each model that compare; 0: none")
     return parser
 
 

@@ -1,9 +1,19 @@
-"""One function over many files, with a progress bar and, if asked, several processes."""
+"""One function over many jobs, in order, in other processes if asked."""
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+import collections
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 from tqdm import tqdm
+
+AHEAD = 2**28  # bytes of jobs under way, beyond which the first of them must be done
 
 
 def each(function: Callable, jobs: Sequence, workers: int, title: str) -> Iterator:
@@ -20,3 +30,64 @@ def each(function: Callable, jobs: Sequence, workers: int, title: str) -> Iterat
         except BaseException:  # nobody will read the rest: do not compute it
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def alongside(function: Callable, jobs: Iterable, workers: int) -> Iterator:
+    """Yields function(job) for each job, in order, while this process is busy making the jobs that come next.
+
+    The workers are new interpreters, safe beside threads and CUDA; jobs and results cross by pickle. With 0 workers
+    everything happens here. No more than `AHEAD` bytes of jobs, and one job, are under way. Workers leave Ctrl-C to
+    this process and end with it, also when it is killed. An error of the function is raised here, at its job;
+    ChildProcessError where a worker died.
+    """
+    if workers == 0:
+        yield from map(function, jobs)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, spawn, initializer=_end_with, initargs=(os.getpid(),))
+    waiting, ahead = collections.deque(), 0
+    try:
+        for _ in range(workers):  # which take seconds to be born: let them begin
+            _submit(pool, os.getpid)
+        for job in jobs:
+            task = pickle.dumps((function, job), pickle.HIGHEST_PROTOCOL)
+            waiting.append((_submit(pool, _call, task), len(task)))
+            ahead += len(task)
+            while waiting and (ahead > AHEAD or waiting[0][0].done()):
+                future, size = waiting.popleft()
+                ahead -= size
+                yield future.result()
+        for future, _ in waiting:
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "a worker process died (out of memory?): run the same command again, with fewer workers if it happens again"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, function: Callable, *args) -> Future:
+    """A worker is born in this call, if one is missing, and inherits that it gets no SIGINT."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(function, *args)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _call(task: bytes):
+    """Pickled by hand and not by the pool, which would hand tensors over as open files."""
+    function, job = pickle.loads(task)
+    return function(job)
+
+
+def _end_with(parent: int) -> None:
+    """Makes this process end at most a second after its parent, however that one ended."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

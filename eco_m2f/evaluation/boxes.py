@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import Instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from .collect import gather_rows, write_json
+from .collect import RowEvaluator
 from .instance import average_precision, mean_precision, result_set
 
 
@@ -47,12 +46,17 @@ class BoxGroundTruth:
 
     def detections(self, image_id, instances: Instances) -> list[dict]:
         """Predictions in COCO's result format."""
-        corners = instances.pred_boxes.tensor.cpu().double().numpy()
-        boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).tolist()
-        return [
-            {"image_id": image_id, "category_id": self.dataset_id[c], "bbox": box, "score": score}
-            for box, score, c in zip(boxes, instances.scores.tolist(), instances.pred_classes.tolist())
-        ]
+        return [{"image_id": image_id, **d} for d in to_detections(instances, self.dataset_id)]
+
+
+def to_detections(instances: Instances, dataset_id: Mapping[int, int]) -> list[dict]:
+    """category_id (the dataset's), bbox x y w h, score of each instance."""
+    corners = instances.pred_boxes.tensor.cpu().double().numpy()
+    boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).tolist()
+    return [
+        {"category_id": dataset_id[c], "bbox": box, "score": score}
+        for box, score, c in zip(boxes, instances.scores.tolist(), instances.pred_classes.tolist())
+    ]
 
 
 class BoxTarget:
@@ -100,7 +104,7 @@ def _shape(annotation: Mapping) -> dict:
     return {k: annotation[k] for k in ("category_id", "bbox", "area", "iscrowd") if k in annotation}
 
 
-class BoxEvaluator(DatasetEvaluator):
+class BoxEvaluator(RowEvaluator):
     """Reads `instances` of the outputs: pred_boxes (pixels), scores, pred_classes (contiguous).
 
     `evaluate` returns {"bbox": {AP, AP50, AP75, APs, APm, APl, AP_image, AP-<class>}} in percent, NaN where no object
@@ -110,25 +114,14 @@ class BoxEvaluator(DatasetEvaluator):
 
     def __init__(self, ground_truth: BoxGroundTruth, output_dir: str | None = None, max_detections: int = 100):
         self._ground_truth = ground_truth
-        self._output_dir = output_dir
         self._max_detections = max_detections
-        self.reset()
+        super().__init__(output_dir)
 
-    def reset(self) -> None:
-        self._rows = {}
+    def row(self, x: Mapping, y: Mapping) -> tuple[list[dict], float]:
+        detections = self._ground_truth.detections(x["image_id"], y["instances"])
+        return detections, BoxTarget(self._ground_truth.objects(x["image_id"]), self._max_detections).ap(detections)
 
-    def process(self, inputs: list[Mapping], outputs: list[Mapping]) -> None:
-        truth = self._ground_truth
-        for x, y in zip(inputs, outputs):
-            image_id = x["image_id"]
-            detections = truth.detections(image_id, y["instances"])
-            own = BoxTarget(truth.objects(image_id), self._max_detections).ap(detections)
-            self._rows[image_id] = (detections, own)
-
-    def evaluate(self) -> dict | None:
-        rows = gather_rows(self._rows)
-        if rows is None:
-            return None
+    def summary(self, rows: dict) -> dict:
         detections = [d for found, _ in rows.values() for d in found]
         per_image = {str(image_id): ap for image_id, (_, ap) in rows.items()}
         with contextlib.redirect_stdout(io.StringIO()):
@@ -136,6 +129,6 @@ class BoxEvaluator(DatasetEvaluator):
             result = average_precision(truth, detections, list(rows), self._max_detections, "bbox")
         result["AP_image"] = 100 * float(np.mean(list(per_image.values()))) if per_image else float("nan")
         summary = {key: None if np.isnan(value) else value / 100 for key, value in result.items()}
-        write_json(self._output_dir, "boxes.json", {**summary, "per_image_ap": per_image})
-        write_json(self._output_dir, "boxes_predictions.json", detections)
+        self.write("boxes.json", {**summary, "per_image_ap": per_image})
+        self.write("boxes_predictions.json", detections)
         return {"bbox": result}

@@ -3,12 +3,10 @@
 from collections import Counter
 from collections.abc import Mapping
 
-from detectron2.evaluation import DatasetEvaluator
-
-from .collect import gather_rows, write_json
+from .collect import RowEvaluator
 
 
-class ExitStatistics(DatasetEvaluator):
+class ExitStatistics(RowEvaluator):
     """Reads `exit` (int) and `exit_gflops` {"total", "encoder"} of the outputs; a model without exits gives no result.
 
     `evaluate` returns {"exits": {mean_exit, GFLOPs, encoder_GFLOPs, images@<exit>}}: means over all images in the
@@ -16,23 +14,12 @@ class ExitStatistics(DatasetEvaluator):
     with every image's exit.
     """
 
-    def __init__(self, output_dir: str | None = None):
-        self._output_dir = output_dir
-        self.reset()
-
-    def reset(self) -> None:
-        self._rows = {}
-
-    def process(self, inputs: list[Mapping], outputs: list[Mapping]) -> None:
-        for x, y in zip(inputs, outputs):
-            if "exit" in y:
-                gflops = y["exit_gflops"]
-                self._rows[x["image_id"]] = (int(y["exit"]), float(gflops["total"]), float(gflops["encoder"]))
-
-    def evaluate(self) -> dict | None:
-        rows = gather_rows(self._rows)
-        if rows is None:
+    def row(self, x: Mapping, y: Mapping) -> tuple[int, float, float] | None:
+        if "exit" not in y:
             return None
+        return int(y["exit"]), float(y["exit_gflops"]["total"]), float(y["exit_gflops"]["encoder"])
+
+    def summary(self, rows: dict) -> dict:
         if not rows:
             return {}
         exits, total, encoder = zip(*rows.values())
@@ -44,5 +31,5 @@ class ExitStatistics(DatasetEvaluator):
             **{f"images@{k}": count[k] for k in sorted(count)},
         }
         per_image = {str(i): k for i, (k, _, _) in rows.items()}
-        write_json(self._output_dir, "exits.json", {**result, "per_image": per_image})
+        self.write("exits.json", {**result, "per_image": per_image})
         return {"exits": result}

@@ -11,7 +11,8 @@ The `paper` convention is that of detectron2's `FlopCountAnalysis` on a traced M
 - the core of deformable attention counts nothing, for the tool cannot see into a CUDA op;
 - of attention, weights times values counts, and queries times keys only where it is not masked (the tool does not know
   `baddbmm`); here attention is one operator, so it is counted by that rule;
-- results that nothing depends on are not in a trace: the class logits of the auxiliary predictions do not count;
+- results that nothing depends on are not in a trace: the class logits of the auxiliary predictions do not count, but
+  their masks do, at full size, as attention follows them; inference here makes those smaller, and that is not counted;
 - "Tx. Enc.", here `pixel_decoder`, is what runs in submodules of the pixel decoder: not the resizing between them. Of
   DETR it is the layers of the transformer encoder, where every product of queries and keys is masked.
 
@@ -26,7 +27,7 @@ import copy
 import csv
 import functools
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -46,11 +47,42 @@ CONVENTION = {
 }
 
 
-class ExitCosts:
+class CostTable:
+    """GFLOPs of a model for images of any size, in several settings: its exits, or the tokens that go on."""
+
+    key: str  # of the settings in a report
+    column: str  # their heading in a table
+    convention: Mapping[str, str]  # what is counted
+
+    def details(self, padded_size: Sequence[int], output_size: Sequence[int] | None = None) -> dict:
+        """{setting: {part: GFLOPs}} of an image; output_size: that of its results, by default the padded one."""
+        raise NotImplementedError
+
+    def mean(self, images: Iterable[tuple[Sequence[int], Sequence[int]]]) -> dict:
+        """The mean of `details` over images, each of them (padded size, output size).
+
+        Every distinct pair is worked out once, and the model measured once per distinct padded size.
+
+        Raises:
+            ValueError: there is no image, or a size is none.
+        """
+        counts = Counter((_checked_size(padded), _checked_size(output)) for padded, output in images)
+        if not counts:
+            raise ValueError("there are no images to take the mean of")
+        sums = defaultdict(Counter)
+        for (padded, output), count in counts.items():
+            for setting, gflops in self.details(padded, output).items():
+                sums[setting].update({name: count * value for name, value in gflops.items()})
+        return {k: {name: value / counts.total() for name, value in total.items()} for k, total in sums.items()}
+
+
+class ExitCosts(CostTable):
     """Costs per exit of a `Parent`, with or without early exits, for images of any size.
 
     Takes the architecture of the model as it is now and keeps no weights. Costs are remembered per size.
     """
+
+    key, column, convention = "exits", "exit", CONVENTION
 
     def __init__(self, model: nn.Module, exits: Sequence[int] | None = None):
         """
@@ -114,23 +146,6 @@ class ExitCosts:
             flops[f"{self._encoder}_full"] = flops[self._encoder] + cost.core
             result[k] = {name: value / 1e9 for name, value in flops.items()}
         return result
-
-    def mean(self, images: Iterable[tuple[Sequence[int], Sequence[int]]]) -> dict[int, dict[str, float]]:
-        """The mean of `details` over images, each of them (padded size, output size).
-
-        Every distinct pair is worked out once, and the model measured once per distinct padded size.
-
-        Raises:
-            ValueError: there is no image, or a size is none.
-        """
-        counts = Counter((_checked_size(padded), _checked_size(output)) for padded, output in images)
-        if not counts:
-            raise ValueError("there are no images to take the mean of")
-        sums = {k: Counter() for k in self.exits}
-        for (padded, output), count in counts.items():
-            for k, gflops in self.details(padded, output).items():
-                sums[k].update({name: count * value for name, value in gflops.items()})
-        return {k: {name: value / counts.total() for name, value in total.items()} for k, total in sums.items()}
 
     def measure(self, padded_size: Sequence[int]) -> dict[int, Measurement]:
         """{exit: what backbone and head cost}, in FLOPs, also by module."""
@@ -239,38 +254,41 @@ def analyze(
     model: nn.Module,
     size: Sequence[int] | None = None,
     images: Iterable[tuple[Sequence[int], Sequence[int]]] = (),
+    costs: CostTable | None = None,
 ) -> dict:
     """Parameters and costs of a model, as JSON takes them.
 
     Args:
-        model: a `Parent`, with or without early exits.
+        model: a `Parent`, with or without early exits; with `costs` any that has `size_divisibility` and `cost_parts`.
         size: (height, width) of an image that is neither resized before the model nor after it.
         images: (size at which the model gets it, size of the result) of every image to take the mean over.
+        costs: what to tell of it; default: its exits.
 
     Returns:
         "model", "params" (without a gate's), "params_by_part", "convention", and
         - of `size`: "size", "padded_size", "exits" {exit: `ExitCosts.details`};
         - of `images`: "mean" {"num_images", "padded_area" (pixels), "exits"}; without a `size` also as "exits".
+        With `costs`, their `key` stands for "exits".
 
     Raises:
         ValueError: there is neither size nor image, a size is none, or the model is of another kind.
     """
-    costs = ExitCosts(model)
+    costs = ExitCosts(model) if costs is None else costs
     params = parameter_counts(model)
     report = {
         "model": type(model).__name__,
         "params": params.pop("total"),
         "params_by_part": params,
-        "convention": CONVENTION,
+        "convention": dict(costs.convention),
     }
     if size is not None:
         padded = padded_size(size, model.size_divisibility)
-        report |= {"size": list(size), "padded_size": list(padded), "exits": costs.details(padded, size)}
+        report |= {"size": list(size), "padded_size": list(padded), costs.key: costs.details(padded, size)}
     images = [(padded_size(given, model.size_divisibility), wanted) for given, wanted in images]
     if images or size is None:
         area = sum(prod(padded) for padded, _ in images) / max(1, len(images))
-        report["mean"] = {"num_images": len(images), "padded_area": area, "exits": costs.mean(images)}
-        report.setdefault("exits", report["mean"]["exits"])
+        report["mean"] = {"num_images": len(images), "padded_area": area, costs.key: costs.mean(images)}
+        report.setdefault(costs.key, report["mean"][costs.key])
     return report
 
 
@@ -313,25 +331,27 @@ def read_image_sizes(path: str | os.PathLike) -> list[tuple[int, int]]:
     return sizes
 
 
-def format_report(report: dict) -> str:
-    """What `analyze` returned, as text for a terminal."""
+def format_report(report: dict, costs: CostTable | type[CostTable] = ExitCosts) -> str:
+    """What `analyze` returned for such costs, as text for a terminal."""
     parts = ", ".join(f"{name.replace('_', ' ')} {n / 1e6:.3f}" for name, n in report["params_by_part"].items() if n)
     lines = [f"{report['model']}: {report['params'] / 1e6:.3f} M parameters ({parts})"]
     if "size" in report:
         size, padded = ("x".join(map(str, report[name])) for name in ("size", "padded_size"))
-        lines += ["", f"GFLOPs of an image of {size}, padded to {padded}", *_table(report["exits"])]
+        lines += ["", f"GFLOPs of an image of {size}, padded to {padded}", *_table(report[costs.key], costs.column)]
     if "mean" in report:
         mean = report["mean"]
         lines += ["", f"Mean GFLOPs of {mean['num_images']} images, {mean['padded_area']:.0f} pixels with padding"]
-        lines += _table(mean["exits"])
+        lines += _table(mean[costs.key], costs.column)
     return "\n".join([*lines, "", *(f"{name}: {text}" for name, text in report["convention"].items())])
 
 
-def _table(exits: dict[int, dict[str, float]]) -> list[str]:
-    columns = list(next(iter(exits.values())))
-    head = "  ".join(["exit", *columns])
-    rows = ["  ".join([f"{k:>4}", *(f"{gflops[c]:>{len(c)}.3f}" for c in columns)]) for k, gflops in exits.items()]
-    return [head, *rows]
+def _table(settings: Mapping[object, Mapping[str, float]], heading: str) -> list[str]:
+    columns = list(next(iter(settings.values())))
+    first = max(len(heading), *(len(str(k)) for k in settings))
+    rows = [
+        "  ".join([f"{k:>{first}}", *(f"{gflops[c]:>{len(c)}.3f}" for c in columns)]) for k, gflops in settings.items()
+    ]
+    return ["  ".join([f"{heading:>{first}}", *columns]), *rows]
 
 
 # --- the tape --------------------------------------------------------------------------------------------------------
@@ -462,9 +482,13 @@ def _conv_general(out, x, weight, bias, stride, padding, dilation, transposed, *
 
 
 def _attention(out, q, k, v, attn_mask=None, *_, **__) -> int:
-    """q.k where it is not masked, and attention times v; q [..., L, E], k [..., S, E], v [..., S, Ev]."""
+    """q.k where it is not masked, and attention times v; q [..., L, E], k [..., S, E], v [..., S, Ev].
+
+    A bias is no mask: Swin adds it in an operation of its own.
+    """
     weights = prod(q.shape[:-1]) * k.shape[-2]
-    return weights * v.shape[-1] + (weights * q.shape[-1] if attn_mask is None else 0)
+    masked = attn_mask is not None and attn_mask.dtype == torch.bool
+    return weights * v.shape[-1] + (0 if masked else weights * q.shape[-1])
 
 
 def _batch_norm(out, x, weight, bias, mean, var, training, *_, **__) -> int:

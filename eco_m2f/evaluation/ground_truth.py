@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,20 @@ from ..data.panoptic_map import index_map, read_classes, read_ids
 from .panoptic_quality import contiguous_to_dataset_id
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PanopticImage:
+    """The annotation of one image: COCO's `segments_info`, and a PNG that is read when asked for. It can be pickled."""
+
+    path: Path
+    segments: list[dict]
+
+    def id_map(self) -> np.ndarray:
+        """[H, W] int32 segment ids, 0 for void. Raises DataError where PNG and JSON disagree."""
+        ids = read_ids(self.path)
+        index_map(ids, [s["id"] for s in self.segments], self.path)
+        return ids
 
 
 class PanopticGroundTruth:
@@ -41,17 +56,22 @@ class PanopticGroundTruth:
     def __len__(self) -> int:
         return len(self._annotations)
 
+    def image(self, image_id) -> PanopticImage:
+        """Raises ValueError for an image without annotation."""
+        if image_id not in self._annotations:
+            raise ValueError(
+                f"image {image_id!r} is not in {self.metadata.panoptic_json}: is the dataset the right one?"
+            )
+        annotation = self._annotations[image_id]
+        return PanopticImage(Path(self.metadata.panoptic_root) / annotation["file_name"], annotation["segments_info"])
+
     def segments(self, image_id) -> list[dict]:
         """COCO's `segments_info` of an image."""
-        return self._annotation(image_id)["segments_info"]
+        return self.image(image_id).segments
 
     def id_map(self, image_id) -> np.ndarray:
-        """[H, W] int32 segment ids of an image, 0 for void. Raises DataError where PNG and JSON disagree."""
-        annotation = self._annotation(image_id)
-        path = Path(self.metadata.panoptic_root) / annotation["file_name"]
-        ids = read_ids(path)
-        index_map(ids, [s["id"] for s in annotation["segments_info"]], path)
-        return ids
+        """See `PanopticImage.id_map`."""
+        return self.image(image_id).id_map()
 
     def class_map(self, x: Mapping) -> np.ndarray:
         """[H, W] contiguous classes of an input: its `sem_seg_file_name`, or else those of its panoptic annotation."""
@@ -65,13 +85,6 @@ class PanopticGroundTruth:
         """Metrics cover the images seen; say so where those are not all."""
         if evaluated < len(self):
             logger.warning("%d of the %d annotated images of %s were evaluated", evaluated, len(self), self.name)
-
-    def _annotation(self, image_id) -> dict:
-        if image_id not in self._annotations:
-            raise ValueError(
-                f"image {image_id!r} is not in {self.metadata.panoptic_json}: is the dataset the right one?"
-            )
-        return self._annotations[image_id]
 
 
 class SemanticGroundTruth:

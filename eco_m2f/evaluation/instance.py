@@ -7,18 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.evaluation import DatasetEvaluator
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from .collect import gather_rows, write_json
+from .collect import RowEvaluator
 from .ground_truth import PanopticGroundTruth
 
 _AREAS = ("all", "small", "medium", "large")  # the order of pycocotools' area ranges
 
 
-class InstanceEvaluator(DatasetEvaluator):
+class InstanceEvaluator(RowEvaluator):
     """Reads `instances` of the outputs: pred_masks [N, H, W], scores, pred_classes (contiguous).
 
     Truth is the metadata's `json_file` (COCO instances) where that names a file, else the thing segments of the
@@ -34,7 +33,6 @@ class InstanceEvaluator(DatasetEvaluator):
         key: str = "segm",
     ):
         self._ground_truth = ground_truth
-        self._output_dir = output_dir
         self._max_detections = max_detections
         self._key = key
         json_file = getattr(ground_truth.metadata, "json_file", None)
@@ -44,26 +42,18 @@ class InstanceEvaluator(DatasetEvaluator):
             )
         self._json_file = json_file
         self._things = [c for c in ground_truth.categories if c["isthing"]]
-        self.reset()
+        super().__init__(output_dir)
 
-    def reset(self) -> None:
-        self._rows = {}
+    def row(self, x: Mapping, y: Mapping) -> tuple[list[dict], tuple | None]:
+        detections = self._detections(x["image_id"], y["instances"])
+        return detections, None if self._json_file else self._truth(x["image_id"])
 
-    def process(self, inputs: list[Mapping], outputs: list[Mapping]) -> None:
-        for x, y in zip(inputs, outputs):
-            image_id = x["image_id"]
-            detections = self._detections(image_id, y["instances"])
-            self._rows[image_id] = (detections, None if self._json_file else self._truth(image_id))
-
-    def evaluate(self) -> dict | None:
-        rows = gather_rows(self._rows)
-        if rows is None:
-            return None
+    def summary(self, rows: dict) -> dict:
         detections = [d for found, _ in rows.values() for d in found]
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
             truth = COCO(self._json_file) if self._json_file else self._coco([t for _, t in rows.values()])
             result = average_precision(truth, detections, list(rows), self._max_detections)
-        write_json(self._output_dir, "instances_predictions.json", detections)
+        self.write("instances_predictions.json", detections)
         return {self._key: result}
 
     def _detections(self, image_id, instances) -> list[dict]:

@@ -5,16 +5,16 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from detectron2.evaluation import DatasetEvaluator
 
-from .collect import gather_rows, write_json
+from .collect import RowEvaluator
 from .ground_truth import PanopticGroundTruth
-from .panoptic_quality import PanopticTarget, dataset_pq, to_dataset_categories, total_statistics
+from .panoptic_quality import ImageStatistics, dataset_pq, total_statistics
+from .quality import PanopticMeasure
 
 logger = logging.getLogger(__name__)
 
 
-class PanopticEvaluator(DatasetEvaluator):
+class PanopticEvaluator(RowEvaluator):
     """Reads `panoptic_seg` of the outputs: (map [H, W] with 0 for void, segments with contiguous category ids).
 
     `evaluate` returns {"panoptic_seg": {PQ, SQ, RQ, PQ_th, ..., RQ_st}} in percent, equal to panopticapi's; things or
@@ -24,25 +24,15 @@ class PanopticEvaluator(DatasetEvaluator):
 
     def __init__(self, ground_truth: PanopticGroundTruth, output_dir: str | None = None):
         self._ground_truth = ground_truth
-        self._output_dir = output_dir
-        self.reset()
+        super().__init__(output_dir)
 
-    def reset(self) -> None:
-        self._rows = {}
+    def row(self, x: Mapping, y: Mapping) -> ImageStatistics:
+        pred_map, segments = y["panoptic_seg"]
+        pred_map = pred_map.cpu().numpy() if torch.is_tensor(pred_map) else np.asarray(pred_map)
+        [(_, statistics)] = PanopticMeasure(self._ground_truth).target(x["image_id"])([(pred_map, segments)])
+        return statistics
 
-    def process(self, inputs: list[Mapping], outputs: list[Mapping]) -> None:
-        truth = self._ground_truth
-        for x, y in zip(inputs, outputs):
-            pred_map, segments = y["panoptic_seg"]
-            target = PanopticTarget(truth.id_map(x["image_id"]), truth.segments(x["image_id"]))
-            pred_map = pred_map.cpu().numpy() if torch.is_tensor(pred_map) else np.asarray(pred_map)
-            statistics = target.compare(pred_map, to_dataset_categories(segments, truth.dataset_id))
-            self._rows[x["image_id"]] = statistics
-
-    def evaluate(self) -> dict | None:
-        rows = gather_rows(self._rows)
-        if rows is None:
-            return None
+    def summary(self, rows: dict) -> dict:
         self._ground_truth.warn_if_partial(len(rows))
         result = dataset_pq(total_statistics(rows.values()), self._ground_truth.categories)
         self._write(result, rows)
@@ -61,7 +51,7 @@ class PanopticEvaluator(DatasetEvaluator):
         groups = {g: _without_nan(result[g]) for g in ("All", "Things", "Stuff")}
         per_class = {name[c]: row for c, row in result["per_class"].items()}
         per_image = {str(image_id): row.pq() for image_id, row in rows.items()}
-        write_json(self._output_dir, "panoptic.json", {**groups, "per_class": per_class, "per_image_pq": per_image})
+        self.write("panoptic.json", {**groups, "per_class": per_class, "per_image_pq": per_image})
 
 
 def _without_nan(row: Mapping) -> dict:

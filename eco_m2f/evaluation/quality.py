@@ -1,18 +1,23 @@
 """What Step B measures of one image at one exit: a quality measure per kind of annotation.
 
-A measure has a `name`, the `categories` of its dataset, and `target(image_id)`: a function, prepared once per image,
-from a prediction (what the meta-architecture's `judged` returns) to (quality in [0, 1], higher is better; statistics
-that the quality of a whole dataset is a sum of, or None where it is no such sum). It is made by `Measure.of(dataset)`.
+A measure has a `name`, the `categories` of its dataset, and `target(image_id)`: a function from the predictions of one
+image, one per exit, as the meta-architecture's `judged` returns them, to one pair for each: (quality in [0, 1], higher
+is better; statistics that the quality of a whole dataset is a sum of, or None where it is no such sum). The function
+reads the image's annotation once, when it is called; it can be pickled, and so be called in another process. A measure
+is made by `Measure.of(dataset)`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
+import numpy as np
 from detectron2.structures import Instances
-from torch import Tensor
 
-from .boxes import BoxGroundTruth, BoxTarget
-from .ground_truth import PanopticGroundTruth
+from .boxes import BoxGroundTruth, BoxTarget, to_detections
+from .ground_truth import PanopticGroundTruth, PanopticImage
 from .panoptic_quality import ImageStatistics, PanopticTarget, to_dataset_categories
+
+PanopticPrediction = tuple[np.ndarray, list[dict]]  # ids [H, W], 0 for void; segments of contiguous categories
 
 
 class PanopticMeasure:
@@ -31,15 +36,16 @@ class PanopticMeasure:
     def categories(self) -> list[dict]:
         return self.truth.categories
 
-    def target(self, image_id) -> Callable[[tuple[Tensor, list[dict]]], tuple[float, ImageStatistics]]:
-        target = PanopticTarget(self.truth.id_map(image_id), self.truth.segments(image_id))
+    def target(self, image_id) -> Callable[[Sequence[PanopticPrediction]], list[tuple[float, ImageStatistics]]]:
+        return partial(_compare_panoptic, self.truth.image(image_id), self.truth.dataset_id)
 
-        def compare(prediction: tuple[Tensor, list[dict]]) -> tuple[float, ImageStatistics]:
-            panoptic, segments = prediction
-            statistics = target.compare(panoptic.cpu().numpy(), to_dataset_categories(segments, self.truth.dataset_id))
-            return statistics.pq(), statistics
 
-        return compare
+def _compare_panoptic(
+    image: PanopticImage, dataset_id: Mapping[int, int], predictions: Sequence[PanopticPrediction]
+) -> list[tuple[float, ImageStatistics]]:
+    target = PanopticTarget(image.id_map(), image.segments)
+    found = [target.compare(ids, to_dataset_categories(segments, dataset_id)) for ids, segments in predictions]
+    return [(statistics.pq(), statistics) for statistics in found]
 
 
 class BoxMeasure:
@@ -62,6 +68,12 @@ class BoxMeasure:
     def categories(self) -> list[dict]:
         return self.truth.categories
 
-    def target(self, image_id) -> Callable[[Instances], tuple[float, None]]:
-        target = BoxTarget(self.truth.objects(image_id))
-        return lambda instances: (target.ap(self.truth.detections(image_id, instances)), None)
+    def target(self, image_id) -> Callable[[Sequence[Instances]], list[tuple[float, None]]]:
+        return partial(_compare_boxes, self.truth.objects(image_id), self.truth.dataset_id)
+
+
+def _compare_boxes(
+    objects: Sequence[Mapping], dataset_id: Mapping[int, int], predictions: Sequence[Instances]
+) -> list[tuple[float, None]]:
+    target = BoxTarget(objects)
+    return [(target.ap(to_detections(instances, dataset_id)), None) for instances in predictions]

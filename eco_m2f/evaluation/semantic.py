@@ -3,13 +3,12 @@
 from collections.abc import Mapping
 
 import numpy as np
-from detectron2.evaluation import DatasetEvaluator
 
-from .collect import gather_rows, write_json
+from .collect import RowEvaluator
 from .ground_truth import PanopticGroundTruth, SemanticGroundTruth
 
 
-class SemanticEvaluator(DatasetEvaluator):
+class SemanticEvaluator(RowEvaluator):
     """Reads `sem_seg` [C, H, W] of the outputs, scores of the contiguous classes.
 
     Truth is the input's `sem_seg_file_name` where the metadata has a `sem_seg_root`, else derived from the panoptic
@@ -19,35 +18,25 @@ class SemanticEvaluator(DatasetEvaluator):
 
     def __init__(self, ground_truth: PanopticGroundTruth | SemanticGroundTruth, output_dir: str | None = None):
         self._ground_truth = ground_truth
-        self._output_dir = output_dir
         self._class_names = ground_truth.class_names
-        self.reset()
+        super().__init__(output_dir)
 
-    def reset(self) -> None:
-        self._rows = {}
+    def row(self, x: Mapping, y: Mapping) -> tuple[np.ndarray, np.ndarray]:
+        num_classes, scores = len(self._class_names), y["sem_seg"]
+        if scores.shape[0] != num_classes:
+            raise ValueError(
+                f"sem_seg has {scores.shape[0]} classes, dataset {self._ground_truth.name!r} has {num_classes}: "
+                "set MODEL.SEM_SEG_HEAD.NUM_CLASSES"
+            )
+        return _sparse_confusion(self._ground_truth.class_map(x), scores.argmax(dim=0).cpu().numpy(), num_classes)
 
-    def process(self, inputs: list[Mapping], outputs: list[Mapping]) -> None:
-        num_classes = len(self._class_names)
-        for x, y in zip(inputs, outputs):
-            scores = y["sem_seg"]
-            if scores.shape[0] != num_classes:
-                raise ValueError(
-                    f"sem_seg has {scores.shape[0]} classes, dataset {self._ground_truth.name!r} has {num_classes}: "
-                    "set MODEL.SEM_SEG_HEAD.NUM_CLASSES"
-                )
-            pred = scores.argmax(dim=0).cpu().numpy()
-            self._rows[x["image_id"]] = _sparse_confusion(self._ground_truth.class_map(x), pred, num_classes)
-
-    def evaluate(self) -> dict | None:
-        rows = gather_rows(self._rows)
-        if rows is None:
-            return None
+    def summary(self, rows: dict) -> dict:
         num_classes = len(self._class_names)
         confusion = np.zeros(num_classes**2, dtype=np.int64)
         for cells, counts in rows.values():
             confusion[cells] += counts
         result = semantic_metrics(confusion.reshape(num_classes, num_classes), self._class_names)
-        write_json(self._output_dir, "semantic.json", {k: None if np.isnan(v) else v for k, v in result.items()})
+        self.write("semantic.json", {k: None if np.isnan(v) else v for k, v in result.items()})
         return {"sem_seg": result}
 
 

@@ -2,12 +2,10 @@
 
 from collections.abc import Mapping
 
-from detectron2.evaluation import DatasetEvaluator
-
-from .collect import gather_rows, write_json
+from .collect import RowEvaluator
 
 
-class TokenStatistics(DatasetEvaluator):
+class TokenStatistics(RowEvaluator):
     """Reads `tokens` of the outputs, as `DoViT.forward` makes them; a model that stops no tokens gives no result.
 
     `evaluate` returns {"tokens": {threshold, kept@<i>, GFLOPs, static_GFLOPs, saved}}: the mean share of the tokens
@@ -15,22 +13,10 @@ class TokenStatistics(DatasetEvaluator):
     latter that was saved, shares in percent. With an output_dir it also writes `tokens.json`, with every image's own.
     """
 
-    def __init__(self, output_dir: str | None = None):
-        self._output_dir = output_dir
-        self.reset()
+    def row(self, x: Mapping, y: Mapping) -> dict | None:
+        return dict(y["tokens"]) if "tokens" in y else None
 
-    def reset(self) -> None:
-        self._rows = {}
-
-    def process(self, inputs: list[Mapping], outputs: list[Mapping]) -> None:
-        for x, y in zip(inputs, outputs):
-            if "tokens" in y:
-                self._rows[x["image_id"]] = dict(y["tokens"])
-
-    def evaluate(self) -> dict | None:
-        rows = gather_rows(self._rows)
-        if rows is None:
-            return None
+    def summary(self, rows: dict) -> dict:
         if not rows:
             return {}
         gflops, static = (sum(row[key] for row in rows.values()) / len(rows) for key in ("gflops", "static_gflops"))
@@ -43,5 +29,5 @@ class TokenStatistics(DatasetEvaluator):
             "saved": 100 * (1 - gflops / static),
         }
         per_image = {str(image_id): row for image_id, row in rows.items()}
-        write_json(self._output_dir, "tokens.json", {**result, "per_image": per_image})
+        self.write("tokens.json", {**result, "per_image": per_image})
         return {"tokens": result}

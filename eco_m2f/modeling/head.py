@@ -67,6 +67,6 @@ class MaskFormerHead(ExitHead):
         """See `MSDeformAttnPixelDecoder.encode`."""
         return self.pixel_decoder.encode(features, exits)
 
-    def decode(self, laterals: Sequence[Tensor], maps: Sequence[Tensor]) -> dict:
+    def decode(self, laterals: Sequence[Tensor], maps: Sequence[Tensor], aux: bool = True) -> dict:
         """The prediction of one exit, from what `encode` gives; see `TRANSFORMER_DECODER_REGISTRY`."""
-        return self.predictor(maps, self.pixel_decoder.mask_branch(laterals, maps))
+        return self.predictor(maps, self.pixel_decoder.mask_branch(laterals, maps), aux)

@@ -15,7 +15,8 @@ class ExitHead(nn.Module):
     - `exits`: tuple of int, those of its encoder, ascending;
     - `encode(features, exits) -> (shared, {exit: state})`: one run of the encoder. shared is what the decoder needs
       besides, the same for every exit; a state is a list of tensors;
-    - `decode(shared, state) -> prediction`, a dict of tensors [B, ...], with "aux_outputs" for training;
+    - `decode(shared, state, aux=True) -> prediction`, a dict of tensors [B, ...], with "aux_outputs" if asked for; the
+      state may have a batch where shared is of one image;
     - `projected(features) -> [B, projected_channels, h, w]`: the coarsest map as the encoder takes it, which a gate
       may read.
     """
@@ -26,9 +27,18 @@ class ExitHead(nn.Module):
         return self.forward_exits(features, [last])[last]
 
     def forward_exits(self, features: dict[str, Tensor], exits: Sequence[int]) -> dict[int, dict]:
-        """{exit: prediction}; the encoder runs once, the decoder once per exit."""
+        """{exit: prediction}; the encoder runs once. Training has aux_outputs.
+
+        In inference the exits of a single image are decoded as a batch, which takes less time than one after the other.
+        """
         shared, states = self.encode(features, exits)
-        return {k: self.decode(shared, states[k]) for k in sorted(states)}
+        exits = sorted(states)
+        batch = len(states[exits[0]][0])
+        if self.training or len(exits) == 1 or batch > 1:
+            return {k: self.decode(shared, states[k], aux=self.training) for k in exits}
+        joined = [torch.cat(parts) for parts in zip(*(states[k] for k in exits))]
+        pred = self.decode(shared, joined, aux=False)
+        return {k: {name: value[i : i + 1] for name, value in pred.items()} for i, k in enumerate(exits)}
 
 
 class Parent(nn.Module):

@@ -167,8 +167,12 @@ class MSDeformAttnPixelDecoder(nn.Module):
         return [proj(features[name]) for name, proj in zip(self.encoder_in_features, self.input_proj)]
 
     def laterals(self, features: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """The maps that the mask branch takes, coarse to fine, [B, conv_dim, H / stride, W / stride] each."""
-        return tuple(self.get_submodule(f"adapter_{i}")(features[name]) for i, name in self._pyramid())
+        """The maps that the mask branch takes, coarse to fine, [B, conv_dim, H / stride, W / stride] each.
+
+        They lie channels last, as the maps do that they are added to.
+        """
+        maps = (self.get_submodule(f"adapter_{i}")(features[name]) for i, name in self._pyramid())
+        return tuple(m.contiguous(memory_format=torch.channels_last) for m in maps)
 
     def mask_branch(self, laterals: Sequence[Tensor], maps: Sequence[Tensor]) -> Tensor:
         """Mask features: of a feature pyramid that begins with the finest map; or of that map."""
@@ -176,7 +180,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
         with self._precision(x):
             for (i, _), lateral in zip(self._pyramid(), laterals):
                 up = F.interpolate(x, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
-                x = self.get_submodule(f"layer_{i}")(lateral + up)
+                x = self.get_submodule(f"layer_{i}")(up.add_(lateral))
             return self.mask_features(x)
 
 

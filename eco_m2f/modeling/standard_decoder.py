@@ -69,22 +69,23 @@ class StandardTransformerDecoder(nn.Module):
             "enforce_input_project": m.ENFORCE_INPUT_PROJ,
         }
 
-    def forward(self, maps: Sequence[Tensor], mask_features: Tensor) -> dict:
+    def forward(self, maps: Sequence[Tensor], mask_features: Tensor, aux: bool = True) -> dict:
         """
         Args:
             maps: coarse to fine, [B, C, h, w] each, of which the first is read.
             mask_features: [B, mask_dim, H/4, W/4].
+            aux: predict after every layer, as the losses need it.
 
         Returns:
-            pred_logits [B, Q, num_classes + 1], pred_masks [B, Q, H/4, W/4] (logits), and aux_outputs: the same two
-            after each layer but the last.
+            pred_logits [B, Q, num_classes + 1], pred_masks [B, Q, H/4, W/4] (logits), and with `aux` aux_outputs: the
+            same two after each layer but the last.
         """
         x = self.input_proj(maps[0])
         pos = sine_position(*x.shape[-2:], x.shape[1], x.device).to(x.dtype)
         memory, pos = (m.flatten(2).transpose(1, 2) for m in (x, pos))
-        found = self.transformer(self.query_embed.weight, memory, pos, None)
-        *aux, last = [
-            {"pred_logits": self.class_embed(x), "pred_masks": predict_masks(self.mask_embed(x), mask_features)}
-            for x in found
-        ]
-        return {**last, "aux_outputs": aux}
+        found = self.transformer(self.query_embed.weight, memory, pos, None, aux)
+        *before, last = (self._predict(x, mask_features) for x in found)
+        return {**last, "aux_outputs": before} if aux else last
+
+    def _predict(self, x: Tensor, mask_features: Tensor) -> dict[str, Tensor]:
+        return {"pred_logits": self.class_embed(x), "pred_masks": predict_masks(self.mask_embed(x), mask_features)}

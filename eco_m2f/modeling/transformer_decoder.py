@@ -10,12 +10,13 @@ from fvcore.common.registry import Registry
 from fvcore.nn.weight_init import c2_xavier_fill
 from torch import Tensor, nn
 
-from .layers import MLP, attend, sine_position, xavier_matrices_
+from .layers import MLP, at_least_float32, attend, sine_position, xavier_matrices_
 
 TRANSFORMER_DECODER_REGISTRY = Registry("TRANSFORMER_MODULE")
 TRANSFORMER_DECODER_REGISTRY.__doc__ = """
 Predictors. A member is built as `Decoder(cfg, in_channels, mask_classification=True)` and called with
-(maps coarse to fine, mask_features) -> {pred_logits, pred_masks, aux_outputs}. Its `in_feature` is the value of
+(maps coarse to fine, mask_features, aux=True) -> {pred_logits, pred_masks, aux_outputs}; without aux there are no
+aux_outputs, and what only they need is not computed. Its `in_feature` is the value of
 MASK_FORMER.TRANSFORMER_IN_FEATURE that it goes with.
 """
 
@@ -139,32 +140,38 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             "num_levels": len(cfg.MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES),
         }
 
-    def forward(self, maps: Sequence[Tensor], mask_features: Tensor) -> dict:
+    def forward(self, maps: Sequence[Tensor], mask_features: Tensor, aux: bool = True) -> dict:
         """
         Args:
             maps: [B, C, h, w] at strides 32, 16, 8.
             mask_features: [B, mask_dim, H/4, W/4].
+            aux: predict after every layer, as the losses need it. Without it the masks that attention follows are made
+                at its own resolution: a mask is linear in the mask features, so that these may be resized in its place.
 
         Returns:
-            pred_logits [B, Q, num_classes + 1], pred_masks [B, Q, H/4, W/4] (logits), and aux_outputs: the same two
-            for the bare queries and after each layer but the last.
+            pred_logits [B, Q, num_classes + 1], pred_masks [B, Q, H/4, W/4] (logits), and with `aux` aux_outputs: the
+            same two for the bare queries and after each layer but the last.
         """
         sizes = [tuple(m.shape[-2:]) for m in maps]
         keys, values = zip(*(self._level(i, m) for i, m in enumerate(maps)))
         batch = mask_features.shape[0]
         query_pos = self.query_embed.weight.expand(batch, -1, -1)
         x = self.query_feat.weight.expand(batch, -1, -1)
-        logits, masks = self._predict(x, mask_features)
-        outputs = [{"pred_logits": logits, "pred_masks": masks}]
+        small = None if aux else [resize(mask_features, size) for size in sizes[: self.num_layers]]
+        outputs = []
         for i in range(self.num_layers):
             level = i % self.num_levels
-            allowed = allowed_keys(masks, sizes[level])
+            if aux:
+                outputs.append(self._predict(x, mask_features))
+                masks = resize(outputs[-1]["pred_masks"].detach(), sizes[level])
+            else:
+                masks = self._masks(self.decoder_norm(x), small[level])
+            allowed = allowed_keys(masks)
             x = self.transformer_cross_attention_layers[i](x, query_pos, keys[level], values[level], allowed)
             x = self.transformer_self_attention_layers[i](x, query_pos)
             x = self.transformer_ffn_layers[i](x)
-            logits, masks = self._predict(x, mask_features)
-            outputs.append({"pred_logits": logits, "pred_masks": masks})
-        return {**outputs[-1], "aux_outputs": outputs[:-1]}
+        last = self._predict(x, mask_features)
+        return {**last, "aux_outputs": outputs} if aux else last
 
     def _level(self, i: int, level_map: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a level, [B, hw, C] each; only the keys carry the position."""
@@ -173,9 +180,12 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         value = projected.flatten(2).transpose(1, 2) + self.level_embed.weight[i]
         return value + pos.flatten(2).transpose(1, 2), value
 
-    def _predict(self, x: Tensor, mask_features: Tensor) -> tuple[Tensor, Tensor]:
+    def _predict(self, x: Tensor, mask_features: Tensor) -> dict[str, Tensor]:
         x = self.decoder_norm(x)
-        return self.class_embed(x), predict_masks(self.mask_embed(x), mask_features)
+        return {"pred_logits": self.class_embed(x), "pred_masks": self._masks(x, mask_features)}
+
+    def _masks(self, x: Tensor, mask_features: Tensor) -> Tensor:
+        return predict_masks(self.mask_embed(x), mask_features)
 
 
 def predict_masks(embedding: Tensor, mask_features: Tensor) -> Tensor:
@@ -183,12 +193,16 @@ def predict_masks(embedding: Tensor, mask_features: Tensor) -> Tensor:
     return torch.einsum("bqc,bchw->bqhw", embedding, mask_features)
 
 
-@torch.no_grad()
-def allowed_keys(mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masked attention: which keys of a level of `size` each query may see -> [B, Q, hw] bool.
+def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear, [B, N, h, w] -> [B, N, *size], float32 at least."""
+    return F.interpolate(at_least_float32(maps), size=size, mode="bilinear", align_corners=False)
 
-    A key is seen where the resized mask has probability >= 0.5; a query whose mask is empty sees everything.
+
+@torch.no_grad()
+def allowed_keys(mask_logits: Tensor) -> Tensor:
+    """Masked attention: which keys of a level each query may see, by the masks at its size -> [B, Q, hw] bool.
+
+    A key is seen where the mask has probability >= 0.5; a query whose mask is empty sees everything.
     """
-    resized = F.interpolate(mask_logits.float(), size=size, mode="bilinear", align_corners=False)
-    allowed = resized.flatten(2).sigmoid() >= 0.5
+    allowed = mask_logits.flatten(2).sigmoid() >= 0.5
     return allowed | ~allowed.any(dim=-1, keepdim=True)

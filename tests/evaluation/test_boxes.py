@@ -107,7 +107,7 @@ def test_an_image_is_a_dataset_of_one(dataset):
     seen = set()
     for i in list(outputs)[:-1]:
         expected = coco_stats(json_file, truth.detections(i, outputs[i]), [i])[0]
-        quality, statistics = measure.target(i)(outputs[i])
+        [(quality, statistics)] = measure.target(i)([outputs[i]])
         assert quality == pytest.approx(expected, abs=1e-12) and statistics is None
         seen.add(round(quality, 6))
     assert len(seen) > 3 and all(0 <= q < 1 for q in seen)
@@ -124,7 +124,7 @@ def test_perfect_and_empty_predictions(dataset):
 
 def test_an_image_without_objects_has_quality_0_whatever_is_found(dataset):
     _, objects, outputs = dataset
-    assert BoxMeasure.of(NAME).target(105)(outputs[105]) == (0.0, None)
+    assert BoxMeasure.of(NAME).target(105)([outputs[105]]) == [(0.0, None)]
     crowd = [{**objects[0], "iscrowd": 1}]
     detection = {"category_id": objects[0]["category_id"], "bbox": objects[0]["bbox"], "score": 0.9}
     assert BoxTarget(crowd).ap([detection]) == 0.0

@@ -457,7 +457,7 @@ def traceable(monkeypatch):
 def attention_flops(inputs, outputs) -> int:
     """fvcore knows no fused attention; of attention spelled out, it counts what is counted here."""
     (batch, heads, queries, dim), (_, _, keys, _) = get_shape(inputs[0]), get_shape(inputs[1])
-    masked = inputs[3].type().kind() != "NoneType"
+    masked = inputs[3].type().kind() != "NoneType" and inputs[3].type().scalarType() == "Bool"
     return batch * heads * queries * keys * dim * (1 if masked else 2)
 
 

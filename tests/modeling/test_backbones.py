@@ -10,6 +10,7 @@ from minis import CONFIGS, ECO, MINI, build, make_batch
 
 from eco_m2f.checkpoint import Checkpointer
 from eco_m2f.engine import load_cfg
+from eco_m2f.modeling.backbones.swin import WindowAttention
 from eco_m2f.modeling.backbones.timm import timm_features
 from eco_m2f.modeling.exit_policy import FixedExit
 from eco_m2f.safe_load import CheckpointError
@@ -41,6 +42,25 @@ def test_maps_are_those_promised(name):
         spec = backbone.output_shape()[r]
         assert spec.stride == stride
         assert maps[r].shape == (2, spec.channels, 64 // stride, 96 // stride) and maps[r].is_contiguous()
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+def test_attention_within_windows_is_detectron2s(shift):
+    """Values and all gradients, with the mask of shifted windows and with images of windows one after the other."""
+    from detectron2.modeling.backbone import swin
+
+    torch.manual_seed(0)
+    old = swin.WindowAttention(24, (7, 7), 2, qkv_bias=True)
+    torch.nn.init.normal_(old.relative_position_bias_table)
+    new = WindowAttention(old)
+    assert list(new.state_dict()) == list(old.state_dict())
+    x = torch.randn(2 * 5, 49, 24)
+    mask = torch.zeros(5, 49, 49).masked_fill_(torch.rand(5, 49, 49) < 0.3, -100.0) if shift else None
+    found, expected = new(x, mask), old(x, mask)
+    torch.testing.assert_close(found, expected)
+    grads = [torch.autograd.grad(y.square().sum(), list(old.parameters())) for y in (found, expected)]
+    for mine, theirs in zip(*grads):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_channels_last_maps_are_turned():

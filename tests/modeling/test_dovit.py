@@ -304,6 +304,14 @@ def test_every_parameter_learns_from_a_step_in_which_tokens_stop():
     assert [n for n, p in model.named_parameters() if not p.grad.any()] == []
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_gradients_are_laid_out_as_their_parameters(number):
+    """Else DistributedDataParallel warns, and copies each of them in every step."""
+    losses, _ = losses_at(model := stopping_model(), 10, labelled(*[(32, 48)] * number))
+    sum(losses.values()).backward()
+    assert [n for n, p in model.named_parameters() if p.grad.stride() != p.stride()] == []
+
+
 def test_stopped_tokens_pass_gradients_from_where_they_stopped():
     """The loss at a token that stopped at the first point reaches the layers before it, and none after."""
     vit = mini_vit()

@@ -136,9 +136,20 @@ def test_forced_exit_equals_a_parent_with_k_layers(system):
     for k in system.exits:
         shallow = build(system.parent, *system.opts, system.layers, k)
         shallow.load_state_dict({n: v for n, v in parent.state_dict().items() if n in shallow.state_dict()})
-        wanted = shallow.head(features)
-        del wanted["aux_outputs"]
-        assert_all_close({n: of_exit[k][n] for n in wanted}, wanted, 1e-5)
+        assert_all_close(of_exit[k], shallow.head(features), 1e-5)
+
+
+@each_parent
+@torch.no_grad()
+def test_auxiliary_outputs_are_made_in_training_alone(system):
+    """Nor is anything computed for them: classes are read off the queries once."""
+    eco = copy.deepcopy(system.models()[1])
+    calls = []
+    getattr(eco.head, "predictor", eco.head).class_embed.register_forward_hook(lambda *_: calls.append(1))
+    features = eco.extract(eco.preprocess(make_batch(SIZES)))
+    assert "aux_outputs" not in eco.head(features) and len(calls) == 1
+    trained = eco.head.train()(features)
+    assert 2 <= len(trained["aux_outputs"]) == len(calls) - 2
 
 
 # --- one batch, several exits ----------------------------------------------------------------------------------------
@@ -160,6 +171,21 @@ def test_mixed_exits_in_one_batch_equal_one_image_at_a_time(system):
     first = {n: f[:1] for n, f in features.items()}
     of_exit = [eco.predict(first, [k])["pred_logits"] for k in system.exits]
     assert not any(torch.allclose(a, b) for a, b in zip(of_exit, of_exit[1:]))
+
+
+@each_system
+@torch.no_grad()
+def test_exits_of_a_single_image_are_decoded_at_once_as_each_alone(system, monkeypatch):
+    eco = copy.deepcopy(system.models()[1]).double()
+    features = eco.extract(eco.preprocess(make_batch(SIZES[:1])))
+    original, calls = eco.head.decode, []
+    monkeypatch.setattr(eco.head, "decode", lambda *a, **kw: calls.append(a) or original(*a, **kw))
+    together = eco.head.forward_exits(features, system.exits)
+    assert len(calls) == 1
+    for k in system.exits:
+        assert_all_close(together[k], eco.head.forward_exits(features, [k])[k], 1e-9)
+    first, last = (together[k]["pred_logits"] for k in (system.exits[0], system.last))
+    assert not torch.allclose(first, last, atol=1e-2)
 
 
 @each_system

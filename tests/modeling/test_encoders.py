@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from minis import CONFIGS, MINI, PARENT
 
 from eco_m2f.engine import load_cfg
@@ -100,6 +101,13 @@ def test_every_parameter_up_to_an_exit_learns_from_it(encoder):
 def test_levels_survive_flattening():
     maps, _ = inputs()
     assert all(torch.equal(a, b) for a, b in zip(split_levels(flatten_levels(maps), SHAPES), maps))
+
+
+def test_maps_of_a_single_image_are_known_to_lie_channels_last():
+    """Strides of an axis of length 1 say nothing of where elements are, but decide how a map is resized."""
+    tokens = torch.randn(1, sum(h * w for h, w in SHAPES), 32)
+    for level in split_levels(tokens, SHAPES):
+        assert F.interpolate(level, scale_factor=2, mode="bilinear").stride(1) == 1
 
 
 def test_reference_points_are_pixel_centres_as_x_y():

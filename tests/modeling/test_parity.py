@@ -45,16 +45,35 @@ def test_every_exit_matches_the_reference(case):
         close(feature, f"backbone.{name}")
     exits = [2, 3, 4, 5, 6]
     states = model.sem_seg_head.pixel_decoder.forward_exits(features, exits)
-    preds = model.sem_seg_head.forward_exits(features, exits)
+    inferred, preds = model.sem_seg_head.forward_exits(features, exits), with_aux(model.sem_seg_head, features, exits)
     for k in exits:
         close(states[k][0], f"exit{k}.mask_features")
         for i, level in enumerate(states[k][1]):
             close(level, f"exit{k}.multi_scale{i}")
-        outputs = {"": preds[k], **{f"aux{i}.": aux for i, aux in enumerate(preds[k]["aux_outputs"])}}
-        for prefix, output in outputs.items():
+        outputs = [("", inferred[k]), ("", preds[k])]
+        outputs += [(f"aux{i}.", aux) for i, aux in enumerate(preds[k]["aux_outputs"])]
+        for prefix, output in outputs:
             if not prefix or f"exit{k}.aux0.pred_masks" in expected:
                 close(output["pred_logits"], f"exit{k}.{prefix}pred_logits")
                 close(output["pred_masks"], f"exit{k}.{prefix}pred_masks")
+
+
+def with_aux(head, features, exits) -> dict[int, dict]:
+    """The predictions with what training reads besides."""
+    shared, states = head.encode(features, exits)
+    return {k: head.decode(shared, states[k]) for k in exits}
+
+
+@torch.no_grad()
+def test_inference_makes_masks_of_full_size_once_for_each_exit(build_mini, mini_batch, monkeypatch):
+    model = build_mini()
+    images = model.preprocess(mini_batch)
+    features, full = model.backbone(images.tensor), tuple(n // 4 for n in images.tensor.shape[-2:])
+    sizes, predictor = [], model.sem_seg_head.predictor
+    original = predictor._masks
+    monkeypatch.setattr(predictor, "_masks", lambda x, maps: sizes.append(tuple(maps.shape[-2:])) or original(x, maps))
+    model.sem_seg_head.forward_exits(features, [2, 6])
+    assert sizes.count(full) == 2 and len(sizes) == 2 * (predictor.num_layers + 1)
 
 
 def test_the_plain_head_matches_the_reference(case):
@@ -83,8 +102,8 @@ def test_every_exit_matches_the_plain_head(build_mini, fill_weights, sizes):
     features = model.backbone(model.preprocess(make_batch(sizes)).tensor)
     exits = [1, 2, 3, 4, 5, 6]
     states = model.sem_seg_head.pixel_decoder.forward_exits(features, exits)
-    preds = model.sem_seg_head.forward_exits(features, exits)
-    close = lambda actual, wanted: np.testing.assert_allclose(actual, wanted, atol=5e-5, rtol=1e-5)  # noqa: E731
+    inferred, preds = model.sem_seg_head.forward_exits(features, exits), with_aux(model.sem_seg_head, features, exits)
+    close = lambda actual, wanted: np.testing.assert_allclose(actual, wanted, atol=1e-4, rtol=1e-5)  # noqa: E731
     for k in exits:
         for image in (0, 1):
             wanted = plain({name: f[image] for name, f in features.items()}, k)
@@ -92,8 +111,10 @@ def test_every_exit_matches_the_plain_head(build_mini, fill_weights, sizes):
             close(mask_features[image], wanted["mask_features"])
             for level, wanted_level in zip(maps, wanted["maps"], strict=True):
                 close(level[image], wanted_level)
-            outputs = [*preds[k]["aux_outputs"], preds[k]]
-            for output, (logits, masks) in zip(outputs, wanted["predictions"], strict=True):
+            outputs = [*preds[k]["aux_outputs"], preds[k], inferred[k]]
+            for output, (logits, masks) in zip(
+                outputs, [*wanted["predictions"], wanted["predictions"][-1]], strict=True
+            ):
                 close(output["pred_logits"][image], logits)
                 close(output["pred_masks"][image], masks)
 

@@ -30,7 +30,7 @@ def test_light_pixel_embedding_takes_the_maximum_around_a_pixel():
     padded = F.pad(x, (1, 1, 1, 1), value=float("-inf"))
     shifted = [padded[..., dy : dy + height, dx : dx + width] for dy in range(3) for dx in range(3)]
     x = F.group_norm(torch.stack(shifted).amax(0), 32, decoder.layer_1.norm.weight, decoder.layer_1.norm.bias)
-    torch.testing.assert_close(mask_features, decoder.mask_features(x.relu()), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mask_features, decoder.mask_features(x.relu()), atol=1e-4, rtol=1e-5)
 
 
 def test_light_pixel_embedding_lacks_the_parents_convolution_alone():

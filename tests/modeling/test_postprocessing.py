@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from eco_m2f.modeling.postprocessing import (
@@ -103,6 +104,17 @@ def test_semantic_alone_is_resized_after_the_sum():
     assert list(out) == ["sem_seg"]
     expected = crop_and_resize(semantic_inference(logits, resize(masks, (64, 96))), (60, 90), (30, 45))
     torch.testing.assert_close(out["sem_seg"], expected)
+
+
+def test_maps_of_tokens_are_resized_as_other_maps_are(monkeypatch):
+    """PyTorch takes the view [C, h, w] of tokens [h, w, C] for channels-last, and copies the whole result."""
+    seen, original = [], F.interpolate
+    monkeypatch.setattr(
+        F, "interpolate", lambda x, **options: (seen.append(x.is_contiguous()), original(x, **options))[1]
+    )
+    tokens = torch.randn(4, 6, 5)
+    resized = resize(tokens.permute(2, 0, 1), (8, 12))
+    assert seen == [True] and torch.equal(resized, resize(tokens.permute(2, 0, 1).contiguous(), (8, 12)))
 
 
 def test_identity_resize_is_exact():

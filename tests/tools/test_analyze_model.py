@@ -120,6 +120,100 @@ def test_as_a_process():
     assert done.stderr.splitlines()[-1] == "error: a size is a height and a width of at least 1 pixel, got 64 x 0"
 
 
+# --- shares of tokens ------------------------------------------------------------------------------------------------
+
+DOVIT = CONFIGS / "toy" / "dovit_toy.yaml"
+THRESHOLDS = """dataset,mIoU,threshold,kept@1,kept@2,kept@3,GFLOPs,static_GFLOPs,saved
+val,50.0,0.9,75.0,50.0,25.0,0.1,0.2,50.0
+val,60.0,1.0,100.0,100.0,100.0,0.2,0.2,0.0
+"""
+
+
+@pytest.fixture
+def thresholds(tmp_path):
+    path = tmp_path / "thresholds.csv"
+    path.write_text(THRESHOLDS)
+    return path
+
+
+def test_shares_of_tokens(tmp_path, capsys, thresholds):
+    """Given ones, and measured ones; the layers by hand, the rest as without stopping."""
+    out = tmp_path / "out.json"
+    arguments = ["--size", 90, 96, "--kept", 0.5, 0.5, 0, "--thresholds-csv", thresholds, "--json", out]
+    assert start(*arguments, config=DOVIT) == 0
+    report = json.loads(out.read_text())
+    assert list(report["tokens"]) == ["static", "0.5 0.5 0.0", "val at 0.9"] and report["padded_size"] == [96, 96]
+    dovit = build_model(load_cfg(str(DOVIT), ["MODEL.DEVICE", "cpu"]))
+    assert report["params"] == sum(p.numel() for p in dovit.parameters()) == sum(report["params_by_part"].values())
+    tokens, dim, depths = 144, 96, (2, 2, 2, 2)
+    layer = lambda n: 12 * n * dim**2 + 2 * n * n * dim + 10 * n * dim  # noqa: E731
+    layers = lambda *kept: sum(d * layer(1 + tokens * k) for d, k in zip(depths, (1, *kept), strict=True))  # noqa: E731
+    static = report["tokens"]["static"]
+    assert static["auxiliary_heads"] == 0 and static["postprocessing"] == 4 * 9 * (96 * 96 + 90 * 96) / 1e9
+    for name, kept in (("static", (1, 1, 1)), ("0.5 0.5 0.0", (0.5, 0.5, 0)), ("val at 0.9", (0.75, 0.5, 0.25))):
+        gflops = report["tokens"][name]
+        assert gflops["total"] == pytest.approx(sum(v for part, v in gflops.items() if part != "total"))
+        assert gflops["backbone"] - static["backbone"] == pytest.approx((layers(*kept) - layers(1, 1, 1)) / 1e9)
+        assert gflops["head"] == static["head"] and (name == "static") == (gflops["auxiliary_heads"] == 0)
+    printed = capsys.readouterr().out
+    assert f"     static  {static['total']:.3f}" in printed and "auxiliary heads" in printed
+
+
+def test_what_is_told_of_an_image_is_what_the_model_tells(tmp_path):
+    """The counts of tokens that an image really kept, as shares."""
+    import torch
+
+    dovit = build_model(load_cfg(str(DOVIT), ["MODEL.DEVICE", "cpu", "MODEL.DOVIT.THRESHOLD", 0.12])).eval()
+    with torch.no_grad():
+        (result,) = dovit([{"image": torch.randint(0, 256, (3, 96, 72), dtype=torch.uint8)}])
+    tokens = result["tokens"]
+    assert 0 < tokens["kept"][0] < 1
+    out = tmp_path / "out.json"
+    assert start("--size", 96, 72, "--kept", *tokens["kept"], "--json", out, config=DOVIT) == 0
+    static, dynamic = (gflops["total"] for gflops in json.loads(out.read_text())["tokens"].values())
+    assert static == pytest.approx(tokens["static_gflops"], rel=1e-9)
+    assert dynamic == pytest.approx(tokens["gflops"], rel=1e-9)
+
+
+def test_mean_over_a_csv_with_shares(tmp_path, sizes):
+    limits = ["INPUT.MIN_SIZE_TEST", 128, "INPUT.MAX_SIZE_TEST", 256]
+    out = tmp_path / "out.json"
+    assert start("--sizes-csv", sizes, "--kept", 0.5, 0.5, 0.5, "--json", out, *limits, config=DOVIT) == 0
+    report = json.loads(out.read_text())
+    dovit = build_model(load_cfg(str(DOVIT), ["MODEL.DEVICE", "cpu"]))
+    images = [((128, 128), (256, 256)), ((128, 128), (64, 64)), ((88, 256), (100, 300))]
+    each = [dovit.cost_table({"0.5 0.5 0.5": [0.5] * 3}).details(*image) for image in images]
+    for name, gflops in report["mean"]["tokens"].items():
+        assert gflops["total"] == pytest.approx(sum(e[name]["total"] for e in each) / 3)
+
+
+@pytest.mark.parametrize("kept", [[0.5, 0.5], [0.5, 0.6, 0.1], [1.2, 0.5, 0.1], [0.5, 0.4, -0.1], ["nan", 0.5, 0.1]])
+def test_shares_that_are_none(capsys, kept):
+    told = message(capsys, start("--size", 64, 64, "--kept", *kept, config=DOVIT))
+    assert "must be 3 numbers (one per decision point) from 1 down to 0" in told
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("a,b\n1,2\n", "is no table of tools/sweep_thresholds.py"),
+        (THRESHOLDS.replace("0.9,75.0", "0.9,many"), "is no table of tools/sweep_thresholds.py"),
+        (
+            "\n".join(line for line in THRESHOLDS.splitlines() if ",0.9," not in line),
+            "has no row with a threshold below 1",
+        ),
+    ],
+)
+def test_a_table_without_shares(capsys, thresholds, text, told):
+    thresholds.write_text(text)
+    assert told in message(capsys, start("--size", 64, 64, "--thresholds-csv", thresholds, config=DOVIT))
+
+
+def test_shares_of_a_model_that_stops_no_tokens(capsys):
+    told = message(capsys, start("--size", 64, 64, "--kept", 0.5, 0.5, 0.5))
+    assert "--kept and --thresholds-csv are of a DoViT: this is a EcoMaskFormer" in told
+
+
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,5 @@
 """tools/convert_detr.py on generated files of the published layout."""
 
-import re
-
 import convert_detr
 import pytest
 import torch
@@ -14,7 +12,6 @@ from torchvision.ops import FrozenBatchNorm2d
 from eco_m2f.checkpoint import Checkpointer
 from eco_m2f.engine import load_cfg
 from eco_m2f.modeling.detr import DetrHead
-from eco_m2f.safe_load import CheckpointError
 
 SMALL = [
     *("MODEL.DEVICE", "cpu", "MODEL.DETR.HIDDEN_DIM", 32, "MODEL.DETR.DIM_FEEDFORWARD", 64),
@@ -78,13 +75,3 @@ def test_other_numbers_of_classes_stay_as_they_are(tmp_path):
     converted = convert_detr.converted_weights(weights)
     assert torch.equal(converted["detr.class_embed.weight"], weights["class_embed.weight"])
     assert len(converted) == len(weights) - 1
-
-
-def test_names():
-    assert convert_detr.backbone_name("conv1.weight") == "stem.conv1.weight"
-    assert convert_detr.backbone_name("bn1.running_mean") == "stem.conv1.norm.running_mean"
-    assert convert_detr.backbone_name("layer4.2.bn3.bias") == "res5.2.conv3.norm.bias"
-    assert convert_detr.backbone_name("layer2.0.downsample.0.weight") == "res3.0.shortcut.weight"
-    assert convert_detr.backbone_name("layer2.0.downsample.1.weight") == "res3.0.shortcut.norm.weight"
-    with pytest.raises(CheckpointError, match=re.escape("backbone.0.body.blocks.0.weight")):
-        convert_detr.backbone_name("blocks.0.weight")

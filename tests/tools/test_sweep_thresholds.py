@@ -20,6 +20,7 @@ def tiny(tmp_path_factory) -> Tiny:
 def run(tiny: Tiny, name: str, *arguments, output) -> str:
     done = tool(name, "--config-file", tiny.config("dovit"), *arguments, *SMALL, "OUTPUT_DIR", output)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "Grad strides do not match" not in done.stderr
     return done.stdout
 
 
@@ -68,3 +69,11 @@ def test_a_table_over_thresholds(tiny, trained):
     assert saved == pytest.approx([100 * (1 - g / s) for g, s in zip(gflops, static)]) and saved[2] == 0
     assert all(0 <= float(row["mIoU"]) <= 100 for row in rows)
     assert re.search(r"dataset +mIoU +threshold +kept@1", printed)
+    out = tiny.base / "analysis.json"
+    arguments = ["--size", 64, 64, "--thresholds-csv", target, "--json", out]  # the size of its images
+    done = tool("analyze_model", "--config-file", tiny.config("dovit"), *arguments, *SMALL)
+    assert done.returncode == 0, done.stderr
+    analysis = json.loads(out.read_text())["tokens"]
+    assert analysis["static"]["total"] == pytest.approx(static[0])
+    # Attention costs the square of the tokens: the mean of images is above what their mean shares cost.
+    assert 0.98 * gflops[0] < analysis[f"{tiny.name}_val at 0.12"]["total"] <= gflops[0] * (1 + 1e-9)

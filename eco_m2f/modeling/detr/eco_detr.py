@@ -16,4 +16,4 @@ class EcoDetr(EarlyExits, Detr):
 
     def judged(self, pred: dict, images: ImageList, x: dict) -> Instances:
         """The detections of a batch of one image."""
-        return self.postprocess(pred, images, [x])[0]["instances"]
+        return self.postprocess(pred, images, [x])[0]["instances"].to("cpu")

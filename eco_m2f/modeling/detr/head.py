@@ -101,15 +101,18 @@ class DetrHead(ExitHead):
         pos = padded_sine_position(padding, x.shape[1]).to(x.dtype)
         return (pos, padding), self.transformer.encoder([x], [pos], exits, [padding])
 
-    def decode(self, shared: tuple[Tensor, Tensor], maps: Sequence[Tensor]) -> dict:
+    def decode(self, shared: tuple[Tensor, Tensor], maps: Sequence[Tensor], aux: bool = True) -> dict:
         """The prediction of one exit, from what `encode` gives.
 
         Returns:
             pred_logits [B, Q, C + 1]; pred_boxes [B, Q, 4], (centre x, centre y, width, height) in parts of the
-            image's width and height; aux_outputs: the same of every decoder layer but the last.
+            image's width and height; with `aux` aux_outputs: the same of every decoder layer but the last.
         """
         pos, padding = shared
         memory, pos = (m.flatten(2).transpose(1, 2) for m in (maps[0], pos))  # [B, S, C]
-        outputs = self.transformer.decoder(self.query_embed.weight, memory, pos, allowed_tokens([padding]))
-        *aux, last = [{"pred_logits": self.class_embed(x), "pred_boxes": self.bbox_embed(x).sigmoid()} for x in outputs]
-        return {**last, "aux_outputs": aux}
+        decoder, allowed = self.transformer.decoder, allowed_tokens([padding])
+        *before, last = (self._predict(x) for x in decoder(self.query_embed.weight, memory, pos, allowed, aux))
+        return {**last, "aux_outputs": before} if aux else last
+
+    def _predict(self, x: Tensor) -> dict[str, Tensor]:
+        return {"pred_logits": self.class_embed(x), "pred_boxes": self.bbox_embed(x).sigmoid()}

@@ -33,10 +33,12 @@ class DetrDecoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(dim, num_heads, dim_feedforward, dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, queries: Tensor, memory: Tensor, pos: Tensor, allowed: Tensor | None) -> list[Tensor]:
-        """queries [Q, C], memory [B, S, C], pos [B or 1, S, C], allowed [B, 1, S] or None.
+    def forward(
+        self, queries: Tensor, memory: Tensor, pos: Tensor, allowed: Tensor | None, aux: bool = True
+    ) -> list[Tensor]:
+        """queries [Q, C], memory [B, S, C], pos [B or 1, S, C], allowed [B or 1, 1, S] or None.
 
-        Returns the normed output of each layer, [B, Q, C].
+        Returns the normed output of each layer, or without `aux` of the last alone, [B, Q, C].
         """
         query_pos = queries.expand(len(memory), -1, -1)
         x = torch.zeros_like(query_pos)
@@ -44,5 +46,5 @@ class DetrDecoder(nn.Module):
         outputs = []
         for layer in self.layers:
             x = layer(x, query_pos, key, memory, allowed)
-            outputs.append(self.norm(x))
-        return outputs
+            outputs.append(x)
+        return [self.norm(x) for x in (outputs if aux else outputs[-1:])]

@@ -1,11 +1,13 @@
 """GFLOPs of a DoViT from the number of tokens in each layer, in the paper's convention (`evaluation/flops.py`)."""
 
-from collections.abc import Sequence
+import csv
+import os
+from collections.abc import Mapping, Sequence
 from math import prod
 
 from torch import nn
 
-from ...evaluation.flops import module_flops
+from ...evaluation.flops import CONVENTION, CostTable, module_flops
 from .vit import TokenPassViT
 
 
@@ -15,7 +17,7 @@ class TokenCosts:
     def __init__(self, backbone: TokenPassViT, head: nn.Module, auxiliary_heads: Sequence[nn.Module], num_classes: int):
         self._backbone, self._head, self._auxiliary = backbone, head, list(auxiliary_heads)
         self._num_classes = num_classes
-        self._measured: dict[tuple[int, int], tuple[int, int]] = {}
+        self._measured: dict[tuple[int, int], tuple[int, int, int]] = {}
         # A layer costs a n + b n^2 for n tokens: linear maps and norms, and attention.
         one, two = (module_flops(backbone.blocks[0], (n, backbone.dim)) for n in (1, 2))
         self._square = (two - 2 * one) // 2
@@ -24,33 +26,106 @@ class TokenCosts:
     def __call__(
         self, padded_size: tuple[int, int], output_size: tuple[int, int], kept: Sequence[int] | None = None
     ) -> float:
-        """
+        """The GFLOPs of an image; arguments as in `parts`."""
+        return self.parts(padded_size, output_size, kept)["total"]
+
+    def parts(
+        self, padded_size: Sequence[int], output_size: Sequence[int], kept: Sequence[float] | None = None
+    ) -> dict[str, float]:
+        """GFLOPs of an image: "total", and of it "backbone", "head", "auxiliary_heads", "postprocessing" (resizing).
+
         Args:
             padded_size: (height, width) of the image as the backbone gets it; output_size: of the result.
             kept: how many tokens, without cls, go on after each decision point; None: the static model, which decides
                 nothing and has no auxiliary heads.
         """
-        tokens = prod(padded_size) // self._backbone.patch_size**2
+        tokens = self.tokens(padded_size)
         running = [tokens, *(kept if kept is not None else [tokens] * self._backbone.num_decisions)]
         layers = sum(len(stage) * self.layer(1 + n) for stage, n in zip(self._backbone.stages, running, strict=True))
-        static, auxiliary = self.around(tuple(padded_size))
-        resizing = 4 * self._num_classes * (prod(padded_size) + prod(output_size))
-        return (layers + static + resizing + (auxiliary if kept is not None else 0)) / 1e9
+        around, head, auxiliary = self.around(tuple(padded_size))
+        flops = {
+            "backbone": layers + around,
+            "head": head,
+            "auxiliary_heads": auxiliary if kept is not None else 0,
+            "postprocessing": 4 * self._num_classes * (prod(padded_size) + prod(output_size)),
+        }
+        return {name: value / 1e9 for name, value in {"total": sum(flops.values()), **flops}.items()}
 
-    def layer(self, tokens: int) -> int:
+    def tokens(self, padded_size: Sequence[int]) -> int:
+        """How many tokens an image has, without cls."""
+        return prod(padded_size) // self._backbone.patch_size**2
+
+    def layer(self, tokens: float) -> float:
         """FLOPs of one layer."""
         return self._linear * tokens + self._square * tokens**2
 
-    def around(self, size: tuple[int, int]) -> tuple[int, int]:
-        """FLOPs of what surrounds the layers: patch embedding, last norm and head; and of the auxiliary heads."""
+    def around(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """FLOPs of what surrounds the layers: patch embedding and last norm; the head; the auxiliary heads."""
         if size not in self._measured:
             self._measured[size] = self._measure(size)
         return self._measured[size]
 
-    def _measure(self, size: tuple[int, int]) -> tuple[int, int]:
+    def _measure(self, size: tuple[int, int]) -> tuple[int, int, int]:
         vit = self._backbone
         height, width = (n // vit.patch_size for n in size)
         token_map = (1, vit.dim, height, width)
-        static = module_flops(vit.patch_embed, (1, 3, *size)) + module_flops(vit.norm, (1 + height * width, vit.dim))
-        static += module_flops(self._head, token_map)
-        return static, sum(module_flops(head, token_map) for head in self._auxiliary)
+        around = module_flops(vit.patch_embed, (1, 3, *size)) + module_flops(vit.norm, (1 + height * width, vit.dim))
+        auxiliary = sum(module_flops(head, token_map) for head in self._auxiliary)
+        return around, module_flops(self._head, token_map), auxiliary
+
+
+class TokenTable(CostTable):
+    """Costs of the static model, and with given shares of the tokens going on after each decision point."""
+
+    key, column = "tokens", "tokens"
+    convention = {
+        "unit": CONVENTION["unit"],
+        "tokens": "static, or the shares that go on after each decision point",
+    }
+
+    def __init__(self, costs: TokenCosts, num_decisions: int, shares: Mapping[str, Sequence[float]]):
+        """
+        Args:
+            shares: by the name of the setting, of all tokens of an image, each at most the one before it.
+
+        Raises:
+            ValueError: other than one share per decision point, one that is none, or one that grows.
+        """
+        for name, kept in shares.items():
+            if (
+                len(kept) != num_decisions
+                or list(kept) != sorted(kept, reverse=True)
+                or not 0 <= kept[-1] <= kept[0] <= 1
+            ):
+                raise ValueError(
+                    f"{name}: the shares of the tokens that go on, {list(kept)}, must be {num_decisions} numbers (one "
+                    "per decision point) from 1 down to 0, none above the one before it"
+                )
+        self._costs, self._shares = costs, dict(shares)
+
+    def details(self, padded_size: Sequence[int], output_size: Sequence[int] | None = None) -> dict:
+        output = padded_size if output_size is None else output_size
+        tokens = self._costs.tokens(padded_size)
+        kept = {name: [tokens * share for share in shares] for name, shares in self._shares.items()}
+        return {name: self._costs.parts(padded_size, output, k) for name, k in {"static": None, **kept}.items()}
+
+
+def read_shares(path: str | os.PathLike) -> dict[str, list[float]]:
+    """The measured shares in a table of tools/sweep_thresholds.py, by dataset and threshold; static rows aside.
+
+    Raises:
+        OSError: it cannot be opened. ValueError: it is no such table.
+    """
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    shares = {}
+    for row in rows:
+        try:
+            kept = [float(value) / 100 for name, value in row.items() if name.startswith("kept@")]
+            if float(row["threshold"]) < 1:
+                shares[f"{row['dataset']} at {row['threshold']}"] = kept
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no table of tools/sweep_thresholds.py: {error!r} in {row}") from error
+    if not shares:
+        raise ValueError(f"{path} has no row with a threshold below 1, so no shares of tokens")
+    return shares

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...checkpoint import Checkpointer
 from ...evaluation.flops import padded_size
 from ..postprocessing import crop_and_resize, resize
-from .costs import TokenCosts
+from .costs import TokenCosts, TokenTable
 from .heads import NaiveHead
 from .vit import TokenPassViT
 
@@ -29,6 +29,8 @@ from .vit import TokenPassViT
 @META_ARCH_REGISTRY.register()
 class DoViT(nn.Module):
     """Semantic segmentation by a vision transformer that spends its layers on the tokens that need them."""
+
+    cost_parts = {"head": "head.", "auxiliary_heads": "auxiliary_heads."}
 
     @configurable
     def __init__(
@@ -104,6 +106,11 @@ class DoViT(nn.Module):
         }
 
     @property
+    def size_divisibility(self) -> int:
+        """What the sides of a padded image are multiples of, in pixels."""
+        return self.backbone.patch_size
+
+    @property
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
@@ -125,7 +132,7 @@ class DoViT(nn.Module):
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalises, then pads right and bottom with 0 to whole patches."""
         images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
-        return ImageList.from_tensors(images, self.backbone.patch_size)
+        return ImageList.from_tensors(images, self.size_divisibility)
 
     # --- training ----------------------------------------------------------------------------------------------------
 
@@ -167,7 +174,7 @@ class DoViT(nn.Module):
         """Images of one size run together; others apart, for a token sees all of its image, and padding too."""
         groups = defaultdict(list)
         for i, x in enumerate(batched_inputs):
-            groups[padded_size(x["image"].shape[-2:], self.backbone.patch_size)].append(i)
+            groups[padded_size(x["image"].shape[-2:], self.size_divisibility)].append(i)
         results = {}
         for members in groups.values():
             results.update(zip(members, self.segment([batched_inputs[i] for i in members])))
@@ -192,13 +199,21 @@ class DoViT(nn.Module):
     def accounts(self, kept: list[Tensor], padded: tuple[int, int], output: tuple[int, int]) -> dict:
         """The `tokens` of an image's result; kept: bool [h, w] after each decision point, none of a static model."""
         if self._costs is None:
-            self._costs = TokenCosts(self.backbone, self.head, self.auxiliary_heads, self.num_classes)
+            self._costs = self.token_costs()
         static = self._costs(padded, output)
         shares, gflops = [1.0] * self.backbone.num_decisions, static
         if kept:
             counts = torch.stack(kept).flatten(1).sum(1).tolist()
             shares, gflops = [n / kept[0].numel() for n in counts], self._costs(padded, output, counts)
         return {"threshold": self.threshold, "kept": shares, "gflops": gflops, "static_gflops": static}
+
+    def token_costs(self) -> TokenCosts:
+        """The costs of this architecture from the number of tokens in each layer."""
+        return TokenCosts(self.backbone, self.head, self.auxiliary_heads, self.num_classes)
+
+    def cost_table(self, shares: Mapping[str, Sequence[float]]) -> TokenTable:
+        """What `evaluation.flops.analyze` tells of it: the static model, and these shares of tokens that go on."""
+        return TokenTable(self.token_costs(), self.backbone.num_decisions, shares)
 
 
 class AuxiliaryRule:

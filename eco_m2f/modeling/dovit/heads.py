@@ -11,7 +11,7 @@ from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
-from .vit import Block, init_linear_layers
+from .vit import Block, init_linear_layers, repeated
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
@@ -38,7 +38,8 @@ class NaiveHead(nn.Module):
         }
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.classifier(F.relu(self.norm(self.conv(features))))
+        # A map of tokens looks like channels-last, and so would the weights' gradients: see `repeated`.
+        return self.classifier(F.relu(self.norm(self.conv(features.contiguous()))))
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
@@ -76,7 +77,7 @@ class MaskTransformerHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         batch, _, height, width = features.shape
         tokens = self.project(features.flatten(2).transpose(1, 2))
-        x = torch.cat((tokens, self.class_embed.expand(batch, -1, -1)), dim=1)  # [B, h * w + K, C]
+        x = torch.cat((tokens, repeated(self.class_embed, batch)), dim=1)  # [B, h * w + K, C]
         lengths = [x.shape[1]] * batch
         flat = x.flatten(0, 1)
         for block in self.blocks:

@@ -86,8 +86,17 @@ class TokenPassViT(nn.Module):
         """[B, 3, H, W] -> tokens with their position code [B, 1 + h * w, C], the cls token first."""
         patches = self.patch_embed(images)
         height, width = patches.shape[-2:]
-        tokens = torch.cat((self.cls_token.expand(len(images), -1, -1), patches.flatten(2).transpose(1, 2)), dim=1)
+        tokens = torch.cat((repeated(self.cls_token, len(images)), patches.flatten(2).transpose(1, 2)), dim=1)
         return tokens + resized_positions(self.pos_embed, height, width)
+
+
+def repeated(parameter: Tensor, times: int) -> Tensor:
+    """[1, n, C] -> [times, n, C].
+
+    Through a tensor without the first axis: of a batch of one the gradient would else be a part of a larger tensor, and
+    training in several processes copies gradients whose memory is not laid out as the parameter's.
+    """
+    return parameter[0].expand(times, -1, -1)
 
 
 def as_map(tokens: Tensor, height: int, width: int) -> Tensor:
@@ -186,7 +195,8 @@ class Attention(nn.Module):
         else:
             groups = [part[None] for part in qkv.split(list(lengths))]
         attended = [F.scaled_dot_product_attention(*g.permute(2, 0, 3, 1, 4)) for g in groups]  # [b, M, n, D]
-        return self.proj(torch.cat([a.transpose(1, 2).flatten(2).flatten(0, 1) for a in attended]))
+        attended = [a.transpose(1, 2).flatten(2).flatten(0, 1) for a in attended]
+        return self.proj(torch.cat(attended) if len(attended) > 1 else attended[0])
 
 
 class Mlp(nn.Module):

@@ -58,8 +58,9 @@ def test_every_exit_matches_the_reference(case):
 def test_an_auxiliary_output_is_that_of_a_shallower_decoder(case):
     head, expected = case
     features = {"res5": expected["src"], "padding": expected["mask"].bool()}
-    deep = head(features)
-    assert len(deep["aux_outputs"]) == 2
+    shared, states = head.encode(features, head.exits[-1:])
+    deep = head.decode(shared, states[head.exits[-1]])
+    assert len(deep["aux_outputs"]) == 2 and set(head(features)) == {"pred_logits", "pred_boxes"}
     shallow = DetrHead(
         in_channels=48, num_classes=6, num_queries=10, dim=64, dec_layers=2, dim_feedforward=128, dropout=0.0
     ).eval()

@@ -1,0 +1,46 @@
+#!/usr/bin/env python3
+"""Convert a published backbone (.pth) to a pickle (.pkl) for MODEL.WEIGHTS.
+
+    python tools/convert_backbone.py swin_tiny_patch4_window7_224.pth swin_tiny_patch4_window7_224.pkl
+    python tools/convert_backbone.py moby_swin_t_300ep_pretrained.pth moby_swin_t_300ep_pretrained.pkl
+    python tools/convert_backbone.py dino_resnet50_pretrain.pth dino_resnet50_pretrain.pkl
+
+The names in the file tell what it is: original Swin weights; MoBY's, of which the online encoder is taken;
+torchvision's ResNet with bottlenecks, as DINO's is published; or a full checkpoint of DINO, of which the teacher is
+taken. All of them were trained on RGB images, normalised as in the configs.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from eco_m2f.command_line import run
+from eco_m2f.published import check_target, read_backbone, write_backbone
+
+
+def convert(source: Path, target: Path) -> str:
+    """Write the pickle and return a line that tells what is in it."""
+    check_target(target)
+    found = read_backbone(source)
+    write_backbone(target, found.weights)
+    blocks = {match[0] for name in found.weights if (match := re.match(r"(layers\.\d+\.blocks|res\d)\.\d+\.", name))}
+    line = f"{target}: {found.layout}, {len(found.weights)} tensors, {len(blocks)} blocks"
+    left_out = ", ".join(f"{word} ({count})" for word, count in sorted(found.left_out.items()))
+    return f"{line}; left out: {left_out or 'nothing'}"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="the published .pth file")
+    parser.add_argument("target", type=Path, help="the .pkl file to write")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = build_parser().parse_args(arguments)
+    print(convert(args.source, args.target))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
