@@ -2,8 +2,9 @@
 
 The keys of the parent carry their official Mask2Former names, so that official YAML files merge unchanged. Keys of
 this project are those under MODEL.ECO, MODEL.DETR, MODEL.TIMM, MODEL.PROSCALE, MODEL.HYBRID and MODEL.DOVIT;
-MASK_BRANCH, PIXEL_DECODER_AMP and TRANSFORMER_ENCODER_NAME of MODEL.SEM_SEG_HEAD; SOLVER.AMP.PRECISION,
-SOLVER.ACCUMULATION_STEPS, TEST.AMP and DATASETS.CUSTOM. Each key is read somewhere; tests/test_config.py proves it.
+MASK_BRANCH, PIXEL_DECODER_AMP and TRANSFORMER_ENCODER_NAME of MODEL.SEM_SEG_HEAD; MASK_LOSS of MODEL.MASK_FORMER;
+SOLVER.AMP.PRECISION, SOLVER.ACCUMULATION_STEPS, TEST.AMP and DATASETS.CUSTOM. Each key is read somewhere;
+tests/test_config.py proves it.
 """
 
 from detectron2.config import CfgNode
@@ -52,6 +53,7 @@ def _add_mask_former(cfg: CfgNode) -> None:
     m.CLASS_WEIGHT = 1.0
     m.DICE_WEIGHT = 1.0
     m.MASK_WEIGHT = 20.0
+    m.MASK_LOSS = "cross_entropy"  # at random points, Mask2Former's; or "focal", at all pixels of the prediction
     m.NHEADS = 8
     m.DROPOUT = 0.1
     m.DIM_FEEDFORWARD = 2048
@@ -82,7 +84,7 @@ def _add_pixel_decoder(cfg: CfgNode) -> None:
     head.PIXEL_DECODER_NAME = "BasePixelDecoder"
     head.PIXEL_DECODER_AMP = False  # let autocast into the pixel decoder; Mask2Former does not. For bfloat16
     head.MASK_BRANCH = "fpn"  # what makes the mask features: "fpn", "lpe" (PRO-SCALE) or "stride8" (RT-M2F)
-    head.TRANSFORMER_ENCODER_NAME = "MSDeformEncoder"  # or "LiteEncoder", "ProScaleEncoder", "HybridEncoder"
+    head.TRANSFORMER_ENCODER_NAME = "MSDeformEncoder"  # or "LiteEncoder", "ProScaleEncoder", ..; see encoders/
     head.TRANSFORMER_ENC_LAYERS = 0
     head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES = ["res3", "res4", "res5"]
     head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS = 4

@@ -309,7 +309,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict:
-        return evaluate(cfg, model)
+        return evaluate(cfg, model) if cfg.DATASETS.TEST else {}
 
 
 def check_training(cfg: CfgNode, processes: int) -> None:
@@ -390,7 +390,12 @@ def build_trained(cfg: CfgNode, with_gate: bool = True) -> nn.Module:
 
 
 def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
-    """Accuracy, and what exits or stopping tokens saved, on every DATASETS.TEST; empty on ranks but the first."""
+    """Accuracy, and what exits or stopping tokens saved, on every DATASETS.TEST; empty on ranks but the first.
+
+    Raises ValueError where DATASETS.TEST is empty, or a dataset does not go with the model.
+    """
+    if not cfg.DATASETS.TEST:
+        raise ValueError("DATASETS.TEST is empty: name a dataset to evaluate on")
     check_datasets(cfg, cfg.DATASETS.TEST)
     results = {}
     test = cfg.MODEL.MASK_FORMER.TEST

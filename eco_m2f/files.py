@@ -32,13 +32,28 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
         unfinished.unlink(missing_ok=True)
 
 
+def prepare_output(path: str | os.PathLike) -> None:
+    """Makes the folder of a file that will be written; called early, a wrong path shows before the work.
+
+    Raises:
+        ValueError: the folder cannot be made or written to, or the path is a folder itself.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise PermissionError("it is a folder" if path.is_dir() else "its folder is write-protected")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error}): name another file") from error
+
+
 def write_csv(path: str | os.PathLike, rows: Sequence[Mapping], columns: Sequence[str] | None = None) -> None:
     """Writes rows with a header, whole or not at all, and makes the folder; columns: by default the first row's.
 
     Raises:
         ValueError: a row has another column.
     """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    prepare_output(path)
     with atomic_write(path, "w") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]) if columns is None else columns, lineterminator="\n")
         writer.writeheader()

@@ -10,7 +10,7 @@ whole model reached when it was evaluated, image by image, with this gate.
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +64,8 @@ def write_report(folder: str | Path) -> Path:
     folder = Path(folder)
     parent = DerivedDataset.load(folder / "derived" / "parent_val", with_features=False)
     val = DerivedDataset.load(folder / "derived" / "val")
-    gates = sorted((Gate.load(p) for p in (folder / "gates").glob("*.pth")), key=lambda gate: gate.beta)
+    found = ((p.stem, Gate.load(p)) for p in (folder / "gates").glob("*.pth"))
+    gates = dict(sorted(found, key=lambda pair: pair[1].beta))
     if not gates:
         raise FileNotFoundError(f"no gates in {folder / 'gates'}: let tools/recipe.py come to its end")
     results = collect(folder, parent, val, gates)
@@ -73,29 +74,24 @@ def write_report(folder: str | Path) -> Path:
         file.write("\n".join([*markdown(results, val.measure), "", *provenance(folder, parent, val), ""]))
     plot_quality(results, val.measure, folder / f"{val.measure.lower()}_gflops.png")
     plot_exits(results, val, folder / "exits.png")
-    middle = gates[len(gates) // 2]
-    plot_predictions(folder / "eval" / gate_name(middle), middle, val, folder / "predictions.png")
+    name, middle = list(gates.items())[len(gates) // 2]
+    plot_predictions(folder / "eval" / name, middle, val, folder / "predictions.png")
     return folder / "table.md"
 
 
-def gate_name(gate: Gate) -> str:
-    """The name that train_gate.py gives the file of one gate among several."""
-    return f"gate_beta{gate.beta:g}_K{gate.max_exit}"
-
-
-def collect(folder: Path, parent: DerivedDataset, val: DerivedDataset, gates: Sequence[Gate]) -> list[Result]:
-    """All results of a run, in the order of the table."""
+def collect(folder: Path, parent: DerivedDataset, val: DerivedDataset, gates: Mapping[str, Gate]) -> list[Result]:
+    """All results of a run, in the order of the table; gates by the name that each was evaluated under."""
     results = [Result(PARENT, f"all at {row.max_exit}", row) for row in fixed_rows(parent)]
     for row in fixed_rows(val):
         whole = evaluated(folder / "eval" / "full", val.measure) if row.max_exit == val.exits[-1] else ()
         results.append(Result(STEP_A, f"all at {row.max_exit}", row, *whole))
     features = torch.from_numpy(val.features)
-    for gate in gates:
+    for name, gate in gates.items():
         about = {"policy": "gate", "beta": gate.beta, "max_exit": gate.max_exit, "loss": gate.loss}
         row = measure(val, gate.choose(features), **about)
-        whole = evaluated(folder / "eval" / gate_name(gate), val.measure)
+        whole = evaluated(folder / "eval" / name, val.measure)
         results.append(Result(STEP_A, f"gate, beta {gate.beta:g}", row, *whole))
-    for gate in gates:
+    for gate in gates.values():
         results.append(Result(TARGETS, f"beta {gate.beta:g}", oracle_row(val, gate.beta, gate.max_exit)))
     return results
 

@@ -29,6 +29,12 @@ RT = (
     *(_HEAD + "MASK_BRANCH", "stride8", _HEAD + "COMMON_STRIDE", 8),
     *(_HEAD + "IN_FEATURES", ["res3", "res4", "res5"], "MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"]),
 )
+MASKFORMER = (
+    *(_HEAD + "TRANSFORMER_ENCODER_NAME", "DenseEncoder"),
+    *(_HEAD + "DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES", ["res5"], "MODEL.MASK_FORMER.MASK_LOSS", "focal"),
+    *("MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME", "StandardTransformerDecoder"),
+    *("MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE", "transformer_encoder"),
+)
 
 
 def build(config: str = PARENT, *opts, mini: bool = True) -> torch.nn.Module:

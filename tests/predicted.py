@@ -1,6 +1,7 @@
-"""A small panoptic data set on which a model of random weights has a PQ above 0."""
+"""Small data sets annotated by what a model predicts, so that a model of random weights has a PQ, or AP, above 0."""
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,67 +14,105 @@ from tiny import Tiny
 from eco_m2f import engine
 from eco_m2f.data import PanopticTestMapper
 from eco_m2f.data.panoptic_map import ids_to_rgb
+from eco_m2f.evaluation import BoxGroundTruth
 from eco_m2f.evaluation.panoptic_quality import to_dataset_categories
 
 OPTIONS = ["MODEL.MASK_FORMER.TEST.OBJECT_MASK_THRESHOLD", 0.0, "MODEL.MASK_FORMER.TEST.OVERLAP_THRESHOLD", 0.0]
+BOXES_PER_IMAGE = 4
 
 
 def opinionated(model):
-    """Random weights whose predictions have several segments of several classes, and change little between exits."""
+    """Random weights whose predictions differ from query to query, have several classes, and change little by exit."""
     fill(model)
-    head = model.sem_seg_head
     with torch.no_grad():
-        head.predictor.class_embed.weight.mul_(3)
-        head.predictor.class_embed.bias.zero_()[-1] = -3.0  # hardly ever "no object"
-        head.pixel_decoder.mask_features.bias.zero_()
-        for name, value in head.pixel_decoder.transformer.named_parameters():
-            if "norm" in name:
-                value.fill_(float(name.endswith("weight")))
-            elif "output_proj" in name or "linear2" in name:
-                value.mul_(0.1)
+        (_opinionated_boxes if model.annotation == "boxes" else _opinionated_masks)(model.head)
     return model.eval()
 
 
-class Predicted:
-    """A data set annotated by what the model predicts, each image at another exit, spoilt a little: PQ is not 0."""
+def _opinionated_boxes(head) -> None:
+    head.class_embed.weight.mul_(4)
+    head.class_embed.bias.zero_()
+    head.bbox_embed.layers[2].weight.mul_(2)
 
-    def __init__(self, base: Path, num_images: int):
-        self.tiny = Tiny(base, num_train=num_images, num_val=1)
-        self.weights = base / "model.pth"
-        self.options = ["MODEL.WEIGHTS", str(self.weights), *OPTIONS]
-        self.model = opinionated(engine.build_model(engine.load_cfg(self.tiny.config(), OPTIONS)))
-        torch.save({"model": self.model.state_dict()}, self.weights)
-        self.cfg = engine.load_cfg(self.tiny.config(), self.options)
-        self.dataset = f"{self.tiny.name}_train"
-        self._annotate()
 
-    def predict(self, x: dict, k: int) -> tuple[np.ndarray, list[dict]]:
-        """Panoptic map and segments, with the ids of the dataset's categories, of a mapped image at exit k."""
-        images = self.model.preprocess([x])
-        with torch.no_grad():
-            pred = self.model.sem_seg_head.forward_exits(self.model.backbone(images.tensor), [k])[k]
-            panoptic, segments = self.model.judged(pred, images, x)
-        content = json.loads(self.tiny.json("train").read_text())
-        return panoptic.astype(np.int32), to_dataset_categories(
-            segments, dict(enumerate(c["id"] for c in content["categories"]))
-        )
+def _opinionated_masks(head) -> None:
+    head.predictor.class_embed.weight.mul_(3)
+    head.predictor.class_embed.bias.zero_()[-1] = -3.0  # hardly ever "no object"
+    head.pixel_decoder.mask_features.bias.zero_()
+    for name, value in head.pixel_decoder.transformer.named_parameters():
+        if "norm" in name:
+            value.fill_(float(name.endswith("weight")))
+        elif "output_proj" in name or "linear2" in name:
+            value.mul_(0.1)
+
+
+class Split:
+    """The images of a split as a model sees them, and what it finds there at an exit."""
+
+    def __init__(self, tiny: Tiny, split: str, cfg, model):
+        self.tiny, self.split, self.cfg, self.model = tiny, split, cfg, model
+        self.dataset = tiny.dataset(split, model.annotation == "boxes")
 
     def inputs(self) -> list[dict]:
         mapper = PanopticTestMapper(self.cfg)
         return [mapper(record) for record in DatasetCatalog.get(self.dataset)]
 
-    def _annotate(self) -> None:
-        content = json.loads(self.tiny.json("train").read_text())
-        annotations = {a["image_id"]: a for a in content["annotations"]}
+    def predict(self, x: dict, k: int) -> tuple[np.ndarray, list[dict]] | list[dict]:
+        """What the quality of a mapped image at exit k is taken of, in the ids of the dataset's categories.
+
+        A panoptic map and its segments; or detections.
+        """
+        images = self.model.preprocess([x])
+        with torch.no_grad():
+            pred = self.model.head.forward_exits(self.model.extract(images), [k])[k]
+            found = self.model.judged(pred, images, x)
+        if self.model.annotation == "boxes":
+            return BoxGroundTruth(self.dataset).detections(x["image_id"], found)
+        categories = json.loads(self.tiny.json(self.split).read_text())["categories"]
+        return found[0].astype(np.int32), to_dataset_categories(found[1], dict(enumerate(c["id"] for c in categories)))
+
+    def annotate(self, exits: Sequence[int]) -> None:
+        """Image i is annotated with what is found at exits[i % len(exits)], spoilt a little; of boxes the last image
+        holds nothing."""
+        boxes = self.model.annotation == "boxes"
+        path = self.tiny.json(self.split, "detection" if boxes else "panoptic")
+        content, found = json.loads(path.read_text()), []
         for i, x in enumerate(self.inputs()):
-            panoptic, segments = self.predict(x, 2 + i % 5)
-            panoptic[:, : 8 + i] = 0
-            left = set(np.unique(panoptic).tolist())
-            annotation = annotations[x["image_id"]]
-            annotation["segments_info"] = [
-                {"id": s["id"], "category_id": s["category_id"], "iscrowd": 0, "area": int((panoptic == s["id"]).sum())}
-                for s in segments
-                if s["id"] in left
-            ]
-            Image.fromarray(ids_to_rgb(panoptic)).save(x["pan_seg_file_name"])
-        self.tiny.json("train").write_text(json.dumps(content))
+            found.append((x, self.predict(x, exits[i % len(exits)])))
+        content["annotations"] = list((_objects if boxes else _segments)(found, content))
+        path.write_text(json.dumps(content))
+
+
+def _objects(found: list, content: dict) -> Iterator[dict]:
+    best = [d for _, detections in found[:-1] for d in detections[:BOXES_PER_IMAGE]]
+    for i, d in enumerate(best, start=1):
+        row = {key: d[key] for key in ("image_id", "category_id", "bbox")}
+        yield {"id": i, **row, "area": d["bbox"][2] * d["bbox"][3], "iscrowd": 0}
+
+
+def _segments(found: list, content: dict) -> Iterator[dict]:
+    """Writes the PNGs, too."""
+    annotations = {a["image_id"]: a for a in content["annotations"]}
+    for i, (x, (panoptic, segments)) in enumerate(found):
+        panoptic[:, : 8 + i] = 0
+        areas = dict(zip(*(v.tolist() for v in np.unique(panoptic, return_counts=True))))
+        kept = [
+            {"id": s["id"], "category_id": s["category_id"], "iscrowd": 0, "area": areas[s["id"]]}
+            for s in segments
+            if s["id"] in areas
+        ]
+        Image.fromarray(ids_to_rgb(panoptic)).save(x["pan_seg_file_name"])
+        yield {**annotations[x["image_id"]], "segments_info": kept}
+
+
+class Predicted(Split):
+    """A training split annotated by an opinionated model, whose checkpoint lies beside it."""
+
+    def __init__(self, base: Path, num_images: int, kind: str = "eco_maskformer2"):
+        tiny = Tiny(base, num_train=num_images, num_val=1)
+        self.kind, self.weights = kind, base / "model.pth"
+        self.options = ["MODEL.WEIGHTS", str(self.weights), *OPTIONS]
+        cfg = engine.load_cfg(tiny.config(kind), self.options)
+        super().__init__(tiny, "train", cfg, opinionated(engine.build_model(cfg)))
+        torch.save({"model": self.model.state_dict()}, self.weights)
+        self.annotate(self.model.exits)

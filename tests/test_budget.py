@@ -183,6 +183,7 @@ def test_another_quality_measure_than_pq(tmp_path):
     val = make_derived(tmp_path / "val", 50, seed=1, with_statistics=False)
     best, _ = search_budget(train, val, 6, max_pq_drop=1.0)
     assert math.isnan(best.pq) and best.score == best.quality >= fixed_rows(val)[-1].quality - 1.0
+    assert "nan" not in format_row(best) and f"{best.quality:.2f}" in format_row(best)
 
 
 def test_tables(train, val, tmp_path):

@@ -22,7 +22,12 @@ DOVIT = [name for name in LEAVES if Path(name).name.startswith("dovit")]
 PAPER = [name for name in LEAVES if "/panoptic-segmentation/" in name]
 BACKBONES = ("R50", "swin_tiny", "swin_small", "swin_base_IN21k_384")
 PARENTS_ENCODER = "MSDeformEncoder"
-ENCODERS = {"lite": "LiteEncoder", "rt": "HybridEncoder", "proscale": "ProScaleEncoder"}  # by folder
+ENCODERS = {
+    "lite": "LiteEncoder",
+    "rt": "HybridEncoder",
+    "proscale": "ProScaleEncoder",
+    "maskformer": "DenseEncoder",
+}  # by folder
 HEAD = "MODEL.SEM_SEG_HEAD."
 SIBLINGS = {  # by folder: the keys in which a parent differs from Mask2Former's, on a machine without a GPU
     "lite": {HEAD + "TRANSFORMER_ENCODER_NAME"},
@@ -33,6 +38,12 @@ SIBLINGS = {  # by folder: the keys in which a parent differs from Mask2Former's
     "proscale": {
         *(HEAD + key for key in ("TRANSFORMER_ENCODER_NAME", "TRANSFORMER_ENC_LAYERS", "MASK_BRANCH")),
         "MODEL.PROSCALE.STAGES",
+    },
+    "maskformer": {
+        *(HEAD + key for key in ("TRANSFORMER_ENCODER_NAME", "DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES")),
+        *(f"MODEL.MASK_FORMER.{key}" for key in ("TRANSFORMER_DECODER_NAME", "TRANSFORMER_IN_FEATURE", "DEC_LAYERS")),
+        *(f"MODEL.MASK_FORMER.{key}_WEIGHT" for key in ("CLASS", "MASK", "DICE")),
+        *(f"MODEL.MASK_FORMER.{key}" for key in ("MASK_LOSS", "DROPOUT")),
     },
 }
 WIDTHS = {"R50": 256, "swin_tiny": 96, "swin_small": 96, "swin_base_IN21k_384": 128}  # channels of res2
@@ -159,6 +170,7 @@ def test_the_siblings_configs_are_there():
         ("coco", "rt/rt"): ("swin_tiny",),
         ("cityscapes", "rt/rt"): ("swin_tiny",),
     }
+    assert "coco/panoptic-segmentation/maskformer/maskformer_R50_bs16_50ep.yaml" in ALL
     for (dataset, pattern), names in backbones.items():
         schedule = "50ep" if dataset == "coco" else "90k"
         for kind in {pattern.format(""), pattern.format("_eco")}:
@@ -167,10 +179,10 @@ def test_the_siblings_configs_are_there():
 
 
 @pytest.mark.parametrize("name", [n for n in PAPER if method_of(n) in SIBLINGS and "_eco_" not in n])
-def test_a_sibling_differs_from_mask2former_in_its_encoder_alone(name):
+def test_a_sibling_differs_from_mask2former_in_its_method_alone(name):
     method = method_of(name)
     folder = "" if "_R50_" in name else "swin/"
-    parent_name = re.sub(rf"{method}/{method}\d*_", folder, name)
+    parent_name = re.sub(rf"{method}/{method}\d*_(maskformer2_)?", f"{folder}maskformer2_", name)
     device = ["MODEL.DEVICE", "cpu"]
     sibling, parent = (leaves(engine.load_cfg(str(CONFIGS / n), device)) for n in (name, parent_name))
     assert {key for key in sibling if sibling[key] != parent[key]} == SIBLINGS[method] | {"OUTPUT_DIR"}
@@ -186,8 +198,8 @@ def test_one_gpu_keeps_everything_but_how_a_batch_is_made(name):
         assert values["SOLVER.IMS_PER_BATCH"] * values["SOLVER.ACCUMULATION_STEPS"] == 16
 
 
-def test_every_paper_config_has_a_variant_for_one_gpu():
-    for name in PAPER:
+def test_every_config_of_the_paper_and_of_detr_has_a_variant_for_one_gpu():
+    for name in [*PAPER, *(n for n in LEAVES if "/object-detection/" in n)]:
         dataset = Path(name).parts[0]
         if "_1gpu" not in name:
             alias = dataset == "cityscapes" and name.endswith("_50ep.yaml")  # COCO's name for the schedule of 90k
@@ -349,6 +361,7 @@ def test_official_keys_are_all_in_that_file():
     """Of our keys, those that the list lacks are this project's own."""
     assert own_keys() - set(leaves(yaml.safe_load(OFFICIAL))) == {
         "DATASETS.CUSTOM",
+        "MODEL.MASK_FORMER.MASK_LOSS",
         "MODEL.SEM_SEG_HEAD.MASK_BRANCH",
         "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_AMP",
         "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENCODER_NAME",

@@ -1,7 +1,6 @@
 """Config mistakes, optimizer, schedules, mixed precision, accumulation, resuming."""
 
 import json
-import logging
 import math
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 import torch
 from minis import CONFIGS, ECO, MINI, build, fill, make_batch
 from PIL import Image
-from tiny import Tiny
+from tiny import Tiny, kept_log_handlers
 from torch import nn
 
 from eco_m2f import engine
@@ -26,12 +25,8 @@ def tiny(tmp_path_factory) -> Tiny:
 
 @pytest.fixture(autouse=True)
 def quiet():
-    """Takes away the log handlers that a test adds, whose files are gone after it."""
-    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "eco_m2f")]
-    before = [(log, list(log.handlers), log.propagate) for log in loggers]
-    yield
-    for log, handlers, propagate in before:
-        log.handlers[:], log.propagate = handlers, propagate
+    with kept_log_handlers():
+        yield
 
 
 def make_step(model, batches, *opts, accumulation_steps: int = 1) -> engine.Step:
@@ -338,15 +333,18 @@ def stop_workers(trainer: engine.Trainer) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed, workers", [(5, 2), (-1, 0)])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny, tmp_path, workers, seed):
+@pytest.mark.parametrize(
+    "config, seed, workers", [("eco_maskformer2", 5, 2), ("eco_maskformer2", -1, 0), ("eco_detr", 5, 0)]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny, tmp_path, config, seed, workers):
     """With all that draws random numbers: order of images, augmentation, points, dropout, exits; and accumulation."""
 
     def trainer(kind, folder, *more):
         options = ["SEED", seed, "SOLVER.MAX_ITER", 5, "SOLVER.CHECKPOINT_PERIOD", 2, "DATALOADER.NUM_WORKERS", workers]
-        random = ["MODEL.ECO.EXITS_PER_STEP", 2, "MODEL.MASK_FORMER.DROPOUT", 0.1, "SOLVER.ACCUMULATION_STEPS", 2]
+        random = ["MODEL.ECO.EXITS_PER_STEP", 2, "MODEL.MASK_FORMER.DROPOUT", 0.1, "MODEL.DETR.DROPOUT", 0.1]
+        random += ["SOLVER.ACCUMULATION_STEPS", 2]
         data = ["INPUT.MIN_SIZE_TRAIN", (32, 48, 64), "DATASETS.TEST", (), "OUTPUT_DIR", str(tmp_path / folder)]
-        cfg = engine.load_cfg(tiny.config(), [*options, *random, *data, *more])
+        cfg = engine.load_cfg(tiny.config(config), [*options, *random, *data, *more])
         (tmp_path / folder).mkdir(exist_ok=True)
         torch.manual_seed(0)  # the initial weights
         np.random.seed(len(list((tmp_path / folder).iterdir())))  # for SEED -1: a resumed run would draw another seed

@@ -13,7 +13,6 @@ from eco_m2f.report import (
     collect,
     evaluated_ap,
     evaluated_pq,
-    gate_name,
     markdown,
 )
 
@@ -35,11 +34,11 @@ def test_markdown_has_a_line_per_result_and_the_part_of_the_cost(derived):
 def test_results_hold_forced_exits_gates_and_targets(tmp_path, derived):
     train = make_derived(tmp_path / "train", 200, seed=2)
     gate = GateFitter(train, derived).fit(0.005, 6).gate
-    for name, pq in (("full", 0.5), (gate_name(gate), 0.25)):
+    for name, pq in (("full", 0.5), ("some_gate", 0.25)):
         folder = tmp_path / "eval" / name / "inference" / "toy"
         folder.mkdir(parents=True)
         (folder / "panoptic.json").write_text(f'{{"All": {{"pq": {pq}}}}}')
-    results = collect(tmp_path, derived, derived, [gate])
+    results = collect(tmp_path, derived, derived, {"some_gate": gate})
     assert [r.row.policy for r in results] == ["fixed"] * 6 + ["gate", "oracle"]
     assert [r.evaluated for r in results] == [None] * 5 + [50.0, 25.0, None]
     assert results[6].row.pq == gate.results["pq"] and results[6].model == STEP_A
@@ -49,11 +48,11 @@ def test_of_boxes_the_mean_ap_of_the_images_takes_the_place_of_pq(tmp_path):
     about = {"with_statistics": False, "measure": "AP"}
     train, val = (make_derived(tmp_path / name, n, seed, **about) for name, n, seed in (("a", 200, 2), ("b", 60, 1)))
     gate = GateFitter(train, val).fit(0.005, 6).gate
-    for name in ("full", gate_name(gate)):
+    for name in ("full", "some_gate"):
         folder = tmp_path / "eval" / name / "inference" / "toy"
         folder.mkdir(parents=True)
         (folder / "boxes.json").write_text('{"AP": 0.25, "AP_image": 0.5}')
-    results = collect(tmp_path, val, val, [gate])
+    results = collect(tmp_path, val, val, {"some_gate": gate})
     assert [(r.evaluated, r.dataset_ap) for r in results[5:]] == [(50.0, 25.0), (50.0, 25.0), (None, None)]
     head, _, *lines = markdown(results, val.measure)
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *lines)]

@@ -1,10 +1,15 @@
-"""A toy set of a few images, and configs of small models for it: what end-to-end tests run on."""
+"""A toy set of a few images, configs of small models for it, and ways to run tools: what end-to-end tests stand on."""
 
+import contextlib
 import itertools
+import logging
 import os
+import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 from minis import CONFIGS, ROOT
 
@@ -15,15 +20,16 @@ MODEL:
   DEVICE: cpu
   WEIGHTS: ""
   RESNETS: {{STEM_OUT_CHANNELS: 8, RES2_OUT_CHANNELS: 16, WIDTH_PER_GROUP: 4, NORM: "FrozenBN"}}
-  SEM_SEG_HEAD: {{CONVS_DIM: 32, MASK_DIM: 32}}
+  SWIN: {{EMBED_DIM: 16, DEPTHS: [1, 1, 1, 1], NUM_HEADS: [1, 1, 2, 2], WINDOW_SIZE: 4}}
+  SEM_SEG_HEAD: {{NUM_CLASSES: {classes}, CONVS_DIM: 32, MASK_DIM: 32}}
   MASK_FORMER: {{HIDDEN_DIM: 32, DIM_FEEDFORWARD: 64, NUM_OBJECT_QUERIES: 12, DEC_LAYERS: 3, TRAIN_NUM_POINTS: 64}}
   DETR: {{HIDDEN_DIM: 32, DIM_FEEDFORWARD: 64, NUM_OBJECT_QUERIES: 12, DEC_LAYERS: 2}}
 DATASETS:
   CUSTOM: ["{train}", "{val}"]
   TRAIN: ["{name}_train"]
   TEST: ["{name}_val"]
-SOLVER: {{IMS_PER_BATCH: 2, MAX_ITER: 4, WARMUP_ITERS: 0, CHECKPOINT_PERIOD: 2}}
-INPUT: {{MIN_SIZE_TRAIN: [64], MAX_SIZE_TRAIN: 128, MIN_SIZE_TEST: 64, MAX_SIZE_TEST: 128}}
+SOLVER: {{IMS_PER_BATCH: 2, MAX_ITER: 4, WARMUP_ITERS: 0, CHECKPOINT_PERIOD: 2, AMP: {{ENABLED: False}}}}
+INPUT: {{MIN_SIZE_TRAIN: [64], MAX_SIZE_TRAIN: 128, MIN_SIZE_TEST: 64, MAX_SIZE_TEST: 128, IMAGE_SIZE: 64}}
 DATALOADER: {{NUM_WORKERS: 0}}
 OUTPUT_DIR: "{output}"
 """
@@ -43,23 +49,32 @@ class Tiny:
         """The DATASETS.CUSTOM entry of a split."""
         data = self.base / "data"
         if boxes:
-            return f"name={self.name}_boxes_{split},images={data / split},boxes={self.json(split, 'detection')}"
+            return f"name={self.dataset(split, True)},images={data / split},boxes={self.json(split, 'detection')}"
         folders = f"images={data / split},panoptic={data / f'panoptic_{split}'}"
-        return f"name={self.name}_{split},{folders},json={self.json(split)}"
+        return f"name={self.dataset(split)},{folders},json={self.json(split)}"
 
     def json(self, split: str, kind: str = "panoptic") -> Path:
         return self.base / "data" / "annotations" / f"{kind}_{split}.json"
 
+    def dataset(self, split: str, boxes: bool = False) -> str:
+        """The registered name of a split."""
+        return f"{self.name}_{'boxes_' if boxes else ''}{split}"
+
     def config(self, kind: str = "eco_maskformer2") -> str:
-        """Path of a config, of configs/toy: "maskformer2", "eco_detr" .. Its OUTPUT_DIR is `base`/output."""
-        boxes = kind.endswith("detr")
-        path = self.base / f"{kind}.yaml"
+        """Path of a config whose OUTPUT_DIR is `base`/output.
+
+        kind: one of configs/toy, as "maskformer2" or "eco_detr"; or the path, below configs/, of any other.
+        """
+        base = CONFIGS / (kind if kind.endswith(".yaml") else f"toy/{kind}_toy.yaml")
+        boxes = "detr" in base.name
+        path = self.base / f"{base.stem}.yaml"
         path.write_text(
             CONFIG.format(
-                base=CONFIGS / "toy" / f"{kind}_toy.yaml",
+                base=base,
                 train=self.spec("train", boxes),
                 val=self.spec("val", boxes),
-                name=f"{self.name}_boxes" if boxes else self.name,
+                classes=5 if boxes else 9,
+                name=self.dataset("", boxes).rstrip("_"),
                 output=self.output,
             )
         )
@@ -80,6 +95,30 @@ def tool(name: str, *arguments, launcher=(), timeout: int = 120, **environment) 
         cwd=ROOT,
         env=tool_environment(**environment),
     )
+
+
+def call(name: str, *arguments) -> int:
+    """Runs tools/`name`.py in this process, as the command line would: seconds less than `tool`. Its exit status."""
+    path = str(ROOT / "tools" / f"{name}.py")
+    with mock.patch.object(sys, "argv", [path, *map(str, arguments)]), kept_log_handlers():
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as end:
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+                return 1
+            return end.code or 0
+    return 0
+
+
+@contextlib.contextmanager
+def kept_log_handlers() -> Iterator[None]:
+    """Takes away the log handlers that are added meanwhile, whose files are gone after the test."""
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "eco_m2f")]
+    before = [(log, list(log.handlers), log.propagate) for log in loggers]
+    yield
+    for log, handlers, propagate in before:
+        log.handlers[:], log.propagate = handlers, propagate
 
 
 def tool_environment(**more) -> dict[str, str]:

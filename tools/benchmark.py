@@ -54,7 +54,7 @@ from torch import Tensor
 
 from eco_m2f import ops
 from eco_m2f.command_line import keep_freed_memory, run
-from eco_m2f.files import write_csv
+from eco_m2f.files import prepare_output, write_csv
 from eco_m2f.ops.fused import compose
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -149,7 +149,7 @@ def op_contestants(inputs: OpInputs, names: Sequence[str], from_logits: bool = F
     """Name -> function of `inputs.leaves(from_logits)`; ours comes first.
 
     Raises:
-        SystemExit: a name that is unknown, or whose package is not installed.
+        ValueError: a name that is unknown, or whose package is not installed.
     """
     flat = inputs.flat
     table: dict[str, Contestant] = {
@@ -164,7 +164,7 @@ def op_contestants(inputs: OpInputs, names: Sequence[str], from_logits: bool = F
         table = {name: after_softmax(function, inputs) for name, function in table.items()} | fused
     unknown = set(names) - set(table)
     if unknown:
-        raise SystemExit(f"no contestant {sorted(unknown)}: choose from {sorted(table)}, or install it")
+        raise ValueError(f"no contestant {sorted(unknown)}: choose from {sorted(table)}, or install it")
     return {name: function for name, function in table.items() if not names or name == OURS or name in names}
 
 
@@ -839,8 +839,16 @@ def main() -> int:
     add_model_arguments(subcommands.add_parser("model", help="a whole model, image to panoptic map"))
     add_step_arguments(subcommands)
     add_dovit_arguments(subcommands.add_parser("dovit", help="a DoViT of whose tokens some stop"))
-    args = parser.parse_args()
-    return run(args.run, args)
+    return run(measure, parser.parse_args())
+
+
+def measure(args: argparse.Namespace) -> None:
+    """What the subcommand measures, once it is clear that this can be done and kept."""
+    if getattr(args, "device", "cpu") == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no GPU here (nvidia-smi); take --device cpu")
+    if args.output:
+        prepare_output(args.output)
+    args.run(args)
 
 
 if __name__ == "__main__":

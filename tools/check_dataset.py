@@ -1,8 +1,9 @@
-"""Lists what is wrong with a panoptic dataset; exit code 1 if anything is.
+"""Lists what is wrong with a panoptic dataset, or one of boxes (COCO's detection format); exit code 1 if anything is.
 
 tools/check_dataset.py toy_panoptic_train
 tools/check_dataset.py --config-file configs/toy/maskformer2_toy.yaml --sample 50
 tools/check_dataset.py cells --custom name=cells,images=cells/img,panoptic=cells/pan,json=cells/pan.json
+tools/check_dataset.py coco_2017_val --config-file configs/coco/object-detection/detr_R50_bs16_500ep.yaml
 """
 
 import argparse

@@ -15,8 +15,8 @@ import re
 import sys
 from pathlib import Path
 
+from eco_m2f.command_line import run
 from eco_m2f.published import check_target, read_backbone, write_backbone
-from eco_m2f.safe_load import CheckpointError
 
 
 def convert(source: Path, target: Path) -> str:
@@ -39,11 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
-    try:
-        print(convert(args.source, args.target))
-    except (OSError, CheckpointError) as error:
-        sys.exit(f"convert_backbone: {error}")
+    print(convert(args.source, args.target))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from detectron2.data import MetadataCatalog
 
+from eco_m2f.command_line import run
 from eco_m2f.files import atomic_write
 from eco_m2f.published import resnet_name
 from eco_m2f.safe_load import CheckpointError, read_checkpoint
@@ -68,11 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
-    try:
-        print(convert(args.source, args.target))
-    except (OSError, CheckpointError) as error:
-        sys.exit(f"convert_detr: {error}")
+    print(convert(args.source, args.target))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from eco_m2f.command_line import run
 from eco_m2f.published import check_target, write_backbone
 from eco_m2f.requirements import require
 from eco_m2f.safe_load import CheckpointError, read_checkpoint
@@ -92,11 +93,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("target", type=Path, help="the .pkl file to write")
     parser.add_argument("--source", help="checkpoint, or package that holds one (default: timm's download)")
     args = parser.parse_args(arguments)
-    try:
-        print(convert(args.name, args.target, args.source))
-    except (OSError, CheckpointError, ImportError) as error:
-        sys.exit(f"convert_timm: {error}")
+    print(convert(args.name, args.target, args.source))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -14,12 +14,14 @@ from pathlib import Path
 from detectron2.utils import comm
 
 from eco_m2f import engine
-from eco_m2f.files import write_csv
+from eco_m2f.files import prepare_output, write_csv
 from eco_m2f.modeling import DoViT
 
 
 def main(args) -> None:
     cfg = engine.setup(args)
+    if args.output:
+        prepare_output(args.output)
     model = engine.build_trained(cfg)
     if not isinstance(model, DoViT):
         raise ValueError(f"{args.config_file} is of a {cfg.MODEL.META_ARCHITECTURE}: only a DoViT has a threshold")

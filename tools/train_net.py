@@ -17,8 +17,6 @@ from eco_m2f import engine
 def main(args) -> None:
     cfg = engine.setup(args)
     if args.eval_only:
-        if not cfg.DATASETS.TEST:
-            raise ValueError("DATASETS.TEST is empty: name a dataset to evaluate on")
         engine.evaluate(cfg, engine.build_trained(cfg))
         return
     trainer = engine.Trainer(cfg)

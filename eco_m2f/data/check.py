@@ -1,8 +1,10 @@
-"""Finds what is wrong with a registered panoptic dataset before a training run does.
+"""Finds what is wrong with a registered panoptic dataset, or one of boxes, before a training run does.
 
-Works on any dataset whose metadata names a panoptic_json: COCO, Cityscapes, and all that this project registers.
+Works on any dataset whose metadata names a panoptic_json (COCO, Cityscapes, and all that this project registers), and
+on any in COCO's detection format.
 """
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -13,11 +15,13 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 
+from .datasets.coco_boxes import EVALUATOR_TYPE, read_box_json
 from .datasets.coco_panoptic_like import read_panoptic_json
 from .panoptic_map import VOID, DataError, read_ids
 from .parallel import each
 
 CITYSCAPES = "cityscapes_panoptic_seg"  # detectron2's evaluator_type
+BOX_SLACK = 1.0  # pixels that a box may lie outside its image
 SEMANTIC_TYPES = ("sem_seg", "cityscapes_sem_seg")  # those of datasets that have class maps alone
 
 
@@ -59,16 +63,17 @@ def check_dataset(
 
     Args: num_classes: the model's, compared if given; sample: look into the files of that many images drawn with
     `seed` (None: all; the JSON is always checked whole); workers: processes that read files.
-    Raises ValueError if the name is not registered or is not a panoptic dataset.
+    Raises ValueError if the name is not registered, or has neither panoptic annotation nor boxes.
     """
-    meta = _metadata(name)
-    findings = [] if num_classes is None else list(_check_classes(name, num_classes))
+    boxes = _has_boxes(name)
+    meta = _box_metadata(name) if boxes else _metadata(name)
+    findings = [] if num_classes is None else list(_check_classes(name, num_classes, "boxes" if boxes else "panoptic"))
     try:
-        content = read_panoptic_json(meta.panoptic_json)
+        content = read_box_json(meta.json_file) if boxes else read_panoptic_json(meta.panoptic_json)
     except DataError as error:
         return [*findings, Finding("unusable JSON", str(error), "restore it")]
-    findings += check_json(content, meta)
-    jobs = list(_jobs(content, meta))
+    findings += check_box_json(content, meta) if boxes else check_json(content, meta)
+    jobs = list(_box_jobs(content, meta) if boxes else _jobs(content, meta))
     if sample is not None and sample < len(jobs):
         jobs = random.Random(seed).sample(jobs, sample)
     for found in each(check_files, jobs, workers, title=name):
@@ -88,11 +93,32 @@ def check_json(content: dict, meta) -> list[Finding]:
     )
     for i in sorted(set(images) - set(annotated), key=str):
         findings.append(Finding("image without annotation", f"image id {i}", "annotate it, or remove it from `images`"))
-    for i in sorted(set(annotated) - set(images), key=str):
-        findings.append(Finding("annotation without image", f"image id {i}", "add it to `images`, or delete it"))
+    findings += _without_image(annotated, images)
     known = {category["id"] for category in content["categories"]}
     for annotation in content["annotations"]:
         findings += _check_segments(annotation, known)
+    return findings
+
+
+def check_box_json(content: dict, meta) -> list[Finding]:
+    """What a detection JSON alone reveals. Images without boxes are no finding: COCO has a thousand."""
+    registered = set(meta.thing_dataset_id_to_contiguous_id)
+    findings = list(_check_registered(content["categories"], lambda category: registered, registered))
+    images, annotations = content["images"], content["annotations"]
+    needed = {"image": ("id", "file_name", "height", "width"), "annotation": ("id", "image_id", "category_id")}
+    for kind, entries in (("image", images), ("annotation", annotations)):
+        for entry in entries:
+            if missing := [key for key in needed[kind] if key not in entry]:
+                told = f"{entry} lacks {', '.join(missing)}"
+                findings.append(Finding(f"incomplete {kind} entry", told, "complete it, or delete it"))
+        ids = [entry["id"] for entry in entries if "id" in entry]
+        findings += _repeated(ids, f"duplicate {kind} id", f"keep one of the `{kind}s` entries, or number them anew")
+    by_id = {image.get("id"): image for image in images}
+    annotations = [a for a in annotations if all(key in a for key in needed["annotation"])]
+    findings += _without_image([a["image_id"] for a in annotations], by_id)
+    known = {category["id"] for category in content["categories"]}
+    for annotation in annotations:
+        findings += _check_box(annotation, by_id.get(annotation["image_id"], {}), known)
     return findings
 
 
@@ -101,7 +127,7 @@ class _Job:
     """One image's files and what the JSON says of them."""
 
     image: str
-    panoptic: str
+    panoptic: str | None
     sem_seg: str | None
     size: tuple[int, int] | None  # (height, width) in the JSON
     areas: dict[int, int | None]  # segment id -> area in the JSON
@@ -119,7 +145,7 @@ def check_files(job: _Job) -> list[Finding]:
     for path, kind in ((job.panoptic, "panoptic PNG"), (job.sem_seg, "semantic PNG")):
         if path is not None and not Path(path).is_file():
             found.append(Finding(f"missing {kind}", path, "restore it; datasets/README.md tells how it is made"))
-    if not Path(job.panoptic).is_file():
+    if job.panoptic is None or not Path(job.panoptic).is_file():
         return found
     try:
         ids = read_ids(job.panoptic)
@@ -148,6 +174,12 @@ def _is_semantic(name: str) -> bool:
     return name in DatasetCatalog.list() and MetadataCatalog.get(name).get("evaluator_type") in SEMANTIC_TYPES
 
 
+def _has_boxes(name: str) -> bool:
+    """Whether a dataset is in COCO's detection format, and has no panoptic annotation."""
+    meta = MetadataCatalog.get(name) if name in DatasetCatalog.list() else None
+    return getattr(meta, "evaluator_type", None) == EVALUATOR_TYPE and not getattr(meta, "panoptic_json", None)
+
+
 def _registered(name: str, alike: Callable[[str], bool]):
     """The metadata of a dataset; an unknown name is answered with those that are alike."""
     if name not in DatasetCatalog.list():
@@ -160,7 +192,7 @@ def _registered(name: str, alike: Callable[[str], bool]):
 
 def _box_metadata(name: str):
     meta = _registered(name, lambda n: n.endswith(("_detection_train", "_detection_val")) or n.startswith("coco_2017"))
-    if getattr(meta, "evaluator_type", None) != "coco":
+    if getattr(meta, "evaluator_type", None) != EVALUATOR_TYPE:
         raise ValueError(
             f"dataset {name!r} has no boxes in COCO's detection format: take a detection dataset, such as "
             "coco_2017_train or toy_detection_train, or an entry boxes=<json> of DATASETS.CUSTOM"
@@ -175,24 +207,53 @@ def _metadata(name: str):
     return meta
 
 
-def _check_classes(name: str, num_classes: int) -> Iterator[Finding]:
+def _check_classes(name: str, num_classes: int, annotation: str) -> Iterator[Finding]:
     try:
-        check_class_count(name, num_classes)
+        check_class_count(name, num_classes, annotation)
     except ValueError as error:
         yield Finding("class count", str(error), "the model and the dataset must agree")
 
 
 def _check_categories(categories: list[dict], meta) -> Iterator[Finding]:
+    things, stuff = set(meta.thing_dataset_id_to_contiguous_id), set(meta.stuff_dataset_id_to_contiguous_id)
+    yield from _check_registered(categories, lambda c: things if c["isthing"] else stuff, things | stuff)
+
+
+def _check_registered(
+    categories: list[dict], expected: Callable[[dict], set[int]], all_ids: set[int]
+) -> Iterator[Finding]:
+    """Findings on the JSON's categories, each of which must be registered among the `expected` ids of its kind."""
     yield from _repeated([c["id"] for c in categories], "duplicate category id", "ids must be unique")
     yield from _repeated([c["name"] for c in categories], "duplicate category name", "names must be unique")
-    things, stuff = set(meta.thing_dataset_id_to_contiguous_id), set(meta.stuff_dataset_id_to_contiguous_id)
     for category in categories:
-        expected = things if category["isthing"] else stuff
-        if category["id"] not in expected:
+        if category["id"] not in expected(category):
             told = f"category {category['id']} ({category['name']}) of the JSON"
             yield Finding("category not registered as such", told, "register the dataset from this JSON")
-    for i in sorted((things | stuff) - {c["id"] for c in categories}):
+    for i in sorted(all_ids - {c["id"] for c in categories}):
         yield Finding("category missing in JSON", f"category {i}", "add it to the JSON's categories")
+
+
+def _without_image(annotated: Iterable, images: Iterable) -> Iterator[Finding]:
+    for i in sorted(set(annotated) - set(images), key=str):
+        yield Finding("annotation without image", f"image id {i}", "add it to `images`, or delete it")
+
+
+def _check_box(annotation: dict, image: dict, known: set[int]) -> Iterator[Finding]:
+    """image: the entry of its image, as far as it is known."""
+    name = f"annotation {annotation['id']} of image {annotation['image_id']}"
+    if annotation["category_id"] not in known:
+        yield Finding("unknown category", f"{name}: {annotation['category_id']}", "declare it in `categories`")
+    box = annotation["bbox"]
+    if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in box):
+        yield Finding("box that is not four numbers", f"{name}: {box}", "correct or delete it")
+        return
+    x, y, width, height = box
+    if width <= 0 or height <= 0:
+        yield Finding("empty box", f"{name}: {box}", "width and height must be above 0: correct or delete it")
+    right, bottom = image.get("width", math.inf), image.get("height", math.inf)
+    if min(x, y) < -BOX_SLACK or x + width > right + BOX_SLACK or y + height > bottom + BOX_SLACK:
+        told = f"{name}: {box} in an image of {right}x{bottom} pixels"
+        yield Finding("box outside its image", told, "boxes are [x, y, width, height] in pixels: correct it")
 
 
 def _check_segments(annotation: dict, known: set[int]) -> Iterator[Finding]:
@@ -224,6 +285,14 @@ def _jobs(content: dict, meta) -> Iterator[_Job]:
         size = (image["height"], image["width"]) if {"height", "width"} <= image.keys() else None
         areas = {s["id"]: s.get("area") for s in annotation["segments_info"]}
         yield _Job(path, str(Path(meta.panoptic_root) / annotation["file_name"]), sem_seg, size, areas)
+
+
+def _box_jobs(content: dict, meta) -> Iterator[_Job]:
+    for image in content["images"]:
+        if {"file_name", "height", "width"} <= image.keys():  # check_box_json reports the others
+            yield _Job(
+                str(Path(meta.image_root) / image["file_name"]), None, None, (image["height"], image["width"]), {}
+            )
 
 
 def _image_paths(image: dict, annotation: dict, meta) -> tuple[str, str | None]:

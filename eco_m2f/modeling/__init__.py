@@ -8,6 +8,7 @@ from .eco_maskformer import EcoMaskFormer
 from .head import MaskFormerHead
 from .maskformer import MaskFormer
 from .pixel_decoder import MSDeformAttnPixelDecoder
+from .standard_decoder import StandardTransformerDecoder
 from .transformer_decoder import MultiScaleMaskedTransformerDecoder
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "MaskFormer",
     "MaskFormerHead",
     "MultiScaleMaskedTransformerDecoder",
+    "StandardTransformerDecoder",
     "backbones",
     "encoders",
 ]

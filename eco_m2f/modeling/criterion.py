@@ -1,16 +1,29 @@
 """Mask2Former's losses for one prediction and its targets; knows no exits."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import sigmoid_focal_loss
 
 from .layers import at_least_float32
-from .matcher import HungarianMatcher, point_sample
+from .matcher import FOCAL_ALPHA, FOCAL_GAMMA, HungarianMatcher, pixel_centres, point_sample
 
 
 def mask_loss(logits: Tensor, targets: Tensor, num_masks: float | Tensor) -> Tensor:
     """Binary cross-entropy, mean over points, summed over masks / num_masks: [N, P], [N, P] -> scalar."""
     loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return loss.mean(1).sum() / num_masks
+
+
+def focal_loss(logits: Tensor, targets: Tensor, num_masks: float | Tensor) -> Tensor:
+    """Sigmoid focal loss (arXiv 1708.02002), mean over points, summed over masks / num_masks: [N, P], [N, P] -> scalar.
+
+    A point whose target is t and of which the prediction makes t with probability p costs
+    alpha_t (1 - p)^gamma (-log p), alpha_t being alpha for 1 and 1 - alpha for 0.
+    """
+    loss = sigmoid_focal_loss(logits, targets, FOCAL_ALPHA, FOCAL_GAMMA)
     return loss.mean(1).sum() / num_masks
 
 
@@ -98,8 +111,10 @@ class QueryCriterion(nn.Module):
 
 
 class SetCriterion(QueryCriterion):
-    """Mask2Former's losses loss_ce, loss_mask and loss_dice; predictions hold pred_masks [B, Q, h, w], targets masks
-    [G, H, W] bool, padded as the batch is."""
+    """The losses loss_ce, loss_mask and loss_dice of Mask2Former and MaskFormer.
+
+    Predictions hold pred_masks [B, Q, h, w], targets masks [G, H, W] bool, padded as the batch is.
+    """
 
     def __init__(
         self,
@@ -108,11 +123,16 @@ class SetCriterion(QueryCriterion):
         matcher: HungarianMatcher,
         weights: dict[str, float],
         no_object_weight: float,
-        num_points: int,
+        num_points: int | None,
         oversample_ratio: float,
         importance_sample_ratio: float,
         num_aux: int,
+        mask_loss: Callable[[Tensor, Tensor, float | Tensor], Tensor] = mask_loss,
     ):
+        """num_points: points per mask that losses are taken at; None: all pixels of the prediction.
+
+        mask_loss: (logits [N, P], targets [N, P], num_masks) -> scalar; `mask_loss` or `focal_loss`.
+        """
         super().__init__(
             num_classes,
             matcher=matcher,
@@ -121,6 +141,7 @@ class SetCriterion(QueryCriterion):
             num_aux=num_aux,
             persistent=True,  # as in the published checkpoints
         )
+        self.mask_loss = mask_loss
         self.num_points = num_points
         self.oversample_ratio = oversample_ratio
         self.importance_sample_ratio = importance_sample_ratio
@@ -136,9 +157,14 @@ class SetCriterion(QueryCriterion):
             if len(predicted) == 0:
                 # Keeps the graph, so that every rank of a distributed run back-propagates the same one.
                 return predicted.sum() + masks.sum() * 0.0, masks.sum() * 0.0
-            points = uncertain_points(predicted, self.num_points, self.oversample_ratio, self.importance_sample_ratio)
+            points = self._points(predicted)
             with torch.no_grad():
                 wanted = torch.cat([t["masks"][gt] for t, (_, gt) in zip(targets, matches)])[:, None].to(predicted)
                 wanted = point_sample(wanted, points)[:, 0]
             logits = point_sample(predicted, points)[:, 0]
-            return mask_loss(logits, wanted, num_masks), dice_loss(logits, wanted, num_masks)
+            return self.mask_loss(logits, wanted, num_masks), dice_loss(logits, wanted, num_masks)
+
+    def _points(self, masks: Tensor) -> Tensor:
+        if self.num_points is None:
+            return pixel_centres(masks)
+        return uncertain_points(masks, self.num_points, self.oversample_ratio, self.importance_sample_ratio)

@@ -33,18 +33,17 @@ class MaskFormerHead(ExitHead):
     @classmethod
     def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]) -> dict:
         head, former = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER
-        if former.TRANSFORMER_IN_FEATURE != "multi_scale_pixel_decoder":
+        predictor = TRANSFORMER_DECODER_REGISTRY.get(former.TRANSFORMER_DECODER_NAME)
+        if former.TRANSFORMER_IN_FEATURE != predictor.in_feature:
             raise ValueError(
-                "MASK_FORMER.TRANSFORMER_IN_FEATURE must be 'multi_scale_pixel_decoder' (Mask2Former); "
-                f"got {former.TRANSFORMER_IN_FEATURE!r}, which is MaskFormer's"
+                f"MASK_FORMER.TRANSFORMER_IN_FEATURE must be {predictor.in_feature!r} for the {predictor.__name__}; "
+                f"got {former.TRANSFORMER_IN_FEATURE!r}: set it, or another TRANSFORMER_DECODER_NAME"
             )
         shapes = {k: v for k, v in input_shape.items() if k in head.IN_FEATURES}
         return {
             "input_shape": shapes,
             "pixel_decoder": SEM_SEG_HEADS_REGISTRY.get(head.PIXEL_DECODER_NAME)(cfg, shapes),
-            "predictor": TRANSFORMER_DECODER_REGISTRY.get(former.TRANSFORMER_DECODER_NAME)(
-                cfg, head.CONVS_DIM, mask_classification=True
-            ),
+            "predictor": predictor(cfg, head.CONVS_DIM, mask_classification=True),
             "num_classes": head.NUM_CLASSES,
         }
 
@@ -64,10 +63,10 @@ class MaskFormerHead(ExitHead):
 
     def encode(
         self, features: dict[str, Tensor], exits: Sequence[int]
-    ) -> tuple[Tensor | None, dict[int, list[Tensor]]]:
+    ) -> tuple[tuple[Tensor, ...], dict[int, list[Tensor]]]:
         """See `MSDeformAttnPixelDecoder.encode`."""
         return self.pixel_decoder.encode(features, exits)
 
-    def decode(self, lateral: Tensor | None, maps: Sequence[Tensor], aux: bool = True) -> dict:
-        """The prediction of one exit, from what `encode` gives; see `MultiScaleMaskedTransformerDecoder.forward`."""
-        return self.predictor(maps, self.pixel_decoder.mask_branch(lateral, maps), aux)
+    def decode(self, laterals: Sequence[Tensor], maps: Sequence[Tensor], aux: bool = True) -> dict:
+        """The prediction of one exit, from what `encode` gives; see `TRANSFORMER_DECODER_REGISTRY`."""
+        return self.predictor(maps, self.pixel_decoder.mask_branch(laterals, maps), aux)

@@ -6,15 +6,21 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, build_sem_se
 from detectron2.structures import ImageList
 from torch import nn
 
-from .criterion import SetCriterion
-from .matcher import HungarianMatcher
+from .criterion import SetCriterion, focal_loss, mask_loss
+from .matcher import HungarianMatcher, pairwise_focal_cost, pairwise_mask_cost
 from .parent import Parent
 from .postprocessing import PostProcessor
+
+# MODEL.MASK_FORMER.MASK_LOSS -> (loss, the matcher's cost, whether at random points in place of all pixels)
+MASK_LOSSES = {
+    "cross_entropy": (mask_loss, pairwise_mask_cost, True),
+    "focal": (focal_loss, pairwise_focal_cost, False),
+}
 
 
 @META_ARCH_REGISTRY.register()
 class MaskFormer(Parent):
-    """Mask2Former for panoptic, instance and semantic segmentation.
+    """Mask2Former for panoptic, instance and semantic segmentation; with its encoder, decoder and losses MaskFormer.
 
     Results, per image: those of sem_seg [C, H, W], panoptic_seg (int32 [H, W], segments) and instances that are on.
     """
@@ -78,16 +84,21 @@ class MaskFormer(Parent):
 def build_criterion(cfg) -> SetCriterion:
     """The losses of MODEL.MASK_FORMER, times SEM_SEG_HEAD.LOSS_WEIGHT."""
     m, scale = cfg.MODEL.MASK_FORMER, cfg.MODEL.SEM_SEG_HEAD.LOSS_WEIGHT
+    if m.MASK_LOSS not in MASK_LOSSES:
+        raise ValueError(f"MODEL.MASK_FORMER.MASK_LOSS {m.MASK_LOSS!r} is unknown; there are {list(MASK_LOSSES)}")
+    loss, cost, at_points = MASK_LOSSES[m.MASK_LOSS]
+    num_points = m.TRAIN_NUM_POINTS if at_points else None
     weights = {"loss_ce": m.CLASS_WEIGHT, "loss_mask": m.MASK_WEIGHT, "loss_dice": m.DICE_WEIGHT}
     return SetCriterion(
         cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
-        matcher=HungarianMatcher(m.CLASS_WEIGHT, m.MASK_WEIGHT, m.DICE_WEIGHT, m.TRAIN_NUM_POINTS),
+        matcher=HungarianMatcher(m.CLASS_WEIGHT, m.MASK_WEIGHT, m.DICE_WEIGHT, num_points, cost),
         weights={name: w * scale for name, w in weights.items()},
         no_object_weight=m.NO_OBJECT_WEIGHT,
-        num_points=m.TRAIN_NUM_POINTS,
+        num_points=num_points,
         oversample_ratio=m.OVERSAMPLE_RATIO,
         importance_sample_ratio=m.IMPORTANCE_SAMPLE_RATIO,
         num_aux=m.DEC_LAYERS - 1 if m.DEEP_SUPERVISION else 0,
+        mask_loss=loss,
     )
 
 

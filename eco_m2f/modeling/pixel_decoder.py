@@ -1,9 +1,11 @@
 """The pixel decoder: projections, a transformer encoder with exits, and the mask branch.
 
-The encoder is a plug-in (`encoders/`). The mask branch, which turns an exit's finest map and res2 into mask features,
-is the pair of methods `lateral` and `mask_branch`, and comes in three kinds:
+The encoder is a plug-in (`encoders/`). The mask branch, which makes mask features of an exit's finest map and of the
+backbone's maps that are finer, is the pair of methods `laterals` and `mask_branch`, and comes in three kinds:
 
-- `fpn`, Mask2Former's: res2 through a 1x1 convolution, plus the finest map upsampled, through a 3x3 convolution;
+- `fpn`: a feature pyramid. Each finer map, coarse to fine, goes through a 1x1 convolution, and plus what there is so
+  far, upsampled, through a 3x3 convolution. Mask2Former has it on res2, MaskFormer, whose encoder sees res5 alone, on
+  res4, res3 and res2;
 - `lpe`, PRO-SCALE's light pixel embedding (arXiv 2404.14657): a max-pooling in the place of that 3x3 convolution;
 - `stride8`, RT-M2F's (arXiv 2404.15244): the finest map alone, so that masks have its stride of 8.
 
@@ -54,43 +56,53 @@ class MSDeformAttnPixelDecoder(nn.Module):
         if len(coarse_to_fine) != len(encoder_in_features):
             raise ValueError(f"encoder features {list(encoder_in_features)} are not all in the backbone's {by_stride}")
         self.encoder_in_features = coarse_to_fine
-        self.mask_in_feature = None if mask_branch == "stride8" else by_stride[0]
+        finest = by_stride.index(coarse_to_fine[-1])
+        self.mask_in_features = [] if mask_branch == "stride8" else by_stride[:finest][::-1]  # coarse to fine
         self._check_strides({n: input_shape[n].stride for n in by_stride}, common_stride, mask_branch)
         self.input_proj = nn.ModuleList(encoder.input_projection(input_shape[n].channels) for n in coarse_to_fine)
         self.transformer = encoder
         use_bias = norm == ""
-        if self.mask_in_feature:
-            self.adapter_1 = Conv2d(
-                input_shape[self.mask_in_feature].channels, conv_dim, 1, bias=use_bias, norm=get_norm(norm, conv_dim)
-            )
-        if mask_branch == "fpn":
-            self.layer_1 = Conv2d(
-                conv_dim, conv_dim, 3, padding=1, bias=use_bias, norm=get_norm(norm, conv_dim), activation=F.relu
-            )
-        elif mask_branch == "lpe":
-            self.layer_1 = LightPixelEmbedding(get_norm(norm, conv_dim))
+        for i, name in self._pyramid():
+            channels = input_shape[name].channels
+            adapter = Conv2d(channels, conv_dim, 1, bias=use_bias, norm=get_norm(norm, conv_dim))
+            if mask_branch == "lpe":
+                layer = LightPixelEmbedding(get_norm(norm, conv_dim))
+            else:
+                conv = {"bias": use_bias, "norm": get_norm(norm, conv_dim), "activation": F.relu}
+                layer = Conv2d(conv_dim, conv_dim, 3, padding=1, **conv)
+            self.add_module(f"adapter_{i}", adapter)
+            self.add_module(f"layer_{i}", layer)
         self.mask_features = Conv2d(conv_dim, mask_dim, 1)
         self._initialise()
 
     def _check_strides(self, strides: dict[str, int], common_stride: int, mask_branch: str) -> None:
-        """Masks are at `common_stride`: half the encoder's finest stride, or with `stride8` that stride itself."""
+        """Masks are at `common_stride`: the finest of the pyramid, or with `stride8` the encoder's finest."""
         finest = strides[self.encoder_in_features[-1]]
-        if self.mask_in_feature is None:
+        if not self.mask_in_features:
             if common_stride != finest:
                 raise ValueError(f"MASK_BRANCH {mask_branch} makes masks at stride {finest}: set COMMON_STRIDE so")
-        elif strides[self.mask_in_feature] != common_stride or common_stride * 2 != finest:
+            return
+        steps = [finest, *(strides[n] for n in self.mask_in_features)]
+        if steps[-1] != common_stride or any(a != 2 * b for a, b in zip(steps, steps[1:])):
             raise ValueError(
-                f"COMMON_STRIDE {common_stride} needs a backbone feature of that stride and an encoder whose finest "
-                f"map has twice that; got feature strides {strides}, encoder features {self.encoder_in_features}"
+                f"COMMON_STRIDE {common_stride} needs a backbone feature of that stride, and one for each stride from "
+                f"the encoder's finest down to it; got feature strides {strides}, encoder features "
+                f"{self.encoder_in_features}"
             )
+
+    def _pyramid(self) -> list[tuple[int, str]]:
+        """The levels below the encoder's, coarse to fine: (their number in the parameters' names, feature)."""
+        names = self.mask_in_features
+        return [(len(names) - i, name) for i, name in enumerate(names)]
 
     def _initialise(self) -> None:
         for proj in self.input_proj:
             nn.init.xavier_uniform_(proj[0].weight)
             if proj[0].bias is not None:
                 nn.init.zeros_(proj[0].bias)
-        for name in ("adapter_1", "layer_1", "mask_features"):
-            if isinstance(conv := getattr(self, name, None), nn.Conv2d):
+        pyramid = [self.get_submodule(f"{kind}_{i}") for i, _ in self._pyramid() for kind in ("adapter", "layer")]
+        for conv in (*pyramid, self.mask_features):
+            if isinstance(conv, nn.Conv2d):
                 c2_xavier_fill(conv)
 
     @classmethod
@@ -122,27 +134,27 @@ class MSDeformAttnPixelDecoder(nn.Module):
         self, features: dict[str, Tensor], exits: Sequence[int]
     ) -> dict[int, tuple[Tensor, list[Tensor]]]:
         """{exit: (mask_features [B, mask_dim, H / common_stride, W / common_stride], maps)}; see `encode`."""
-        lateral, maps = self.encode(features, exits)
-        return {k: (self.mask_branch(lateral, maps[k]), maps[k]) for k in sorted(maps)}
+        laterals, maps = self.encode(features, exits)
+        return {k: (self.mask_branch(laterals, maps[k]), maps[k]) for k in sorted(maps)}
 
     def encode(
         self, features: dict[str, Tensor], exits: Sequence[int]
-    ) -> tuple[Tensor | None, dict[int, list[Tensor]]]:
+    ) -> tuple[tuple[Tensor, ...], dict[int, list[Tensor]]]:
         """Runs the encoder once, to max(exits).
 
         Args:
             features: backbone maps by name, [B, C_i, H / stride, W / stride].
 
         Returns:
-            what the mask branch needs of the backbone, see `lateral`, the same for every exit; and {exit: maps
-            [B, conv_dim, h, w] at strides 32, 16, 8}. The maps are float32 at least whatever the autocast.
+            what the mask branch needs of the backbone, see `laterals`, the same for every exit; and {exit: maps
+            [B, conv_dim, h, w] of the encoder's features, coarse to fine}, float32 at least whatever the autocast.
         """
         with self._precision(next(iter(features.values()))):
             features = {name: at_least_float32(f) for name, f in features.items()}
             projected = [at_least_float32(m) for m in self.project(features)]
             pos = [sine_position(*m.shape[-2:], m.shape[1], m.device).to(m.dtype) for m in projected]
             maps = self.transformer(projected, pos, exits)
-            return self.lateral(features), maps
+            return self.laterals(features), maps
 
     def _precision(self, x: Tensor) -> torch.autocast:
         kind = x.device.type
@@ -154,19 +166,21 @@ class MSDeformAttnPixelDecoder(nn.Module):
         """The encoder's input maps, coarse to fine, before position and level embedding."""
         return [proj(features[name]) for name, proj in zip(self.encoder_in_features, self.input_proj)]
 
-    def lateral(self, features: dict[str, Tensor]) -> Tensor | None:
-        """res2 as the mask branch takes it, [B, conv_dim, H/4, W/4], channels last; None where it does not."""
-        if self.mask_in_feature is None:
-            return None
-        return self.adapter_1(features[self.mask_in_feature]).contiguous(memory_format=torch.channels_last)
+    def laterals(self, features: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """The maps that the mask branch takes, coarse to fine, [B, conv_dim, H / stride, W / stride] each.
 
-    def mask_branch(self, lateral: Tensor | None, maps: Sequence[Tensor]) -> Tensor:
-        """Mask features: of one step of a feature pyramid, lateral + upsampled finest map, or of that map."""
+        They lie channels last, as the maps do that they are added to.
+        """
+        maps = (self.get_submodule(f"adapter_{i}")(features[name]) for i, name in self._pyramid())
+        return tuple(m.contiguous(memory_format=torch.channels_last) for m in maps)
+
+    def mask_branch(self, laterals: Sequence[Tensor], maps: Sequence[Tensor]) -> Tensor:
+        """Mask features: of a feature pyramid that begins with the finest map; or of that map."""
         x = maps[-1]
         with self._precision(x):
-            if lateral is not None:
+            for (i, _), lateral in zip(self._pyramid(), laterals):
                 up = F.interpolate(x, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
-                x = self.layer_1(up.add_(lateral))
+                x = self.get_submodule(f"layer_{i}")(up.add_(lateral))
             return self.mask_features(x)
 
 

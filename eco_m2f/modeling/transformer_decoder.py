@@ -16,7 +16,8 @@ TRANSFORMER_DECODER_REGISTRY = Registry("TRANSFORMER_MODULE")
 TRANSFORMER_DECODER_REGISTRY.__doc__ = """
 Predictors. A member is built as `Decoder(cfg, in_channels, mask_classification=True)` and called with
 (maps coarse to fine, mask_features, aux=True) -> {pred_logits, pred_masks, aux_outputs}; without aux there are no
-aux_outputs, and what only they need is not computed.
+aux_outputs, and what only they need is not computed. Its `in_feature` is the value of
+MASK_FORMER.TRANSFORMER_IN_FEATURE that it goes with.
 """
 
 
@@ -69,6 +70,8 @@ class FFNLayer(_Residual):
 @TRANSFORMER_DECODER_REGISTRY.register()
 class MultiScaleMaskedTransformerDecoder(nn.Module):
     """Queries attend, level by level, to what their last mask prediction calls foreground."""
+
+    in_feature = "multi_scale_pixel_decoder"
 
     @configurable
     def __init__(
@@ -182,7 +185,12 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         return {"pred_logits": self.class_embed(x), "pred_masks": self._masks(x, mask_features)}
 
     def _masks(self, x: Tensor, mask_features: Tensor) -> Tensor:
-        return torch.einsum("bqc,bchw->bqhw", self.mask_embed(x), mask_features)
+        return predict_masks(self.mask_embed(x), mask_features)
+
+
+def predict_masks(embedding: Tensor, mask_features: Tensor) -> Tensor:
+    """Mask logits [B, Q, h, w]: products of the queries' [B, Q, C] with the mask features [B, C, h, w]."""
+    return torch.einsum("bqc,bchw->bqhw", embedding, mask_features)
 
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -21,6 +21,7 @@ CATEGORIES = [  # ids with gaps and out of order: contiguous ids must follow the
     {"id": 3, "name": "sky", "isthing": 0, "color": [0, 0, 255]},
     {"id": 90, "name": "dog", "isthing": 1},
 ]
+BOXES = [[10.0, 4.0, 20.0, 8.0], [30.0, 20.0, 10.0, 15.0], [0.0, 0.0, 60.0, 40.0]]
 
 
 @dataclass
@@ -79,6 +80,26 @@ def tree(tmp_path) -> Tree:
     made.add(1, made.blocks(), {300: 7, 70000: 90, 9: 3})
     made.add(2, made.blocks(50, 30), {300: 7, 70000: 7, 9: 3}, crowds=(70000,))
     return made.save()
+
+
+@pytest.fixture
+def own(tmp_path, forget):
+    """A dataset of one image, 60 x 40, whose pixels are 200 in its first box and 0 elsewhere; the last is a crowd."""
+    image = np.zeros((40, 60, 3), np.uint8)
+    image[4:12, 10:30] = 200
+    Image.fromarray(image).save(tmp_path / "1.png")
+    objects = [
+        {"id": i, "image_id": 1, "category_id": c, "bbox": list(b), "area": b[2] * b[3], "iscrowd": int(i == 3)}
+        for i, (b, c) in enumerate(zip(BOXES, (9, 4, 4)), start=1)
+    ]
+    content = {
+        "images": [{"id": 1, "file_name": "1.png", "height": 40, "width": 60}],
+        "annotations": objects,
+        "categories": [{"id": 9, "name": "nine"}, {"id": 4, "name": "four", "color": [1, 2, 3]}],
+    }
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps(content))
+    return path, content
 
 
 @pytest.fixture

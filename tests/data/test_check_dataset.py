@@ -92,6 +92,58 @@ def test_one_pixel_thin_image(tree, found):
     assert list(found()) == ["image one pixel thin"]
 
 
+BOX_FAULTS = {  # what the JSON says; the fixture's images and boxes are good
+    "missing image": lambda c: c["images"].append({"id": 2, "file_name": "2.png", "height": 40, "width": 60}),
+    "image size differs from JSON": lambda c: c["images"][0].update(width=61),
+    "incomplete image entry": lambda c: c["images"][0].pop("height"),
+    "duplicate image id": lambda c: c["images"].append(c["images"][0]),
+    "incomplete annotation entry": lambda c: c["annotations"][0].pop("category_id"),
+    "duplicate annotation id": lambda c: c["annotations"][0].update(id=2),
+    "annotation without image": lambda c: c["annotations"][0].update(image_id=5),
+    "unknown category": lambda c: c["annotations"][0].update(category_id=5),
+    "box that is not four numbers": lambda c: c["annotations"][0].update(bbox=[1, 2, None, 4]),
+    "empty box": lambda c: c["annotations"][0]["bbox"].__setitem__(3, 0),
+    "box outside its image": lambda c: c["annotations"][0]["bbox"].__setitem__(2, 51.5),
+    "duplicate category name": lambda c: c["categories"].append({"id": 5, "name": "four"}),
+}
+
+
+@pytest.mark.parametrize("kind", [None, *sorted(BOX_FAULTS)])
+def test_each_fault_of_a_set_of_boxes_is_found(own, kind):
+    path, content = own
+    if kind:
+        BOX_FAULTS[kind](content)
+        path.write_text(json.dumps(content))
+    register_from_config([f"name=own_boxes,images={path.parent},boxes={path}"])
+    assert [f.kind for f in check_dataset("own_boxes", num_classes=len(content["categories"]))] == (
+        [kind] if kind else []
+    )
+
+
+def test_boxes_registered_otherwise_and_vanished(own):
+    path, content = own
+    register_from_config([f"name=own_boxes,images={path.parent},boxes={path}"])
+    assert [f.kind for f in check_dataset("own_boxes", num_classes=3)] == ["class count"]
+    content["categories"][0]["id"] = 8
+    path.write_text(json.dumps(content))
+    kinds = [f.kind for f in check_dataset("own_boxes")]
+    assert kinds == ["category missing in JSON", "category not registered as such", "unknown category"]
+    path.unlink()
+    assert [f.kind for f in check_dataset("own_boxes")] == ["unusable JSON"]
+
+
+def test_boxes_from_the_command_line(own, run):
+    path, _ = own
+    custom = f"name=own_boxes,images={path.parent},boxes={path}"
+    code, told = run("--custom", custom, "--num-classes", "2")
+    assert code == 0 and "own_boxes: 0 finding(s)" in told
+    (path.parent / "1.png").write_bytes(b"no image")
+    code, told = run("own_boxes", "--custom", custom)
+    assert code == 1 and "unreadable image: 1" in told
+    code, told = run("--custom", custom.replace("boxes.json", "none.json").replace("own_boxes", "other"))
+    assert code == 2 and "none.json: detection JSON not found" in told
+
+
 def test_categories_registered_otherwise(tree, found):
     found()
     content = json.loads(tree.json.read_text())
@@ -119,7 +171,7 @@ def test_names_that_cannot_be_checked():
     with pytest.raises(ValueError, match="'nope' is not registered; choose one of .*toy_panoptic_train"):
         check_dataset("nope")
     with pytest.raises(ValueError, match="has no panoptic annotation"):
-        check_dataset("coco_2017_train")
+        check_dataset("voc_2007_train")
 
 
 def test_sample_looks_at_some_files_but_at_the_whole_json(tree, found):

@@ -7,33 +7,10 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
-from PIL import Image
 
 from eco_m2f.data import build_train_mapper, check_class_count, register_from_config
 from eco_m2f.data.panoptic_map import DataError, read_ids
 from eco_m2f.data.toy import CATEGORIES, ToySpec, make_toy_dataset
-
-BOXES = [[10.0, 4.0, 20.0, 8.0], [30.0, 20.0, 10.0, 15.0], [0.0, 0.0, 60.0, 40.0]]
-
-
-@pytest.fixture
-def own(tmp_path, forget):
-    """A dataset of one image, 60 x 40, whose pixels are 200 in its first box and 0 elsewhere; the last is a crowd."""
-    image = np.zeros((40, 60, 3), np.uint8)
-    image[4:12, 10:30] = 200
-    Image.fromarray(image).save(tmp_path / "1.png")
-    objects = [
-        {"id": i, "image_id": 1, "category_id": c, "bbox": b, "area": b[2] * b[3], "iscrowd": int(i == 3)}
-        for i, (b, c) in enumerate(zip(BOXES, (9, 4, 4)), start=1)
-    ]
-    content = {
-        "images": [{"id": 1, "file_name": "1.png", "height": 40, "width": 60}],
-        "annotations": objects,
-        "categories": [{"id": 9, "name": "nine"}, {"id": 4, "name": "four", "color": [1, 2, 3]}],
-    }
-    path = tmp_path / "boxes.json"
-    path.write_text(json.dumps(content))
-    return path, content
 
 
 def register(path, name="own_boxes"):

@@ -256,6 +256,25 @@ def test_rt_on_the_first_coco_image():
     assert ExitCosts(sibling_of("rt", "coco"))(*FIRST_VAL_IMAGE)[1]["encoder"] == gflops(59.66)
 
 
+def test_maskformer_and_its_parts():
+    """An encoder whose query-key products count, for nothing is masked, and a pyramid of three levels."""
+    model = build("coco/panoptic-segmentation/maskformer/maskformer_R50_bs16_50ep.yaml", mini=False)
+    measured = ExitCosts(model).measure(CITYSCAPES)
+    of, name, dim = measured[6].by_module, "sem_seg_head.pixel_decoder", 256
+    sizes = [256 * 512 // 4**i for i in range(4)]  # tokens of res2, res3, res4, res5
+    tokens = sizes[3]
+    layer = tokens * (4 * dim * dim + 2 * dim * 2048 + 2 * 5 * dim) + 2 * tokens**2 * dim
+    parts = {
+        "input_proj.0": tokens * dim * 2048,
+        **{f"adapter_{i}": sizes[i - 1] * dim * (256 * 2 ** (i - 1) + 5) for i in (1, 2, 3)},
+        **{f"layer_{i}": sizes[i - 1] * dim * (9 * dim + 5) for i in (1, 2, 3)},
+        "mask_features": sizes[0] * dim * dim,
+    }
+    assert {part: of[f"{name}.{part}"] for part in parts} == parts
+    for k, cost in measured.items():
+        assert cost.parts["pixel_decoder"] == sum(parts.values()) + k * layer
+
+
 @pytest.mark.parametrize(
     "stages, encoder",
     [

@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from minis import PARENT, build
+from scipy.optimize import linear_sum_assignment
 
-from eco_m2f.modeling.criterion import SetCriterion, dice_loss, mask_loss, uncertain_points
+from eco_m2f.modeling.criterion import SetCriterion, dice_loss, focal_loss, mask_loss, uncertain_points
 from eco_m2f.modeling.matcher import (
     HungarianMatcher,
     class_cost,
     pairwise_dice_cost,
+    pairwise_focal_cost,
     pairwise_mask_cost,
     point_sample,
 )
@@ -25,8 +28,8 @@ def recorded(assets):
     return data
 
 
-def make_criterion(num_points=256, num_aux=0):
-    matcher = HungarianMatcher(2.0, 5.0, 5.0, num_points)
+def make_criterion(num_points=256, cost=pairwise_mask_cost, loss=mask_loss, num_aux=0):
+    matcher = HungarianMatcher(2.0, 5.0, 5.0, num_points, cost)
     weights = {"loss_ce": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}
     return SetCriterion(
         7,
@@ -37,6 +40,7 @@ def make_criterion(num_points=256, num_aux=0):
         oversample_ratio=3.0,
         importance_sample_ratio=0.75,
         num_aux=num_aux,
+        mask_loss=loss,
     )
 
 
@@ -72,6 +76,43 @@ def test_the_whole_criterion_has_the_recorded_means(recorded):
     for name, values in samples.items():
         mean, std = recorded[f"mean.{name}"].item(), recorded[f"std.{name}"].item()
         assert abs(np.mean(values) - mean) <= 4 * std * (1 / seeds + 1 / recorded_seeds) ** 0.5, name
+
+
+def test_focal_loss_by_its_definition_and_as_a_cost_of_pairs():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(3, 50) * 3, torch.rand(2, 50) < 0.3
+    costs = pairwise_focal_cost(logits, targets.float())
+    for q, x in enumerate(logits):
+        for g, target in enumerate(targets):
+            p = torch.where(target, x.sigmoid(), 1 - x.sigmoid())  # of what is true
+            alpha = torch.where(target, 0.25, 0.75)
+            wanted = (-alpha * (1 - p) ** 2 * p.log()).mean()
+            torch.testing.assert_close(costs[q, g], wanted, atol=1e-6, rtol=1e-4)
+            torch.testing.assert_close(focal_loss(x[None], target[None].float(), 1), wanted, atol=1e-6, rtol=1e-4)
+    assert focal_loss(logits, targets.float()[[0, 1, 1]], 2) == focal_loss(logits, targets.float()[[0, 1, 1]], 1) / 2
+
+
+def test_without_a_number_of_points_all_pixels_are_compared():
+    """Masks of 4 x 6 against targets of twice that size, whose pixels in a square of four are alike."""
+    torch.manual_seed(0)
+    masks, small = torch.randn(1, 5, 4, 6) * 3, torch.rand(2, 4, 6) < 0.5
+    pred = {"pred_logits": torch.randn(1, 5, 8), "pred_masks": masks}
+    target = {"labels": torch.tensor([3, 1]), "masks": small.repeat_interleave(2, 1).repeat_interleave(2, 2)}
+    criterion = make_criterion(None, pairwise_focal_cost, focal_loss)
+    logits, wanted = masks[0].flatten(1), small.flatten(1).float()
+    cost = 5 * pairwise_focal_cost(logits, wanted) + 5 * pairwise_dice_cost(logits, wanted)
+    cost += 2 * class_cost(pred["pred_logits"][0], target["labels"])
+    given = criterion.matcher.cost([pred["pred_logits"][0]], [masks[0]], target["labels"], target["masks"])
+    torch.testing.assert_close(given[0], cost, atol=1e-5, rtol=1e-5)
+    rows, columns = linear_sum_assignment(cost.numpy())
+    losses = criterion(pred, [target], 2.0)
+    torch.testing.assert_close(losses["loss_mask"], focal_loss(logits[rows], wanted[columns], 2.0))
+    torch.testing.assert_close(losses["loss_dice"], dice_loss(logits[rows], wanted[columns], 2.0))
+
+
+def test_an_unknown_mask_loss_is_refused():
+    with pytest.raises(ValueError, match=r"MASK_LOSS 'iou' is unknown; there are \['cross_entropy', 'focal'\]"):
+        build(PARENT, "MODEL.MASK_FORMER.MASK_LOSS", "iou")
 
 
 def test_uncertain_points_prefer_small_logits():

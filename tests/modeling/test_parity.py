@@ -65,15 +65,6 @@ def with_aux(head, features, exits) -> dict[int, dict]:
 
 
 @torch.no_grad()
-def test_auxiliary_outputs_are_made_in_training_alone(build_mini, mini_batch):
-    model = build_mini()
-    features = model.backbone(model.preprocess(mini_batch).tensor)
-    head = model.sem_seg_head
-    assert set(head(features)) == {"pred_logits", "pred_masks"}
-    assert len(head.train()(features)["aux_outputs"]) == head.predictor.num_layers
-
-
-@torch.no_grad()
 def test_inference_makes_masks_of_full_size_once_for_each_exit(build_mini, mini_batch, monkeypatch):
     model = build_mini()
     images = model.preprocess(mini_batch)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from minis import ECO, PARENT, PROSCALE, RT, build, fill, make_batch
+from minis import ECO, MASKFORMER, PARENT, PROSCALE, RT, build, fill, make_batch
+
+from eco_m2f.modeling.layers import sine_position
 
 LPE = ("MODEL.SEM_SEG_HEAD.MASK_BRANCH", "lpe")
 
@@ -37,6 +39,45 @@ def test_light_pixel_embedding_lacks_the_parents_convolution_alone():
 
 
 @torch.no_grad()
+def test_an_encoder_of_res5_alone_stands_on_a_pyramid_of_three_levels():
+    """MaskFormer's: each backbone map plus what there is so far, upsampled, through a convolution, GroupNorm, ReLU."""
+    model = fill(build(PARENT, *MASKFORMER))
+    decoder = model.sem_seg_head.pixel_decoder
+    features, mask_features, maps = states(model)
+    assert [m.shape[-2:] for m in maps] == [(2, 3)]
+    x = maps[0]
+    for i, name in ((3, "res4"), (2, "res3"), (1, "res2")):
+        adapter, layer = getattr(decoder, f"adapter_{i}"), getattr(decoder, f"layer_{i}")
+        lateral = F.group_norm(F.conv2d(features[name], adapter.weight), 32, adapter.norm.weight, adapter.norm.bias)
+        x = lateral + F.interpolate(x, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
+        x = F.group_norm(F.conv2d(x, layer.weight, padding=1), 32, layer.norm.weight, layer.norm.bias).relu()
+    torch.testing.assert_close(mask_features, decoder.mask_features(x), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_maskformers_decoder_predicts_after_each_layer_from_the_coarsest_map():
+    model = fill(build(PARENT, *MASKFORMER))
+    predictor, (_, mask_features, maps) = model.sem_seg_head.predictor, states(model)
+    pred = predictor(maps, mask_features)
+    memory = maps[0].flatten(2).transpose(1, 2)
+    pos = sine_position(2, 3, 32, memory.device).flatten(2).transpose(1, 2).expand_as(memory)
+    x = torch.zeros(2, 12, 32)
+    query_pos = predictor.query_embed.weight.expand_as(x)
+    outputs = [*pred["aux_outputs"], pred]
+    assert len(outputs) == len(predictor.transformer.layers) == 4
+    for layer, output in zip(predictor.transformer.layers, outputs):  # nn.MultiheadAttention's own forward, no masks
+        q = (x + query_pos).transpose(0, 1)
+        x = layer.norm1(x + layer.self_attn(q, q, x.transpose(0, 1))[0].transpose(0, 1))
+        q, key = (x + query_pos).transpose(0, 1), (memory + pos).transpose(0, 1)
+        x = layer.norm2(x + layer.multihead_attn(q, key, memory.transpose(0, 1))[0].transpose(0, 1))
+        x = layer.norm3(x + layer.linear2(layer.linear1(x).relu()))
+        found = predictor.transformer.norm(x)
+        torch.testing.assert_close(output["pred_logits"], predictor.class_embed(found), atol=1e-4, rtol=1e-4)
+        masks = (predictor.mask_embed(found) @ mask_features.flatten(2)).unflatten(2, mask_features.shape[-2:])
+        torch.testing.assert_close(output["pred_masks"], masks, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_masks_at_stride_8_come_of_the_finest_map():
     model = fill(build(PARENT, *RT))
     features, mask_features, maps = states(model)
@@ -55,6 +96,10 @@ def test_masks_at_stride_8_come_of_the_finest_map():
         (("MODEL.SEM_SEG_HEAD.MASK_BRANCH", "stride8"), "masks at stride 8: set COMMON_STRIDE"),
         (("MODEL.SEM_SEG_HEAD.COMMON_STRIDE", 8), "COMMON_STRIDE 8 needs a backbone feature of that stride"),
         ((*PROSCALE, "MODEL.SEM_SEG_HEAD.COMMON_STRIDE", 8), "COMMON_STRIDE 8 needs"),
+        ((*MASKFORMER, "MODEL.SEM_SEG_HEAD.IN_FEATURES", ["res2", "res3", "res5"]), "one for each stride"),
+        (MASKFORMER[:-2], "TRANSFORMER_IN_FEATURE must be 'transformer_encoder' for the StandardTransformerDecoder"),
+        (MASKFORMER[-2:], "TRANSFORMER_IN_FEATURE must be 'multi_scale_pixel_decoder'"),
+        ((*MASKFORMER, "MODEL.MASK_FORMER.PRE_NORM", True), "PRE_NORM False"),
     ],
 )
 def test_what_does_not_fit_is_refused(opts, message):

@@ -1,16 +1,14 @@
 """Every bad input of the tools ends in one message that names it and what to do, with status 1 and without a trace."""
 
-import importlib.util
 import json
-import logging
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from minis import ROOT, fill
+from minis import fill
 from PIL import Image
-from tiny import Tiny
+from tiny import Tiny, call
 
 from eco_m2f import engine
 from eco_m2f.data.panoptic_map import ids_to_rgb
@@ -18,26 +16,6 @@ from eco_m2f.derived import DerivedDataset, parent_sha256
 from eco_m2f.gate import Gate
 
 CHANNELS = 128  # of res5 in the tiny model
-
-
-def load_tool(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-train_net, derive_dataset, train_gate = map(load_tool, ("train_net", "derive_dataset", "train_gate"))
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    """Takes away the log handlers that a tool adds, whose files are gone after the test."""
-    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "eco_m2f")]
-    before = [(log, list(log.handlers), log.propagate) for log in loggers]
-    yield
-    for log, handlers, propagate in before:
-        log.handlers[:], log.propagate = handlers, propagate
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +43,7 @@ class Tools:
 
     def train(self, *more, data: Tiny | None = None, kind: str = "eco_maskformer2", flags=()) -> int:
         config = (data or self.good).config(kind)
-        return self._run(train_net, "--config-file", config, *flags, *self._common(), "SOLVER.MAX_ITER", 2, *more)
+        return call("train_net", "--config-file", config, *flags, *self._common(), "SOLVER.MAX_ITER", 2, *more)
 
     def evaluate(self, *more, data: Tiny | None = None) -> int:
         return self.train(*self.weights, *more, data=data, flags=["--eval-only"])
@@ -73,18 +51,13 @@ class Tools:
     def derive(self, *more, data: Tiny | None = None, split: str = "val", flags=()) -> int:
         data = data or self.good
         options = ["--dataset", f"{data.name}_{split}", "--output", self.output / "derived", *flags]
-        return self._run(
-            derive_dataset, "--config-file", data.config(), *options, *self._common(), *self.weights, *more
-        )
+        return call("derive_dataset", "--config-file", data.config(), *options, *self._common(), *self.weights, *more)
 
     def fit(self, *arguments) -> int:
-        return engine.run(train_gate.main, list(map(str, arguments)))
+        return call("train_gate", *arguments)
 
     def _common(self) -> list:
         return ["OUTPUT_DIR", self.output]
-
-    def _run(self, tool, *arguments) -> int:
-        return engine.run(engine.launch, tool.main, tool.build_parser().parse_args(list(map(str, arguments))))
 
     def message(self, status: int) -> str:
         """The message of a run that must have ended in one."""
@@ -115,17 +88,17 @@ def test_unknown_key_on_the_command_line(tools):
 
 def test_unknown_key_in_the_file(tools, tmp_path):
     (tmp_path / "c.yaml").write_text(f"_BASE_: {tools.good.config()}\nMODEL: {{ECO: {{GATES: x}}}}\n")
-    status = tools._run(train_net, "--config-file", tmp_path / "c.yaml")
+    status = call("train_net", "--config-file", tmp_path / "c.yaml")
     assert_names(tools.message(status), tmp_path / "c.yaml", "MODEL.ECO.GATES", "config.py")
 
 
 def test_missing_config_file(tools):
-    assert_names(tools.message(tools._run(train_net, "--config-file", "none.yaml")), "'none.yaml'", "configs/")
+    assert_names(tools.message(call("train_net", "--config-file", "none.yaml")), "'none.yaml'", "configs/")
 
 
 def test_missing_base_file(tools, tmp_path):
     (tmp_path / "c.yaml").write_text("_BASE_: gone.yaml\n")
-    assert_names(tools.message(tools._run(train_net, "--config-file", tmp_path / "c.yaml")), "gone.yaml")
+    assert_names(tools.message(call("train_net", "--config-file", tmp_path / "c.yaml")), "gone.yaml")
 
 
 def test_a_value_of_the_wrong_type(tools):
@@ -184,6 +157,14 @@ def test_another_number_of_classes(tools):
     assert_names(message, "NUM_CLASSES is 10", tools.good.name, "9 categories", "set it to 9")
 
 
+@pytest.mark.parametrize(
+    "kind, other, lacks", [("eco_detr", "panoptic", "has no boxes"), ("maskformer2", "detection", "no panoptic")]
+)
+def test_a_model_on_the_other_kind_of_annotation(tools, kind, other, lacks):
+    message = tools.message(tools.train("DATASETS.TRAIN", f"('toy_{other}_train',)", kind=kind))
+    assert_names(message, f"'toy_{other}_train'", lacks)
+
+
 def test_a_batch_that_cannot_be_shared(tools):
     assert_names(tools.message(tools.train("SOLVER.IMS_PER_BATCH", 0)), "SOLVER.IMS_PER_BATCH", "0")
 
@@ -196,9 +177,8 @@ def test_processes_that_cannot_be(tools, flags):
 
 
 def test_options_that_contradict_each_other(tools):
-    with pytest.raises(SystemExit) as end:
-        tools.train(flags=["--resume", "--eval-only"])
-    assert end.value.code == 2 and "not allowed with" in tools.capfd.readouterr().err
+    assert tools.train(flags=["--resume", "--eval-only"]) == 2
+    assert "not allowed with" in tools.capfd.readouterr().err
 
 
 def test_processes_with_gpus_for_a_model_without(tools, monkeypatch):
@@ -492,3 +472,103 @@ def test_step_b_into_another_datasets_folder(tools, derived):
 
 def test_step_b_with_shards_of_nothing(tools):
     assert_names(tools.message(tools.derive(flags=["--shard-size", 0])), "shard_size", "0")
+
+
+# --- the other tools -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def files(good, derived) -> dict:
+    """What the arguments of the table below name."""
+    base = good.base
+    (base / "empty").mkdir()
+    torch.save({"model": {"fc.weight": torch.zeros(2)}}, base / "other.pth")
+    (base / "cut.pth").write_bytes((base / "other.pth").read_bytes()[:200])
+    dovit = good.config("dovit")
+    torch.save({"model": engine.build_model(engine.load_cfg(dovit)).state_dict()}, base / "dovit.pth")
+    recipe = base / "recipe" / "derived"
+    for name in ("parent_val", "val"):
+        shutil.copytree(derived, recipe / name)
+    return {
+        **{name: base / f"{name}.pth" for name in ("other", "cut", "dovit", "model", "none")},
+        "base": base,
+        "recipe": base / "recipe",
+        "sweep": ["--config-file", dovit, "--thresholds", "0.5", "--output"],
+        "model_config": ["--size", "64", "64", "--rounds", "1", "--config-file", good.config()],
+        "dovit_config": ["--config-file", dovit],
+        "parent_config": ["--config-file", good.config("maskformer2")],
+    }
+
+
+# tool, arguments ({x}: what `files` has under x; OUT: a file to write), parts of the message
+BAD = [
+    ("report {base}/none", "{base}/none/derived/parent_val", "derive_dataset.py"),
+    ("report {model}", "{model}/derived/parent_val"),
+    ("report {base}/empty", "{base}/empty/derived/parent_val"),
+    ("report {recipe}", "no gates in {recipe}/gates", "recipe.py"),
+    ("sweep_thresholds {sweep} OUT MODEL.WEIGHTS {none}", "{none}"),
+    ("sweep_thresholds {sweep} OUT MODEL.WEIGHTS {cut}", "{cut}", "cannot be read"),
+    ("sweep_thresholds {sweep} OUT MODEL.WEIGHTS {other}", "{other}", "does not fit"),
+    ("sweep_thresholds {sweep} OUT MODEL.DOVIT.TRESHOLD 1", "MODEL.DOVIT.TRESHOLD", "config.py"),
+    ("sweep_thresholds {sweep} OUT MODEL.WEIGHTS {dovit} DATASETS.TEST ()", "DATASETS.TEST is empty"),
+    ("sweep_thresholds {sweep} {other}/t.csv MODEL.WEIGHTS {dovit}", "{other}/t.csv cannot be written"),
+    ("sweep_thresholds --config-file none.yaml --thresholds 0.5 --output OUT", "'none.yaml'", "configs/"),
+    ("sweep_thresholds {parent_config} --thresholds 0.5 --output OUT MODEL.WEIGHTS {model}", "only a DoViT"),
+    ("benchmark op --device cuda", "--device cuda", "take --device cpu"),
+    ("benchmark op --output {other}/op.csv", "{other}/op.csv cannot be written", "name another"),
+    ("benchmark step_c --output {base}", "{base} cannot be written", "folder"),
+    ("benchmark op --contestants mmcv --output OUT", "no contestant ['mmcv']"),
+    ("benchmark model --config-file none.yaml --output OUT", "'none.yaml'", "configs/"),
+    ("benchmark model {model_config} --exits 9 --output OUT", "--exits [9]", "[2, 3, 4, 5, 6]"),
+    ("benchmark model {parent_config} --output OUT", "--exits [2, 6]", "take an eco config"),
+    ("benchmark dovit {model_config} --output OUT", "EcoMaskFormer", "configs/*/*/dovit/"),
+    ("convert_detr {none} OUT.pth", "no checkpoint at {none}"),
+    ("convert_detr {cut} OUT.pth", "{cut}", "cannot be read"),
+    ("convert_detr {other} OUT.pth", "{other} is no DETR checkpoint", "fc.weight"),
+    ("convert_detr {other} OUT.pkl", "OUT.pkl must end in .pth"),
+    ("convert_backbone {none} OUT.pkl", "no checkpoint at {none}"),
+    ("convert_backbone {cut} OUT.pkl", "{cut}", "cannot be read", "may be truncated"),
+    ("convert_backbone {other} OUT.pkl", "{other} holds no backbone that is known (Swin has ", "it holds fc.weight, "),
+    ("convert_backbone {other} OUT.pth", "OUT.pth must end in .pkl"),
+    ("convert_timm none OUT.pkl", "'none' is no model of timm", "list_models"),
+    ("convert_timm resnet18 OUT.pkl --source {none}", "no checkpoint at {none}"),
+    ("convert_timm resnet18 OUT.pkl --source {cut}", "{cut}", "cannot be read"),
+    ("convert_timm resnet18 OUT.pkl --source no_such_package", "'no_such_package'", "pip install"),
+    ("convert_timm resnet18 OUT.pkl --source {other}", "{other} holds another model: conv1.weight", "lacks it"),
+    ("convert_timm resnet18 OUT.pth", "OUT.pth must end in .pkl"),
+]
+
+
+@pytest.mark.parametrize("line, parts", [(line, parts) for line, *parts in BAD], ids=[line for line, *_ in BAD])
+def test_what_the_other_tools_cannot_use(tools, files, tmp_path, line, parts):
+    if "convert_timm" in line:
+        pytest.importorskip("timm")
+    words = []
+    for word in line.split():
+        name = word.strip("{}")
+        filled = files[name] if isinstance(files.get(name), list) else [word.format(**files)]
+        words += [w.replace("OUT", str(tmp_path / "out")) for w in filled]
+    if "sweep" in words[0]:
+        words += ["OUTPUT_DIR", str(tools.output)]
+    message = tools.message(call(*words))
+    assert_names(message, *(part.format(**files).replace("OUT", str(tmp_path / "out")) for part in parts))
+    assert not list(tmp_path.glob("out*.*")) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("benchmark nothing", "invalid choice: 'nothing'"),
+        ("benchmark op --rounds 0", "0 must be at least 1"),
+        ("benchmark op --shapes vgg", "invalid choice: 'vgg'"),
+        ("sweep_thresholds --config-file c.yaml --thresholds 1.5", "1.5 is not above 0 and at most 1"),
+        ("sweep_thresholds --config-file c.yaml --thresholds many", "'many'"),
+        ("report", "folder"),
+        ("convert_detr a.pth", "target"),
+        ("convert_backbone a.pth", "target"),
+        ("convert_timm resnet18", "target"),
+    ],
+)
+def test_arguments_that_a_tool_does_not_take(capfd, line, message):
+    assert call(*line.split()) == 2
+    assert message in capfd.readouterr().err

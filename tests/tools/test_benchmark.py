@@ -193,21 +193,3 @@ def test_dovit_refuses_another_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["benchmark.py", "dovit", "--config-file", Tiny(tmp_path).config()])
     assert tool.main() == 1
     assert "is of a EcoMaskFormer: take one of a DoViT" in capsys.readouterr().err
-
-
-def test_exits_that_a_config_lacks_are_told(tmp_path, monkeypatch, capsys):
-    arguments = ["model", "--config-file", Tiny(tmp_path).config("maskformer2"), "--size", "32", "32"]
-    monkeypatch.setattr("sys.argv", ["benchmark.py", *arguments])
-    assert tool.main() == 1
-    assert "--exits [2, 6]" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "extra, message",
-    ((["--contestants", "mmcv"], "no contestant \\['mmcv'\\]"), (["--rounds", "0"], "2"), (["--shapes", "vgg"], "2")),
-)
-def test_bad_arguments(extra, message, monkeypatch):
-    monkeypatch.setitem(tool.SHAPES, "tiny", TINY)
-    monkeypatch.setattr("sys.argv", ["benchmark.py", "op", "--shapes", "tiny", *extra])
-    with pytest.raises(SystemExit, match=message):
-        tool.main()

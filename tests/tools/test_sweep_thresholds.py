@@ -77,14 +77,3 @@ def test_a_table_over_thresholds(tiny, trained):
     assert analysis["static"]["total"] == pytest.approx(static[0])
     # Attention costs the square of the tokens: the mean of images is above what their mean shares cost.
     assert 0.98 * gflops[0] < analysis[f"{tiny.name}_val at 0.12"]["total"] <= gflops[0] * (1 + 1e-9)
-
-
-def test_another_model_has_no_threshold(tiny):
-    path, weights = tiny.config("maskformer2"), tiny.base / "m2f.pth"
-    from eco_m2f.engine import build_model, load_cfg
-
-    torch.save({"model": build_model(load_cfg(path)).state_dict()}, weights)
-    arguments = ["--thresholds", 0.9, "--output", tiny.base / "no.csv", "MODEL.WEIGHTS", weights]
-    done = tool("sweep_thresholds", "--config-file", path, *arguments, "OUTPUT_DIR", tiny.base / "none")
-    assert done.returncode == 1 and "only a DoViT has a threshold" in done.stderr
-    assert not (tiny.base / "no.csv").exists()

@@ -7,10 +7,11 @@ from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
+from ..encoders.dense import DetrEncoder, allowed_tokens
 from ..exit_policy import FEATURE_STRIDE
 from ..layers import MLP, padded_sine_position, xavier_matrices_
 from ..parent import ExitHead
-from .transformer import DetrDecoder, DetrEncoder, allowed_tokens
+from .transformer import DetrDecoder
 
 
 class DetrHead(ExitHead):
@@ -90,7 +91,8 @@ class DetrHead(ExitHead):
             features: the backbone's maps, and "padding" [B, h, w] bool, True where there is no image (may be missing).
 
         Returns:
-            (position code [B, C, h, w], padding), the same for every exit; and {exit: [map of [B, C, h, w]]}.
+            (position code [B, C, h, w], padding), the same for every exit; and {exit: [map of [B, C, h, w]]}. Padding
+            is handed to attention also where there is none, as in the reference, on which the GFLOPs depend.
         """
         x = self.projected(features)
         padding = features.get("padding")
@@ -108,9 +110,8 @@ class DetrHead(ExitHead):
         """
         pos, padding = shared
         memory, pos = (m.flatten(2).transpose(1, 2) for m in (maps[0], pos))  # [B, S, C]
-        allowed = allowed_tokens(maps, [padding])
-        outputs = self.transformer.decoder(self.query_embed.weight, memory, pos, allowed)
-        *before, last = (self._predict(x) for x in (outputs if aux else outputs[-1:]))
+        decoder, allowed = self.transformer.decoder, allowed_tokens([padding])
+        *before, last = (self._predict(x) for x in decoder(self.query_embed.weight, memory, pos, allowed, aux))
         return {**last, "aux_outputs": before} if aux else last
 
     def _predict(self, x: Tensor) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Transformer encoders of the pixel decoder, one file each."""
 
+from .dense import DenseEncoder
 from .hybrid import HybridEncoder
 from .lite import LiteEncoder
 from .msdeform import MSDeformEncoder
@@ -8,6 +9,7 @@ from .registry import TRANSFORMER_ENCODER_REGISTRY, build_transformer_encoder
 
 __all__ = [
     "TRANSFORMER_ENCODER_REGISTRY",
+    "DenseEncoder",
     "HybridEncoder",
     "LiteEncoder",
     "MSDeformEncoder",

@@ -1,0 +1,125 @@
+"""Dense attention over all tokens, post-norm: DETR's encoder, which MaskFormer has on res5 (arXiv 2107.06278).
+
+Parameter names below `encoder` are those of DETR's published checkpoints: `layers.N...`. Tensors are batch first.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import configurable
+from torch import Tensor, nn
+
+from ..layers import attend, xavier_matrices_
+from .msdeform import flatten_levels, split_levels
+from .registry import TRANSFORMER_ENCODER_REGISTRY, wanted_exits
+
+
+@TRANSFORMER_ENCODER_REGISTRY.register()
+class DenseEncoder(nn.Module):
+    """DETR's encoder as a pixel decoder has it: without padding, every token looks at every other."""
+
+    @configurable
+    def __init__(self, *, dim: int, num_layers: int, num_heads: int, dim_feedforward: int, dropout: float):
+        super().__init__()
+        self.dim = dim
+        self.encoder = DetrEncoder(dim, num_layers, num_heads, dim_feedforward, dropout)
+        xavier_matrices_(self.encoder)
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        head, former = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER
+        return {
+            "dim": head.CONVS_DIM,
+            "num_layers": head.TRANSFORMER_ENC_LAYERS,
+            "num_heads": former.NHEADS,
+            "dim_feedforward": former.DIM_FEEDFORWARD,
+            "dropout": former.DROPOUT,
+        }
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        return self.encoder.exits
+
+    def input_projection(self, in_channels: int) -> nn.Sequential:
+        """See `TRANSFORMER_ENCODER_REGISTRY`; as in DETR, without a norm."""
+        return nn.Sequential(nn.Conv2d(in_channels, self.dim, 1))
+
+    def forward(self, maps: Sequence[Tensor], pos: Sequence[Tensor], exits: Sequence[int]) -> dict[int, list[Tensor]]:
+        """See `TRANSFORMER_ENCODER_REGISTRY` for the contract."""
+        return self.encoder(maps, pos, exits)
+
+
+class DetrEncoder(nn.Module):
+    """DETR's encoder under the contract of `TRANSFORMER_ENCODER_REGISTRY`; exit k is the state after layer k.
+
+    It also takes which tokens are padding, and has no final norm, so that every exit has the decoder's input format.
+    """
+
+    def __init__(self, dim: int, num_layers: int, num_heads: int, dim_feedforward: int, dropout: float):
+        super().__init__()
+        if num_layers < 1:
+            raise ValueError(
+                f"an encoder needs at least one layer, got {num_layers}: "
+                "set SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS, of DETR MODEL.DETR.ENC_LAYERS"
+            )
+        self.exits = tuple(range(1, num_layers + 1))
+        self.layers = nn.ModuleList(EncoderLayer(dim, num_heads, dim_feedforward, dropout) for _ in range(num_layers))
+
+    def forward(
+        self,
+        maps: Sequence[Tensor],
+        pos: Sequence[Tensor],
+        exits: Sequence[int],
+        padding: Sequence[Tensor] | None = None,
+    ) -> dict[int, list[Tensor]]:
+        """
+        Args:
+            maps: [B, C, h, w] each (DETR and MaskFormer have one); pos: the same, or with B = 1.
+            exits: those wanted, of `exits`.
+            padding: [B, h, w] bool each, True where there is no image; default: none is padded.
+
+        Returns:
+            {exit: maps}, of the same shapes.
+        """
+        wanted = wanted_exits(exits, self.exits)
+        shapes = [tuple(m.shape[-2:]) for m in maps]
+        tokens, pos = flatten_levels(maps), flatten_levels(pos)  # [B, S, C]
+        allowed = None if padding is None else allowed_tokens(padding)
+        out = {}
+        for depth, layer in enumerate(self.layers[: max(wanted)], start=1):
+            tokens = layer(tokens, pos, allowed)
+            if depth in wanted:
+                out[depth] = split_levels(tokens, shapes)
+        return out
+
+
+class AttentionLayer(nn.Module):
+    """What encoder and decoder layers of DETR share: self-attention, the feed-forward network, dropout."""
+
+    def __init__(self, dim: int, num_heads: int, dim_feedforward: int, dropout: float):
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(dim, num_heads, dropout)
+        self.linear1 = nn.Linear(dim, dim_feedforward)
+        self.linear2 = nn.Linear(dim_feedforward, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def attend_self(self, x: Tensor, pos: Tensor, allowed: Tensor | None) -> Tensor:
+        q = x + pos
+        return self.norm1(x + self.dropout(attend(self.self_attn, q, q, x, allowed)))
+
+    def feed_forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        hidden = self.dropout(torch.relu(self.linear1(x)))
+        return norm(x + self.dropout(self.linear2(hidden)))
+
+
+class EncoderLayer(AttentionLayer):
+    def forward(self, tokens: Tensor, pos: Tensor, allowed: Tensor | None) -> Tensor:
+        """tokens, pos [B or 1, S, C], allowed [B, 1, S] or None -> [B, S, C]."""
+        return self.feed_forward(self.attend_self(tokens, pos, allowed), self.norm2)
+
+
+def allowed_tokens(padding: Sequence[Tensor]) -> Tensor:
+    """Which tokens attention may look at, of maps whose padding is [B, h, w] bool each: [B, 1, S] bool."""
+    return ~torch.cat([p.flatten(1) for p in padding], dim=1)[:, None]
