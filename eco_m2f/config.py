@@ -3,7 +3,7 @@
 The keys of the parent carry their official Mask2Former names, so that official YAML files merge unchanged. Keys of
 this project are those under MODEL.ECO, MODEL.DETR, MODEL.TIMM, MODEL.PROSCALE, MODEL.HYBRID and MODEL.DOVIT;
 MASK_BRANCH, PIXEL_DECODER_AMP and TRANSFORMER_ENCODER_NAME of MODEL.SEM_SEG_HEAD; MASK_LOSS of MODEL.MASK_FORMER;
-SOLVER.AMP.PRECISION, SOLVER.ACCUMULATION_STEPS, TEST.AMP and DATASETS.CUSTOM. Each key is read somewhere;
+SOLVER.AMP.PRECISION, SOLVER.ACCUMULATION_STEPS, TEST.AMP, TEST.COMPILE and DATASETS.CUSTOM. Each key is read somewhere;
 tests/test_config.py proves it.
 """
 
@@ -44,6 +44,7 @@ def _add_solver(cfg: CfgNode) -> None:
     cfg.SOLVER.ACCUMULATION_STEPS = 1  # batches of IMS_PER_BATCH whose gradients make one optimizer step
     cfg.SOLVER.AMP.PRECISION = "float16"  # or "bfloat16"; of training where SOLVER.AMP.ENABLED, of evaluation where..
     cfg.TEST.AMP = False  # ..this is set
+    cfg.TEST.COMPILE = False  # load_predictor compiles the model for each size of image; for bfloat16 on a CPU
 
 
 def _add_mask_former(cfg: CfgNode) -> None:

@@ -420,15 +420,28 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
 def load_predictor(config_file: str, opts: Sequence[str] = ()) -> Callable:
     """A function from an image (uint8 RGB, [H, W, 3]) to the model's result for it, at the image's size.
 
-    Example: `load_predictor("configs/toy/eco.yaml", ["MODEL.WEIGHTS", "model.pth"])(image)["panoptic_seg"]`.
+    TEST.AMP and TEST.COMPILE hold here too. Example:
+    `load_predictor("configs/toy/eco.yaml", ["MODEL.WEIGHTS", "model.pth"])(image)["panoptic_seg"]`.
     """
     cfg = load_cfg(config_file, opts)
     model = fuse_for_deployment(build_trained(cfg))
+    if cfg.TEST.COMPILE:
+        compile_for_deployment(model)
     mapper = PanopticTestMapper(cfg)
 
     def predict(image) -> dict:
         height, width = image.shape[:2]
-        with torch.no_grad():
+        with torch.no_grad(), autocast(cfg, model.device.type, cfg.TEST.AMP):
             return model([{"image": mapper.to_tensor(image), "height": height, "width": width}])[0]
 
     return predict
+
+
+def compile_for_deployment(model: nn.Module) -> None:
+    """Lets torch.compile have backbone and head of a model in eval mode, in place, with the weights as they are now.
+
+    Every size of (padded) image, and every exit, is compiled when it is first met, which takes about a minute; after
+    eight of them PyTorch runs new ones as they are. So this is for few sizes, and for a fixed exit or a gate.
+    """
+    for part in (model.backbone, model.head):
+        part.compile(dynamic=False, options={"freezing": True})

@@ -136,6 +136,24 @@ def test_the_predictor_gives_what_the_evaluation_sees(tiny, tmp_path):
     assert torch.equal(result["panoptic_seg"][0], wanted["panoptic_seg"][0])
 
 
+@pytest.mark.slow
+def test_a_compiled_predictor_gives_what_another_does(tiny, tmp_path):
+    """At two exits, and each in one piece: backbone and head are a graph, of which nothing is left to Python."""
+    from torch._dynamo.utils import counters
+
+    weights = tmp_path / "model.pth"
+    torch.save({"model": fill(engine.build_model(engine.load_cfg(tiny.config()))).state_dict()}, weights)
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for k in (2, 6):
+        opts = ["MODEL.WEIGHTS", str(weights), "MODEL.ECO.EXIT", k, "TEST.COMPILE"]
+        wanted = engine.load_predictor(tiny.config(), [*opts, False])(image)
+        counters.clear()
+        found = engine.load_predictor(tiny.config(), [*opts, True])(image)
+        assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+        assert found["exit"] == k and found["exit_gflops"] == wanted["exit_gflops"]
+        torch.testing.assert_close(found["sem_seg"], wanted["sem_seg"], atol=1e-4, rtol=1e-4)
+
+
 def test_unknown_precision_is_refused():
     with pytest.raises(ValueError, match="'float8'.*float16 or bfloat16"):
         engine.autocast(load("SOLVER.AMP.PRECISION", "float8"), "cpu", True)

@@ -361,12 +361,16 @@ def score_threshold(logits: Tensor) -> float:
 
 
 @torch.no_grad()
-def model_contestants(cfg, size: tuple[int, int], exits: Sequence[int]) -> dict[str, Callable[[], object]]:
+def model_contestants(
+    cfg, size: tuple[int, int], exits: Sequence[int], compiled: bool = False
+) -> dict[str, Callable[[], object]]:
     """Name -> a call that segments one image of `size` (height, width) in pixels; the deepest exit comes first.
+
+    Ours may be compiled; the op in PyTorch, which would be compiled in the op's place, is left out then.
 
     Raises ValueError for a config without exits, or an exit that it does not have.
     """
-    from eco_m2f.engine import build_model
+    from eco_m2f.engine import build_model, compile_for_deployment
 
     torch.manual_seed(0)
     model = build_model(cfg).eval()
@@ -374,12 +378,14 @@ def model_contestants(cfg, size: tuple[int, int], exits: Sequence[int]) -> dict[
     if not set(exits) <= set(known):
         raise ValueError(f"--exits {list(exits)}: this config has the exits {known}; take an eco config and its exits")
     whole = WholeModel(model, size)
+    if compiled:
+        compile_for_deployment(model)
     exits = sorted(exits, reverse=True)
     table = {f"{OURS} exit {k}": functools.partial(whole.segment, [k]) for k in exits}
     for name, function in (
         ("embedding_bag", ops.reference_ms_deform_attn),
         ("grid_sample", ops.grid_sample_ms_deform_attn),
-    ):
+    )[: 0 if compiled else None]:
         segment = functools.partial(whole.segment, exits[:1])
         table[f"{OURS} exit {exits[0]}, op {name}"] = op_in_pytorch(function)(segment)
     if importlib.util.find_spec("transformers") and cfg.MODEL.BACKBONE.NAME == "D2SwinTransformer":
@@ -485,8 +491,9 @@ def run_model(args: argparse.Namespace) -> None:
         "width": args.size[1],
         "device": args.device,
     }
-    setting |= {"dtype": args.dtype, "threads": torch.get_num_threads(), "rounds": args.rounds}
-    contestants = model_contestants(cfg, tuple(args.size), args.exits)
+    setting |= {"dtype": args.dtype, "compiled": args.compile}
+    setting |= {"threads": torch.get_num_threads(), "rounds": args.rounds}
+    contestants = model_contestants(cfg, tuple(args.size), args.exits, args.compile)
     with torch.autocast(args.device, DTYPES[args.dtype], enabled=args.dtype != "float32"):
         measured = measure_model(contestants, args.rounds, args.device)
     rows = [{**setting, **row, **machine(args.device)} for row in measured]
@@ -504,6 +511,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=positive, nargs=2, default=[800, 1216], metavar=("H", "W"), help="pixels")
     parser.add_argument("--exits", type=positive, nargs="+", default=[2, 6])
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of autocast")
+    parser.add_argument("--compile", action="store_true", help="our model through torch.compile")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=positive, help="CPU threads; default: PyTorch's choice")
     parser.add_argument("--rounds", type=positive, default=5, help="after one that warms up")

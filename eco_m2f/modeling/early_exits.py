@@ -100,11 +100,11 @@ class EarlyExits(nn.Module):
     def predict(self, features: dict[str, Tensor], exits: list[int]) -> dict[str, Tensor]:
         """Each image at its own exit: images are grouped by exit, and no image runs a layer that it does not need."""
         if len(set(exits)) == 1:
-            return self.head.forward_exits(features, exits[:1])[exits[0]]
+            return self.head(features, exits[0])
         merged = {}
         for k in sorted(set(exits)):
             rows = torch.tensor([i for i, e in enumerate(exits) if e == k], device=self.device)
-            pred = self.head.forward_exits({n: f[rows] for n, f in features.items()}, [k])[k]
+            pred = self.head({n: f[rows] for n, f in features.items()}, k)
             for name, value in pred.items():
                 if not isinstance(value, Tensor):
                     continue  # auxiliary outputs, which only training reads

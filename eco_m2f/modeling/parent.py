@@ -21,10 +21,10 @@ class ExitHead(nn.Module):
       may read.
     """
 
-    def forward(self, features: dict[str, Tensor]) -> dict:
-        """The prediction after the last encoder layer; see `decode`."""
-        last = self.exits[-1]
-        return self.forward_exits(features, [last])[last]
+    def forward(self, features: dict[str, Tensor], exit: int | None = None) -> dict:
+        """The prediction at an exit, by default after the last encoder layer; see `decode`."""
+        k = self.exits[-1] if exit is None else exit
+        return self.forward_exits(features, [k])[k]
 
     def forward_exits(self, features: dict[str, Tensor], exits: Sequence[int]) -> dict[int, dict]:
         """{exit: prediction}; the encoder runs once. Training has aux_outputs.
