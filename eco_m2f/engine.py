@@ -442,6 +442,10 @@ def compile_for_deployment(model: nn.Module) -> None:
 
     Every size of (padded) image, and every exit, is compiled when it is first met, which takes about a minute; after
     eight of them PyTorch runs new ones as they are. So this is for few sizes, and for a fixed exit or a gate.
+    Inductor freezes weights from then on in this process: it packs them for its matrix products.
     """
+    from torch._inductor import config
+
+    config.freezing = True
     for part in (model.backbone, model.head):
-        part.compile(dynamic=False, options={"freezing": True})
+        part.compile(dynamic=False)

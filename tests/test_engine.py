@@ -137,10 +137,12 @@ def test_the_predictor_gives_what_the_evaluation_sees(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_predictor_gives_what_another_does(tiny, tmp_path):
+def test_a_compiled_predictor_gives_what_another_does(tiny, tmp_path, monkeypatch):
     """At two exits, and each in one piece: backbone and head are a graph, of which nothing is left to Python."""
+    import torch._inductor.config
     from torch._dynamo.utils import counters
 
+    monkeypatch.setattr(torch._inductor.config, "freezing", False)  # what it turns on ends with this test
     weights = tmp_path / "model.pth"
     torch.save({"model": fill(engine.build_model(engine.load_cfg(tiny.config()))).state_dict()}, weights)
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)

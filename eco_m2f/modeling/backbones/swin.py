@@ -2,10 +2,8 @@
 
 The parameters have the published names already; what differs is the names of the maps (res2..res5), the size
 divisibility, that stochastic depth comes from torchvision instead of timm, and for speed that attention is one operator
-and that the masks of shifted windows are kept.
+and that the masks of shifted windows are made in fewer passes, which torch.compile takes too.
 """
-
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -99,8 +97,6 @@ class Stage(nn.Module):
         return x, height, width, self.downsample(x, height, width), (height + 1) // 2, (width + 1) // 2
 
 
-@torch.compiler.assume_constant_result
-@lru_cache(maxsize=16)
 def shifted_window_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:
     """[W, N, N], -100 between places of one of the W windows that are no neighbours in the image, else 0; N = window^2.
 
