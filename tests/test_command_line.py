@@ -1,7 +1,10 @@
 """Starting processes, and how the mistakes and the faults of a tool end."""
 
 import logging
+import platform
 import socket
+import subprocess
+import sys
 import traceback
 from pathlib import Path
 
@@ -143,3 +146,32 @@ def test_no_thread_of_the_run_is_left_at_its_end(monkeypatch):
     command_line.launch(lambda args: during.append(carriers()), args)
     assert during[0] > 0 and carriers() == 0
     assert not torch.distributed.is_initialized()
+
+
+HALF_FREED = """
+import sys, torch
+from eco_m2f.command_line import give_back_freed_memory
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / 2**20
+
+if sys.argv[1] == "told":
+    give_back_freed_memory()
+first = torch.ones(2**22)
+del first  # 16 MB, by which glibc learns to keep blocks of that size
+blocks = [torch.ones(2**20) for _ in range(50)]  # 4 MB each
+before = resident()
+del blocks[::2]
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told")
+@pytest.mark.parametrize("told", [True, False])
+def test_freed_blocks_go_back_when_told_so(told):
+    """A hundred megabytes are freed, in blocks that others lie between."""
+    done = subprocess.run(
+        [sys.executable, "-c", HALF_FREED, "told" if told else "not"], capture_output=True, text=True, check=True
+    )
+    assert (float(done.stdout) > 90) == told

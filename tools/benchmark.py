@@ -53,7 +53,7 @@ import torch
 from torch import Tensor
 
 from eco_m2f import ops
-from eco_m2f.command_line import keep_freed_memory, run
+from eco_m2f.command_line import give_back_freed_memory, keep_freed_memory, run
 from eco_m2f.files import prepare_output, write_csv
 from eco_m2f.ops.fused import compose
 
@@ -678,6 +678,7 @@ def run_step_c(args: argparse.Namespace) -> None:
     from eco_m2f.gate import fit_gate, fit_gates
 
     _use_threads(args.threads)
+    give_back_freed_memory()  # as train_gate.py does
     exits, generator = (2, 3, 4, 5, 6), torch.Generator().manual_seed(0)
     features = torch.randn(args.images, args.channels, generator=generator)
     need = torch.sigmoid(features[:, :1] + 0.5 * torch.randn(args.images, 1, generator=generator))

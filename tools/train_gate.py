@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from eco_m2f.budget import HEADER, Row, format_row, frontier, search_budget, write_csv
-from eco_m2f.command_line import run
+from eco_m2f.command_line import give_back_freed_memory, run
 from eco_m2f.derived import DerivedDataset
 from eco_m2f.exits import GATE_LOSSES
 from eco_m2f.gate import OPTIMIZERS
@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    give_back_freed_memory()
     train, val = load(args)
     max_exits = args.max_exit or [train.exits[-1]]
     options = {"optimizer": args.optimizer, "l2": args.l2, "seed": args.seed}
