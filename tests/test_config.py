@@ -368,6 +368,7 @@ def test_official_keys_are_all_in_that_file():
         "SOLVER.ACCUMULATION_STEPS",
         "SOLVER.AMP.PRECISION",
         "TEST.AMP",
+        "TEST.COMPILE",
         *(key for key in own_keys() if key.startswith(OWN_PARTS)),
     }
 
@@ -441,6 +442,10 @@ def test_each_key_is_read_by_what_trains_and_evaluates(tiny, monkeypatch):
             )
             engine.build_model(reads.watch(cfg))
     engine.evaluate(cfg := reads.watch(engine.load_cfg(tiny.config())), engine.build_model(cfg).eval())
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "load_cfg", lambda *_: cfg)
+        patch.setattr(engine, "build_trained", lambda cfg: engine.build_model(cfg).eval())
+        engine.load_predictor("")
     assert spy.called  # DATASETS.CUSTOM is read while the config is loaded, before it can be watched
     unread = own_keys() - reads.seen - {"DATASETS.CUSTOM"}
     assert {key for key in unread if not (absent and key.startswith("MODEL.TIMM."))} == set()

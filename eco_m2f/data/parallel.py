@@ -14,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from tqdm import tqdm
 
 AHEAD = 2**28  # bytes of jobs under way, beyond which the first of them must be done
+MANY = 1024  # and what bounds the work of calling them off
 
 
 def each(function: Callable, jobs: Sequence, workers: int, title: str) -> Iterator:
@@ -36,9 +37,9 @@ def alongside(function: Callable, jobs: Iterable, workers: int) -> Iterator:
     """Yields function(job) for each job, in order, while this process is busy making the jobs that come next.
 
     The workers are new interpreters, safe beside threads and CUDA; jobs and results cross by pickle. With 0 workers
-    everything happens here. No more than `AHEAD` bytes of jobs, and one job, are under way. Workers leave Ctrl-C to
-    this process and end with it, also when it is killed. An error of the function is raised here, at its job;
-    ChildProcessError where a worker died.
+    everything happens here. No more than `AHEAD` bytes of jobs, and one job, are under way, nor `MANY` jobs. Workers
+    leave Ctrl-C to this process and end with it, also when it is killed. An error of the function is raised here, at
+    its job; ChildProcessError where a worker died.
     """
     if workers == 0:
         yield from map(function, jobs)
@@ -53,7 +54,7 @@ def alongside(function: Callable, jobs: Iterable, workers: int) -> Iterator:
             task = pickle.dumps((function, job), pickle.HIGHEST_PROTOCOL)
             waiting.append((_submit(pool, _call, task), len(task)))
             ahead += len(task)
-            while waiting and (ahead > AHEAD or waiting[0][0].done()):
+            while waiting and (ahead > AHEAD or len(waiting) >= MANY or waiting[0][0].done()):
                 future, size = waiting.popleft()
                 ahead -= size
                 yield future.result()
