@@ -49,7 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not args.beta and (len(args.max_exit or ()) > 1 or len(args.loss) > 1):
+        parser.error("a search takes one --max-exit and one --loss")
     give_back_freed_memory()
     train, val = load(args)
     max_exits = args.max_exit or [train.exits[-1]]
@@ -62,8 +65,6 @@ def main(argv: list[str] | None = None) -> None:
         rows = show(frontier(train, val, args.beta, max_exits, args.loss, **options))
         best = [row for row in rows if row.gate]
     else:
-        if len(max_exits) > 1 or len(args.loss) > 1:
-            raise SystemExit("a search takes one --max-exit and one --loss")
         limits = {"target_gflops": args.target_gflops, "max_pq_drop": args.max_pq_drop}
         found, rows = search_budget(train, val, max_exits[0], args.loss[0], **limits, **options)
         show(rows)
