@@ -95,13 +95,13 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Tells glibc to give blocks of a megabyte and more back when they are freed, which is the opposite.
+    """Tells glibc to give blocks of four megabytes and more back when they are freed, which is the opposite.
 
     By default its idea of a large block grows with those that were freed, up to 32 MB; the memory of a job whose blocks
     come and go in many sizes then grows, half a gigabyte for a frontier of gates.
     """
     M_MMAP_THRESHOLD = -3  # malloc.h
-    _tell_malloc((M_MMAP_THRESHOLD, 2**20))
+    _tell_malloc((M_MMAP_THRESHOLD, 2**22))
 
 
 def _tell_malloc(*options: tuple[int, int]) -> None:
