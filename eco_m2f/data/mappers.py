@@ -140,11 +140,7 @@ class MaskFormerSemanticMapper(MaskFormerPanopticMapper):
             return _class_map(planes, segments, self.ignore_label, crowds=True)
         source = record["sem_seg_file_name"]
         classes = read_classes(source)
-        if classes.shape != image.shape[:2]:
-            raise DataError(
-                f"{source}: the semantic PNG is {classes.shape[1]}x{classes.shape[0]} pixels but its image "
-                f"{record['file_name']} is {image.shape[1]}x{image.shape[0]}; one of them is wrong"
-            )
+        _check_size(f"{source}: the semantic PNG", classes, record, image)
         unknown = np.setdiff1d(classes, [*range(self.num_classes), self.ignore_label])
         if unknown.size:
             raise DataError(
@@ -290,6 +286,15 @@ def read_image(record: dict, image_format: str) -> np.ndarray:
     return image
 
 
+def _check_size(what: str, labels: np.ndarray, record: dict, image: np.ndarray, advice: str = "") -> None:
+    """Raises DataError where a map of labels [H, W] and its image [H, W, 3] differ in size."""
+    if labels.shape != image.shape[:2]:
+        raise DataError(
+            f"{what} is {labels.shape[1]}x{labels.shape[0]} pixels but its image {record['file_name']} is "
+            f"{image.shape[1]}x{image.shape[0]}; one of them is wrong{advice}"
+        )
+
+
 def _read_segments(record: dict, image: np.ndarray) -> tuple[list[dict], np.ndarray]:
     """The segments, crowds among them, and the index planes of the panoptic PNG."""
     if "pan_seg_file_name" not in record:
@@ -299,11 +304,7 @@ def _read_segments(record: dict, image: np.ndarray) -> tuple[list[dict], np.ndar
         )
     source = record["pan_seg_file_name"]
     ids = read_ids(source)
-    if ids.shape != image.shape[:2]:
-        raise DataError(
-            f"{source}: the panoptic PNG is {ids.shape[1]}x{ids.shape[0]} pixels but its image "
-            f"{record['file_name']} is {image.shape[1]}x{image.shape[0]}; one of them is wrong; {ADVICE}"
-        )
+    _check_size(f"{source}: the panoptic PNG", ids, record, image, f"; {ADVICE}")
     segments = record["segments_info"]
     return segments, index_map(ids, [s["id"] for s in segments], source)
 
