@@ -12,6 +12,7 @@ PARENT = "coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml"
 ECO = "coco/panoptic-segmentation/eco/eco_maskformer2_R50_bs16_50ep.yaml"
 DETR = "coco/object-detection/detr_R50_bs16_500ep.yaml"
 ECO_DETR = "coco/object-detection/eco/eco_detr_R50_bs16_500ep.yaml"
+ECO_DETR_DC5 = "coco/object-detection/eco/eco_detr_R50_dc5_bs16_500ep.yaml"
 MINI = [
     *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 7),
     *("MODEL.SEM_SEG_HEAD.CONVS_DIM", 32, "MODEL.SEM_SEG_HEAD.MASK_DIM", 32, "MODEL.MASK_FORMER.HIDDEN_DIM", 32),

@@ -323,7 +323,7 @@ class WholeModel:
             for k, pred in predictions.items()
         }
         channels = self.features["res5"].shape[1]
-        self.gate = LinearGate(in_channels=channels, exits=model.exits).to(images.tensor.device)
+        self.gate = LinearGate(in_channels=channels, stride=model.stride, exits=model.exits).to(images.tensor.device)
         self.gate.weight.normal_()
         self.gate.bias.zero_()
         self.gate.loaded = True

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..evaluation.flops import ExitCosts
 from ..exits import ExitSampler, combine_exit_losses, exit_weights
-from .exit_policy import FEATURE_STRIDE, build_exit_policy
+from .exit_policy import build_exit_policy
 
 
 class EarlyExits(nn.Module):
@@ -58,12 +58,13 @@ class EarlyExits(nn.Module):
         eco, head = cfg.MODEL.ECO, parent[cls.head_name]
         kind = list(eco.ALPHA_LIST) if eco.ALPHA == "list" else eco.ALPHA
         weights = exit_weights(kind, eco.EXITS, head.exits[-1])
-        projected = ShapeSpec(channels=head.projected_channels, stride=FEATURE_STRIDE)
+        maps = parent["backbone"].output_shape()
+        projected = ShapeSpec(channels=head.projected_channels, stride=maps["res5"].stride)
         return {
             **parent,
             "exits": eco.EXITS,
             "sampler": ExitSampler(eco.EXITS, weights, eco.EXITS_PER_STEP, eco.SEED),
-            "exit_policy": build_exit_policy(cfg, {**parent["backbone"].output_shape(), "projected": projected}),
+            "exit_policy": build_exit_policy(cfg, {**maps, "projected": projected}),
             "recompute": eco.RECOMPUTE,
         }
 

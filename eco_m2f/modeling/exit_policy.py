@@ -29,7 +29,6 @@ No policy adds anything to the state dict of its parent.
 """
 
 FEATURE_SOURCES = ("res5", "projected")
-FEATURE_STRIDE = 32  # pixels per token of res5 and of its projection
 
 
 def check_feature_source(source: str) -> None:
@@ -72,15 +71,18 @@ class LinearGate(nn.Module):
     """
 
     @configurable
-    def __init__(self, in_channels: int, exits: Sequence[int], feature_source: str = "res5", gate: str = ""):
-        """in_channels: C of the map pooled; exits: the exits that the parent offers, up to K; gate: path of a gate.
+    def __init__(
+        self, in_channels: int, stride: int, exits: Sequence[int], feature_source: str = "res5", gate: str = ""
+    ):
+        """in_channels: C of the map pooled; stride: pixels per token of it; exits: the exits that the parent offers,
+        up to K; gate: path of a gate.
 
         The gate at that path is only examined here (so that a mistake shows at once): it comes into force with
         `load_gate`, when the parent's weights are known.
         """
         super().__init__()
         check_feature_source(feature_source)
-        self.in_channels = in_channels
+        self.in_channels, self.stride = in_channels, stride
         self.offered_exits = check_exits(exits)
         self.exits = self.offered_exits
         self.feature_source = feature_source
@@ -96,6 +98,7 @@ class LinearGate(nn.Module):
         check_feature_source(eco.FEATURE)
         return {
             "in_channels": input_shape[eco.FEATURE].channels,
+            "stride": input_shape[eco.FEATURE].stride,
             "exits": exits_up_to(eco.EXITS, eco.MAX_EXIT),
             "feature_source": eco.FEATURE,
             "gate": eco.GATE,
@@ -126,7 +129,7 @@ class LinearGate(nn.Module):
             raise RuntimeError("LinearGate has no weights: set MODEL.ECO.GATE, or call load_gate(path, parent_sha256)")
         if self.feature_source not in features:
             raise ValueError(f"the gate reads the map {self.feature_source!r}, but the features are {sorted(features)}")
-        z = pool_valid(features[self.feature_source], image_sizes)  # [B, C]
+        z = pool_valid(features[self.feature_source], image_sizes, self.stride)  # [B, C]
         with torch.autocast(z.device.type, enabled=False):
             return nn.functional.linear(z, self.weight.to(z), self.bias.to(z))
 
@@ -183,7 +186,7 @@ class OracleExit(nn.Module):
         return torch.tensor([self.exit_of[str(i)] for i in image_ids], dtype=torch.int64)
 
 
-def pool_valid(feature_map: Tensor, image_sizes: Sequence[tuple[int, int]], stride: int = FEATURE_STRIDE) -> Tensor:
+def pool_valid(feature_map: Tensor, image_sizes: Sequence[tuple[int, int]], stride: int) -> Tensor:
     """The mean over the tokens that an image covers, its padding left out: [B, C, h, w] -> [B, C].
 
     image_sizes: B pairs (height, width) in pixels before padding; an image covers ceil(height / stride) rows and

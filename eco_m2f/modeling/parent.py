@@ -67,6 +67,11 @@ class Parent(nn.Module):
         return getattr(self, self.head_name)
 
     @property
+    def stride(self) -> int:
+        """Pixels per token of the backbone's coarsest map, res5."""
+        return self.backbone.output_shape()["res5"].stride
+
+    @property
     def device(self) -> torch.device:
         return self.pixel_mean.device
 

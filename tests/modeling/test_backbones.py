@@ -13,6 +13,7 @@ from eco_m2f.engine import load_cfg
 from eco_m2f.modeling.backbones.swin import WindowAttention
 from eco_m2f.modeling.backbones.timm import timm_features
 from eco_m2f.modeling.exit_policy import FixedExit
+from eco_m2f.published import resnet_name
 from eco_m2f.safe_load import CheckpointError
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm")
@@ -23,6 +24,7 @@ BACKBONES = {
     "swin": ("MODEL.BACKBONE.NAME", "D2SwinTransformer", *SWIN),
     **{name: ("MODEL.BACKBONE.NAME", "TimmBackbone", "MODEL.TIMM.NAME", name) for name in TIMM},
 }
+DC5 = ("MODEL.BACKBONE.NAME", "build_dc5_resnet_backbone", "MODEL.RESNETS.RES5_DILATION", 2)
 LITE0 = BACKBONES["tf_efficientnet_lite0"]
 
 
@@ -42,6 +44,29 @@ def test_maps_are_those_promised(name):
         spec = backbone.output_shape()[r]
         assert spec.stride == stride
         assert maps[r].shape == (2, spec.channels, 64 // stride, 96 // stride) and maps[r].is_contiguous()
+
+
+@torch.no_grad()
+def test_the_resnet_of_dc5_is_torchvisions():
+    """res5 keeps the stride of 16 and is dilated from its second block on, as published DETR-DC5 weights expect it."""
+    from torchvision.models import resnet50
+
+    torch.manual_seed(0)
+    theirs = resnet50(replace_stride_with_dilation=[False, False, True]).double().eval()
+    layers = torch.nn.Sequential(*list(theirs.children())[:-2])  # without pooling and classifier
+    full = ("STEM_OUT_CHANNELS", 64, "RES2_OUT_CHANNELS", 256, "WIDTH_PER_GROUP", 64)
+    full = [word if i % 2 else f"MODEL.RESNETS.{word}" for i, word in enumerate(full)]
+    ours = build_backbone(*full, *DC5).double().eval()
+    names = {n: resnet_name(n) for n in theirs.state_dict() if not n.startswith("fc.")}
+    ours.load_state_dict({new: theirs.state_dict()[n] for n, new in names.items() if new}, strict=True)
+    x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    torch.testing.assert_close(ours(x)["res5"], layers(x), rtol=1e-9, atol=1e-9)
+    assert ours.output_shape()["res5"].stride == 16 and ours(x)["res5"].shape[-2:] == (4, 6)
+
+
+def test_a_dc5_resnet_without_dilation_is_refused():
+    with pytest.raises(ValueError, match="RES5_DILATION 2, got 1"):
+        build_backbone(*DC5[:2])
 
 
 @pytest.mark.parametrize("shift", [0, 3])

@@ -112,32 +112,45 @@ def test_fixed_exit_gives_its_exit():
 
 def test_pooling_leaves_the_padding_out():
     feature = make_features()["res5"]
-    pooled = pool_valid(feature, SIZES)
+    pooled = pool_valid(feature, SIZES, 32)
     covered = [(3, 5), (2, 5), (2, 1)]  # ceil(size / 32)
     for i, (rows, columns) in enumerate(covered):
         torch.testing.assert_close(pooled[i], feature[i, :, :rows, :columns].mean((1, 2)))
     noisy = feature.clone()
     noisy[1, :, 2:] = torch.nan
     noisy[2, :, :, 1:] = torch.inf
-    assert torch.equal(pool_valid(noisy, SIZES), pooled)
+    assert torch.equal(pool_valid(noisy, SIZES, 32), pooled)
     cropped = feature[2:, :, :2, :1]
-    assert torch.equal(pool_valid(cropped, SIZES[2:])[0], pooled[2])
+    assert torch.equal(pool_valid(cropped, SIZES[2:], 32)[0], pooled[2])
+
+
+def test_pooling_and_the_gate_go_by_the_stride_of_the_map(tmp_path):
+    """DETR-DC5's res5, for one, has 16 pixels a token."""
+    feature = make_features()["res5"]
+    pooled = pool_valid(feature, [(-(-s[0] // 2), -(-s[1] // 2)) for s in SIZES], 16)
+    assert torch.equal(pooled, pool_valid(feature, SIZES, 32))
+    gate = make_gate(tmp_path / "gate.pth")
+    policy = LinearGate(in_channels=CHANNELS["res5"], stride=16, exits=EXITS)
+    policy.load_gate(str(tmp_path / "gate.pth"), PARENT)
+    torch.testing.assert_close(
+        policy.logits({"res5": feature}, [(-(-s[0] // 2), -(-s[1] // 2)) for s in SIZES]), pooled @ gate.weight.T + gate.bias
+    )
 
 
 def test_pooling_is_in_float32_and_independent_of_memory_format():
     feature = make_features()["res5"]
-    assert pool_valid(feature.half(), SIZES).dtype == torch.float32
-    assert pool_valid(feature.double(), SIZES).dtype == torch.float64
-    assert torch.equal(pool_valid(feature.to(memory_format=torch.channels_last), SIZES), pool_valid(feature, SIZES))
+    assert pool_valid(feature.half(), SIZES, 32).dtype == torch.float32
+    assert pool_valid(feature.double(), SIZES, 32).dtype == torch.float64
+    assert torch.equal(pool_valid(feature.to(memory_format=torch.channels_last), SIZES, 32), pool_valid(feature, SIZES, 32))
 
 
 def test_pooling_refuses_sizes_that_do_not_fit():
     feature = make_features()["res5"]
     for size in [(97, 32), (32, 161), (0, 32)]:
         with pytest.raises(ValueError, match=f"{size[0]} x {size[1]}"):
-            pool_valid(feature, [SIZES[0], SIZES[1], size])
+            pool_valid(feature, [SIZES[0], SIZES[1], size], 32)
     with pytest.raises(ValueError, match="2 image sizes for a batch of 3"):
-        pool_valid(feature, SIZES[:2])
+        pool_valid(feature, SIZES[:2], 32)
 
 
 def test_gate_without_weights_refuses_to_run(tmp_path):
@@ -155,7 +168,7 @@ def test_gate_is_the_linear_layer_on_the_pooled_features(tmp_path, source):
     policy = build(POLICY="LinearGate", FEATURE=source)
     policy.load_gate(str(tmp_path / "gate.pth"), PARENT)
     features = make_features()
-    z = pool_valid(features[source], SIZES)
+    z = pool_valid(features[source], SIZES, 32)
     torch.testing.assert_close(policy.logits(features, SIZES), z @ gate.weight.T + gate.bias)
     assert torch.equal(policy(features, SIZES), gate.choose(z))
 
@@ -166,7 +179,7 @@ def test_gate_forced_to_an_exit_is_the_fixed_exit(tmp_path):
         gate.weight.zero_()
         gate.bias = torch.eye(5)[i]
         gate.save(tmp_path / "gate.pth")
-        policy = LinearGate(in_channels=CHANNELS["res5"], exits=EXITS)
+        policy = LinearGate(in_channels=CHANNELS["res5"], stride=32, exits=EXITS)
         policy.load_gate(str(tmp_path / "gate.pth"), PARENT)
         assert torch.equal(policy(make_features(), SIZES), FixedExit(exit=exit)(make_features(), SIZES))
 
@@ -176,7 +189,7 @@ def test_gate_ties_go_to_the_smaller_exit(tmp_path):
     gate.weight.zero_()
     gate.bias = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])
     gate.save(tmp_path / "gate.pth")
-    policy = LinearGate(in_channels=CHANNELS["res5"], exits=EXITS)
+    policy = LinearGate(in_channels=CHANNELS["res5"], stride=32, exits=EXITS)
     policy.load_gate(str(tmp_path / "gate.pth"), PARENT)
     assert policy(make_features(), SIZES).tolist() == [3, 3, 3]
 

@@ -7,7 +7,6 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from ..exit_policy import FEATURE_STRIDE
 from ..parent import Parent
 from .criterion import BoxCriterion, BoxMatcher
 from .head import DetrHead
@@ -58,7 +57,7 @@ class Detr(Parent):
     def extract(self, images: ImageList) -> dict[str, Tensor]:
         """The backbone's maps, and which tokens of the coarsest are "padding" [B, h, w]."""
         features = super().extract(images)
-        return {**features, "padding": padded_tokens(features[self.detr.in_feature], images.image_sizes)}
+        return {**features, "padding": padded_tokens(features[self.detr.in_feature], images.image_sizes, self.stride)}
 
     def prepare_targets(self, batched_inputs: list[dict], size: tuple[int, int]) -> list[dict]:
         """labels [G] and boxes [G, 4] of every image, in parts of its own size: the batch's padding has no part."""
@@ -81,7 +80,7 @@ class Detr(Parent):
         ]
 
 
-def padded_tokens(feature: Tensor, image_sizes: list[tuple[int, int]], stride: int = FEATURE_STRIDE) -> Tensor:
+def padded_tokens(feature: Tensor, image_sizes: list[tuple[int, int]], stride: int) -> Tensor:
     """Which tokens of a map [B, C, h, w] no image covers: [B, h, w] bool; an image covers ceil(side / stride)."""
     padding = feature.new_ones(len(feature), *feature.shape[-2:], dtype=torch.bool)
     for row, (height, width) in zip(padding, image_sizes):

@@ -8,7 +8,6 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from ..encoders.dense import DetrEncoder, allowed_tokens
-from ..exit_policy import FEATURE_STRIDE
 from ..layers import MLP, padded_sine_position, xavier_matrices_
 from ..parent import ExitHead
 from .transformer import DetrDecoder
@@ -53,10 +52,6 @@ class DetrHead(ExitHead):
         detr = cfg.MODEL.DETR
         if "res5" not in input_shape:
             raise ValueError(f"DETR reads the backbone's res5, which is not among {sorted(input_shape)}: add it")
-        if input_shape["res5"].stride != FEATURE_STRIDE:
-            raise ValueError(
-                f"res5 has stride {input_shape['res5'].stride}: padding and gates are for a stride of {FEATURE_STRIDE}"
-            )
         return {
             "in_channels": input_shape["res5"].channels,
             "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,

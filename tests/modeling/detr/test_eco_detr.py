@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from minis import DETR, ECO_DETR, make_batch
+from minis import DETR, ECO_DETR, ECO_DETR_DC5, make_batch
 
 from eco_m2f.modeling.detr.detr import padded_tokens
 from eco_m2f.modeling.detr.postprocessing import BoxPostProcessor
@@ -24,7 +24,7 @@ def eco(build_mini, parent):
 
 
 def test_an_image_covers_its_tokens_and_no_others():
-    padding = padded_tokens(torch.zeros(3, 1, 3, 5), [(96, 160), (64, 65), (1, 1)])
+    padding = padded_tokens(torch.zeros(3, 1, 3, 5), [(96, 160), (64, 65), (1, 1)], 32)
     assert (~padding).flatten(1).sum(1).tolist() == [15, 2 * 3, 1]
     assert not padding[1, :2, :3].any()
 
@@ -66,8 +66,21 @@ def test_detections_by_hand():
     torch.testing.assert_close(found.pred_boxes.tensor, torch.tensor([[140.0, 25, 200, 75], [0, 0, 100, 100]]))
 
 
-def test_a_backbone_without_a_fitting_res5_is_refused(build_mini):
+def test_a_backbone_without_res5_is_refused(build_mini):
     with pytest.raises(ValueError, match="res5, which is not among"):
         build_mini(DETR, "MODEL.RESNETS.OUT_FEATURES", ["res4"])
-    with pytest.raises(ValueError, match="stride 16"):
-        build_mini(DETR, "MODEL.RESNETS.RES5_DILATION", 2)
+
+
+@torch.no_grad()
+def test_a_map_of_stride_16_has_its_own_padding(build_mini, fill_weights):
+    """DETR-DC5: an image of a batch gives what it gives alone, and the gate's map is told with its stride."""
+    model = fill_weights(build_mini(ECO_DETR_DC5)).double()
+    batch = make_batch(((96, 160), (64, 80)))
+    features = model.extract(model.preprocess(batch))
+    assert model.stride == 16 and features["res5"].shape[-2:] == (6, 10)
+    assert (~features["padding"]).flatten(1).sum(1).tolist() == [60, 4 * 5]
+    # the backbone sees the padding, so the head is compared: on the smaller image's own tokens
+    own = {"res5": features["res5"][1:, :, :4, :5], "padding": torch.zeros(1, 4, 5, dtype=torch.bool)}
+    alone, together = model.head(own, 3), model.head(features, 3)
+    torch.testing.assert_close(together["pred_boxes"][1:], alone["pred_boxes"], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(together["pred_logits"][1:], alone["pred_logits"], rtol=1e-9, atol=1e-9)

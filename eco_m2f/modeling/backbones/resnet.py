@@ -1,0 +1,22 @@
+"""The ResNet of DETR-DC5: detectron2's, with a res5 that keeps the stride of res4."""
+
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone import ResNet, build_resnet_backbone
+
+
+@BACKBONE_REGISTRY.register()
+def build_dc5_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
+    """A ResNet whose res5 has stride 16: dilated by 2, but for its first block, as in torchvision and in DETR's DC5.
+
+    detectron2 dilates the first block as well, where published weights give other maps.
+    """
+    if cfg.MODEL.RESNETS.RES5_DILATION != 2:
+        raise ValueError(
+            f"build_dc5_resnet_backbone needs MODEL.RESNETS.RES5_DILATION 2, got {cfg.MODEL.RESNETS.RES5_DILATION}: "
+            "set it, or take build_resnet_backbone"
+        )
+    resnet = build_resnet_backbone(cfg, input_shape)
+    first = resnet.res5[0].conv2
+    first.dilation = first.padding = (1, 1)
+    return resnet
