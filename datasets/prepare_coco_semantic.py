@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from eco_m2f.data.datasets.builtin import datasets_root
-from eco_m2f.data.datasets.coco_panoptic_like import read_categories, read_panoptic_json
+from eco_m2f.data.datasets.coco_panoptic_like import read_categories, read_coco_json
 from eco_m2f.data.panoptic_map import DataError, decode, index_map, read_ids
 from eco_m2f.data.parallel import each
 from eco_m2f.data.writing import whole_folder
@@ -28,7 +28,7 @@ def prepare(panoptic_json: Path, panoptic_root: Path, output: Path, workers: int
     if len(categories) > VOID_CLASS:
         raise DataError(f"{panoptic_json}: {len(categories)} classes do not fit the 8 bits of a class map")
     classes = {category["id"]: i for i, category in enumerate(categories)}
-    annotations = read_panoptic_json(panoptic_json)["annotations"]
+    annotations = read_coco_json(panoptic_json)["annotations"]
     if _complete(output, annotations) and not overwrite:
         return False
     if output.exists() and any(output.iterdir()) and not overwrite:

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from detectron2.engine import launch as detectron2_launch
@@ -28,6 +29,14 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     add("--machine-rank", type=int, default=0, metavar="I", help="which of them this one is, from 0")
     add("--dist-url", default="auto", help="where processes meet, as tcp://host:port; auto on a single machine")
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config options, as MODEL.WEIGHTS model.pth")
+    return parser
+
+
+def converter_parser(description: str, suffix: str) -> argparse.ArgumentParser:
+    """The command line of a tool that converts a published file to one of this suffix: source and target."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="the published .pth file")
+    parser.add_argument("target", type=Path, help=f"the {suffix} file to write")
     return parser
 
 

@@ -143,6 +143,7 @@ def _add_timm(cfg: CfgNode) -> None:
     t = cfg.MODEL.TIMM = CfgNode()
     t.NAME = "resnet50"  # a model of the package timm
     t.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    t.OUTPUT_STRIDE = 32  # of res5; 16: dilated, where the model can be
     t.FREEZE_BN = True  # batch normalisation keeps the statistics and the scales of MODEL.WEIGHTS
 
 

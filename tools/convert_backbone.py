@@ -15,7 +15,7 @@ import re
 import sys
 from pathlib import Path
 
-from eco_m2f.command_line import run
+from eco_m2f.command_line import converter_parser, run
 from eco_m2f.published import check_target, read_backbone, write_backbone
 
 
@@ -31,10 +31,7 @@ def convert(source: Path, target: Path) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="the published .pth file")
-    parser.add_argument("target", type=Path, help="the .pkl file to write")
-    return parser
+    return converter_parser(__doc__, ".pkl")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from detectron2.data import MetadataCatalog
 
-from eco_m2f.command_line import run
+from eco_m2f.command_line import converter_parser, run
 from eco_m2f.files import atomic_write
 from eco_m2f.published import resnet_name
 from eco_m2f.safe_load import CheckpointError, read_checkpoint
@@ -61,10 +61,7 @@ def contiguous_classes(value: torch.Tensor) -> torch.Tensor:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="the published .pth file")
-    parser.add_argument("target", type=Path, help="the .pth file to write")
-    return parser
+    return converter_parser(__doc__, ".pth")
 
 
 def main(arguments: list[str] | None = None) -> None:

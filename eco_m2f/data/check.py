@@ -16,7 +16,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 
 from .datasets.coco_boxes import EVALUATOR_TYPE, read_box_json
-from .datasets.coco_panoptic_like import read_panoptic_json
+from .datasets.coco_panoptic_like import read_coco_json
 from .panoptic_map import VOID, DataError, read_ids
 from .parallel import each
 
@@ -69,7 +69,7 @@ def check_dataset(
     meta = _box_metadata(name) if boxes else _metadata(name)
     findings = [] if num_classes is None else list(_check_classes(name, num_classes, "boxes" if boxes else "panoptic"))
     try:
-        content = read_box_json(meta.json_file) if boxes else read_panoptic_json(meta.panoptic_json)
+        content = read_box_json(meta.json_file) if boxes else read_coco_json(meta.panoptic_json)
     except DataError as error:
         return [*findings, Finding("unusable JSON", str(error), "restore it")]
     findings += check_box_json(content, meta) if boxes else check_json(content, meta)

@@ -11,7 +11,7 @@ from minis import CONFIGS, ECO, MINI, build, make_batch
 from eco_m2f.checkpoint import Checkpointer
 from eco_m2f.engine import load_cfg
 from eco_m2f.modeling.backbones.swin import WindowAttention
-from eco_m2f.modeling.backbones.timm import timm_features
+from eco_m2f.modeling.backbones.timm import parameters_up_to, timm_features
 from eco_m2f.modeling.exit_policy import FixedExit
 from eco_m2f.published import resnet_name
 from eco_m2f.safe_load import CheckpointError
@@ -92,7 +92,8 @@ def test_channels_last_maps_are_turned():
     from detectron2.config import CfgNode
 
     name = "swin_tiny_patch4_window7_224"  # takes images of its own size only
-    cfg = CfgNode({"MODEL": {"TIMM": {"NAME": name, "OUT_FEATURES": ["res3", "res5"], "FREEZE_BN": False}}})
+    options = {"NAME": name, "OUT_FEATURES": ["res3", "res5"], "FREEZE_BN": False, "OUTPUT_STRIDE": 32}
+    cfg = CfgNode({"MODEL": {"BACKBONE": {"FREEZE_AT": 0}, "TIMM": options}})
     from eco_m2f.modeling import backbones
 
     maps = backbones.TimmBackbone(cfg, ShapeSpec(channels=3))(torch.zeros(1, 3, 224, 224))
@@ -107,6 +108,50 @@ def test_frozen_batch_norm_keeps_its_statistics():
         backbone(3 * torch.randn(2, 3, 64, 64) + 1)
         same = [torch.equal(before[k], v) for k, v in backbone.state_dict().items() if "running" in k]
         assert all(same) if freeze else not any(same)
+
+
+@torch.no_grad()
+def test_a_dilated_res5_has_the_stride_of_res4():
+    """The weights are those of the model that is not dilated, and so are the maps before res5."""
+    plain, dilated = (build_backbone(*LITE0, "MODEL.TIMM.OUTPUT_STRIDE", stride).eval() for stride in (32, 16))
+    dilated.load_state_dict(plain.state_dict(), strict=True)
+    assert [spec.stride for spec in dilated.output_shape().values()] == [4, 8, 16, 16]
+    x = torch.randn(1, 3, 64, 96)
+    maps, finer = plain(x), dilated(x)
+    assert maps["res5"].shape[-2:] == (2, 3) and finer["res5"].shape[-2:] == (4, 6)
+    for r in ("res2", "res3", "res4"):
+        torch.testing.assert_close(finer[r], maps[r])
+    # where no layer looks around itself the maps agree at every second token; here they need only be alike
+    assert torch.corrcoef(torch.stack([finer["res5"][..., ::2, ::2].flatten(), maps["res5"].flatten()]))[0, 1] > 0.5
+
+
+def test_a_model_that_cannot_be_dilated_is_refused():
+    with pytest.raises(ValueError, match=r"'swin_tiny_patch4_window7_224' cannot be built with .*OUTPUT_STRIDE 16"):
+        timm_features("swin_tiny_patch4_window7_224", [4, 32], 3, 16)
+    with pytest.raises(ValueError, match="must be 8, 16 or 32, not 24"):
+        timm_features("resnet18", [4, 32], 3, 24)
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_frozen_stages_of_timm_are_those_that_their_maps_are_made_with(name):
+    """As detectron2's FREEZE_AT: no gradient for res2 and what is before it, one for all that is after."""
+    model = timm_features(name, [4, 8, 16, 32], 3)
+    maps = model(torch.randn(2, 3, 64, 64))
+    names, parameters = zip(*model.named_parameters())
+    of_res2 = torch.autograd.grad(maps[0].sum(), parameters, allow_unused=True)
+    before = {n for n, grad in zip(names, of_res2) if grad is not None}
+    assert 0 < len(before) < len(names) / 2
+    assert before == parameters_up_to(4, name, 3) and parameters_up_to(32, name, 3) == set(names)
+    backbone = build_backbone(*BACKBONES[name], "MODEL.BACKBONE.FREEZE_AT", 2)
+    learning = {n for n, p in backbone.model.named_parameters() if p.requires_grad}
+    assert learning and not learning & before
+    sum(m.sum() for m in backbone(torch.randn(1, 3, 64, 64)).values()).backward()
+    assert {n for n, p in backbone.model.named_parameters() if p.grad is not None} == learning
+
+
+def test_frozen_stages_with_drifting_statistics_are_refused():
+    with pytest.raises(ValueError, match="FREEZE_AT is 2, but MODEL.TIMM.FREEZE_BN False"):
+        build_backbone(*LITE0, "MODEL.BACKBONE.FREEZE_AT", 2, "MODEL.TIMM.FREEZE_BN", False)
 
 
 @torch.no_grad()

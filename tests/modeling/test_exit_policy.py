@@ -133,7 +133,8 @@ def test_pooling_and_the_gate_go_by_the_stride_of_the_map(tmp_path):
     policy = LinearGate(in_channels=CHANNELS["res5"], stride=16, exits=EXITS)
     policy.load_gate(str(tmp_path / "gate.pth"), PARENT)
     torch.testing.assert_close(
-        policy.logits({"res5": feature}, [(-(-s[0] // 2), -(-s[1] // 2)) for s in SIZES]), pooled @ gate.weight.T + gate.bias
+        policy.logits({"res5": feature}, [(-(-s[0] // 2), -(-s[1] // 2)) for s in SIZES]),
+        pooled @ gate.weight.T + gate.bias,
     )
 
 
@@ -141,7 +142,9 @@ def test_pooling_is_in_float32_and_independent_of_memory_format():
     feature = make_features()["res5"]
     assert pool_valid(feature.half(), SIZES, 32).dtype == torch.float32
     assert pool_valid(feature.double(), SIZES, 32).dtype == torch.float64
-    assert torch.equal(pool_valid(feature.to(memory_format=torch.channels_last), SIZES, 32), pool_valid(feature, SIZES, 32))
+    assert torch.equal(
+        pool_valid(feature.to(memory_format=torch.channels_last), SIZES, 32), pool_valid(feature, SIZES, 32)
+    )
 
 
 def test_pooling_refuses_sizes_that_do_not_fit():

@@ -4,14 +4,13 @@ The format: a folder of images, and one JSON with images, annotations (image_id,
 area, iscrowd) and categories (id, name, color). See https://cocodataset.org/#format-data.
 """
 
-import json
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
 from ..panoptic_map import DataError
-from .coco_panoptic_like import category_colors, raise_unless_same
+from .coco_panoptic_like import category_colors, raise_unless_same, read_coco_json
 
 EVALUATOR_TYPE = "coco"  # detectron2's name of the format
 
@@ -52,19 +51,8 @@ def load_coco_boxes(name: str, image_root: str | Path, json_file: str | Path) ->
 
 
 def read_box_json(json_file: str | Path) -> dict:
-    """Parses a detection JSON and checks that it is one. Raises DataError naming what is missing."""
-    try:
-        content = json.loads(Path(json_file).read_text())
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{json_file}: detection JSON not found; datasets/README.md tells where each dataset's files belong "
-            "(the root is $DETECTRON2_DATASETS, ./datasets if unset)"
-        ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{json_file}: not a readable JSON file ({error})") from error
-    missing = [key for key in ("images", "annotations", "categories") if key not in content]
-    if missing:
-        raise DataError(f"{json_file}: not in COCO detection format, it lacks {missing}")
+    """As `read_coco_json`, of the detection kind; every annotation is to have a box."""
+    content = read_coco_json(json_file, "detection")
     boxless = next((a for a in content["annotations"] if len(a.get("bbox", ())) != 4), None)
     if boxless is not None:
         raise DataError(f"{json_file}: annotation {boxless.get('id')} has no bbox [x, y, width, height]")

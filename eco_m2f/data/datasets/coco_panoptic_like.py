@@ -79,7 +79,7 @@ def category_colors(categories: list[dict]) -> list[tuple[int, ...]]:
 
 def read_categories(panoptic_json: str | Path) -> list[dict]:
     """The categories of a panoptic JSON, checked. Raises DataError."""
-    categories = read_panoptic_json(panoptic_json)["categories"]
+    categories = read_coco_json(panoptic_json)["categories"]
     for category in categories:
         missing = {"id", "name", "isthing"} - category.keys()
         if missing:
@@ -90,20 +90,23 @@ def read_categories(panoptic_json: str | Path) -> list[dict]:
     return categories
 
 
-def read_panoptic_json(panoptic_json: str | Path) -> dict:
-    """Parses a panoptic JSON and checks that it is one. Raises DataError naming what is missing."""
+def read_coco_json(json_file: str | Path, kind: str = "panoptic") -> dict:
+    """Parses a JSON of COCO's "panoptic" or "detection" kind and checks that it is one.
+
+    Raises DataError naming what is missing.
+    """
     try:
-        content = json.loads(Path(panoptic_json).read_text())
+        content = json.loads(Path(json_file).read_text())
     except FileNotFoundError as error:
         raise DataError(
-            f"{panoptic_json}: panoptic JSON not found; datasets/README.md tells where each dataset's files belong "
+            f"{json_file}: {kind} JSON not found; datasets/README.md tells where each dataset's files belong "
             "(the root is $DETECTRON2_DATASETS, ./datasets if unset)"
         ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{panoptic_json}: not a readable JSON file ({error})") from error
+        raise DataError(f"{json_file}: not a readable JSON file ({error})") from error
     missing = [key for key in ("images", "annotations", "categories") if key not in content]
     if missing:
-        raise DataError(f"{panoptic_json}: not in COCO panoptic format, it lacks {missing}")
+        raise DataError(f"{json_file}: not in COCO {kind} format, it lacks {missing}")
     return content
 
 
@@ -116,7 +119,7 @@ def load_coco_panoptic_like(
     isthing, id, iscrowd and what else the JSON holds) and, with meta["sem_seg_root"], sem_seg_file_name.
     Raises DataError where an annotation has no image, or a category nobody declared.
     """
-    content = read_panoptic_json(panoptic_json)
+    content = read_coco_json(panoptic_json)
     images = {image["id"]: image for image in content["images"]}
     records = []
     for annotation in content["annotations"]:

@@ -15,11 +15,15 @@ STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 class TimmBackbone(Backbone):
     """A timm model without its head; built from MODEL.TIMM. tools/convert_timm.py makes its MODEL.WEIGHTS.
 
-    Models that take images of one size only (timm's Swin and ViT) refuse others in their own words.
+    MODEL.TIMM.OUTPUT_STRIDE 16 dilates res5 in place of halving its size, as in DETR-DC5; not every model of timm can.
+    MODEL.BACKBONE.FREEZE_AT n keeps what the maps of strides up to 2^n are made with as it is: 2 all up to res2, 5 the
+    whole backbone, 0 nothing. Models that take images of one size only (timm's Swin and ViT) refuse others in their
+    own words.
 
     Raises:
         ImportError: timm is missing.
-        ValueError: timm has no such model, or the model no map of a wanted stride; says which there are.
+        ValueError: timm has no such model, or the model no map of a wanted stride; says which there are. Or it cannot
+            be dilated; or parts are to be frozen, but not their batch normalisation.
     """
 
     def __init__(self, cfg, input_shape: ShapeSpec):
@@ -28,11 +32,21 @@ class TimmBackbone(Backbone):
         unknown = sorted(set(t.OUT_FEATURES) - set(STRIDES))
         if unknown:
             raise ValueError(f"MODEL.TIMM.OUT_FEATURES {unknown} unknown; there are {list(STRIDES)}")
-        self.model = timm_features(t.NAME, [STRIDES[r] for r in t.OUT_FEATURES], input_shape.channels)
+        strides = [STRIDES[r] for r in t.OUT_FEATURES]
+        self.model = timm_features(t.NAME, strides, input_shape.channels, t.OUTPUT_STRIDE)
+        freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
+        if freeze_at and not t.FREEZE_BN:
+            raise ValueError(
+                f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, but MODEL.TIMM.FREEZE_BN False would let statistics of the "
+                "frozen part change: set it to True, or FREEZE_AT to 0"
+            )
+        frozen = parameters_up_to(2**freeze_at, t.NAME, input_shape.channels) if freeze_at else ()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name not in frozen)
         self._channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"  # timm's enum is a str
         self._out_features = list(t.OUT_FEATURES)
         self._out_feature_channels = dict(zip(self._out_features, self.model.feature_info.channels()))
-        self._out_feature_strides = {r: STRIDES[r] for r in self._out_features}
+        self._out_feature_strides = dict(zip(self._out_features, self.model.feature_info.reduction()))
         if t.FREEZE_BN:
             self.model = require("timm.layers", "MODEL.TIMM.FREEZE_BN").freeze_batch_norm_2d(self.model)
 
@@ -47,8 +61,25 @@ class TimmBackbone(Backbone):
         return {r: m.contiguous() for r, m in zip(self._out_features, maps)}
 
 
-def timm_features(name: str, strides: list[int], channels: int) -> torch.nn.Module:
-    """timm's feature extractor of that name, its weights random, that returns the deepest map of each stride."""
+def parameters_up_to(stride: int, name: str, channels: int) -> set[str]:
+    """The names of the parameters of timm's model that its maps of this stride and of finer ones are made with."""
+    timm = require("timm", f"the backbone {name!r}")
+    with torch.device("meta"), torch.enable_grad():
+        model = timm.create_model(name, features_only=True, in_chans=channels)
+        image = torch.zeros(1, channels, *timm.get_pretrained_cfg(name).input_size[1:])
+        maps = [m.sum() for m, s in zip(model(image), model.feature_info.reduction()) if s <= stride]
+        names, parameters = zip(*model.named_parameters())
+        grads = torch.autograd.grad(maps, parameters, allow_unused=True) if maps else [None] * len(names)
+    return {n for n, grad in zip(names, grads) if grad is not None}
+
+
+def timm_features(name: str, strides: list[int], channels: int, output_stride: int = 32) -> torch.nn.Module:
+    """timm's feature extractor of that name, its weights random, that returns the deepest map of each stride.
+
+    With an output_stride of 16 (or 8) the maps of greater strides come with that one, from dilated layers.
+    """
+    if output_stride not in (8, 16, 32):
+        raise ValueError(f"MODEL.TIMM.OUTPUT_STRIDE must be 8, 16 or 32, not {output_stride}")
     timm = require("timm", f"the backbone {name!r}")
     if not timm.is_model(name):
         alike = timm.list_models(f"*{name.split('_')[0]}*")[:8]
@@ -60,4 +91,14 @@ def timm_features(name: str, strides: list[int], channels: int) -> torch.nn.Modu
     if missing:
         raise ValueError(f"MODEL.TIMM.NAME {name!r} has no map of stride {missing}, only of {there}")
     deepest = {stride: index for index, stride in enumerate(there)}
-    return timm.create_model(name, out_indices=[deepest[s] for s in strides], **options)
+    if output_stride == 32:
+        return timm.create_model(name, out_indices=[deepest[s] for s in strides], **options)
+    try:
+        return timm.create_model(
+            name, out_indices=[deepest[s] for s in strides], output_stride=output_stride, **options
+        )
+    except (AssertionError, NotImplementedError, TypeError) as error:
+        raise ValueError(
+            f"MODEL.TIMM.NAME {name!r} cannot be built with MODEL.TIMM.OUTPUT_STRIDE {output_stride} ({error}): set it "
+            "to 32, or take a model that can be dilated, as timm's ResNets and EfficientNets"
+        ) from error
