@@ -29,7 +29,7 @@ def folders(tmp_path_factory) -> dict[int, Path]:
         command = [sys.executable, str(ROOT / "tests" / "distributed_job.py"), str(processes), str(made[processes])]
         job = subprocess.run(
             [*command, data.tiny.config(), options],
-            env=tool_environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=120,
+            env=tool_environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=600,
         )  # fmt: skip
         assert job.returncode == 0, job.stderr[-2000:]
     return made

