@@ -29,7 +29,7 @@ from .engine import check_datasets
 from .evaluation.quality import BoxMeasure, PanopticMeasure
 from .files import file_sha256
 from .modeling import EarlyExits
-from .modeling.exit_policy import check_feature_source, pool_valid
+from .modeling.exit_policy import check_feature_source
 
 logger = logging.getLogger(__name__)
 Measure = PanopticMeasure | BoxMeasure
@@ -173,7 +173,7 @@ def predict_exits(model: EarlyExits, measure: Measure, x: dict, source: str) -> 
     features = model.extract(images)
     predictions = model.head.forward_exits(features, model.exits)
     costs = model.costs(images.tensor.shape[-2:], (x["height"], x["width"]))
-    pooled = pool_valid(model.policy_features(features, source)[source], images.image_sizes, model.stride)[0]
+    pooled = model.pooled_feature(features, images.image_sizes, source)[0]
     return Predicted(
         image={**{k: x[k] for k in ("image_id", "height", "width")}, "file_name": Path(x["file_name"]).name},
         exits=model.exits,

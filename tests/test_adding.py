@@ -1,16 +1,35 @@
-"""docs/ADDING.md: its encoder, taken through the contract and through an ECO model."""
+"""docs/ADDING.md: its encoder, taken through the contract, through an ECO model, and through Steps A, B and C."""
 
+import importlib.util
+import inspect
 import re
 
 import pytest
 import torch
-from minis import ECO, MINI, ROOT, build, make_batch
+from minis import CONFIGS, ECO, PARENT, ROOT, build, make_batch
 
-from eco_m2f.engine import load_cfg
-from eco_m2f.modeling.encoders import TRANSFORMER_ENCODER_REGISTRY, build_transformer_encoder
+from eco_m2f.derived import DerivedDataset
+from eco_m2f.gate import Gate
+from eco_m2f.modeling.encoders import TRANSFORMER_ENCODER_REGISTRY
 from eco_m2f.modeling.exit_policy import FixedExit
 
 BLOCKS = dict(re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "docs/ADDING.md").read_text(), re.MULTILINE | re.DOTALL))
+
+
+def other_tests(path: str):
+    """Another module of tests/, under a name of its own."""
+    spec = importlib.util.spec_from_file_location(f"adding_{path.replace('/', '_')}", ROOT / "tests" / f"{path}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+CONTRACT = other_tests("modeling/test_encoders")
+RULES = [
+    name
+    for name, rule in vars(CONTRACT).items()
+    if name.startswith("test_") and list(inspect.signature(rule).parameters) == ["encoder"]
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,16 +46,10 @@ def config(tmp_path):
     return str(path)
 
 
-@torch.no_grad()
-def test_the_contract(config):
-    encoder = build_transformer_encoder(load_cfg(config, MINI))
-    maps = [torch.randn(2, 32, h, w) for h, w in ((2, 3), (4, 6), (8, 12))]
-    together = encoder(maps, maps, encoder.exits)
-    assert tuple(together) == encoder.exits == (1, 2, 3, 4, 5, 6)
-    for k in encoder.exits:
-        assert all(torch.equal(a, b) for a, b in zip(encoder(maps, maps, [k])[k], together[k]))
-    with pytest.raises(ValueError, match="exits"):
-        encoder(maps, maps, [7])
+@pytest.mark.parametrize("rule", RULES)
+def test_the_contract_of_the_registry(rule):
+    assert len(RULES) > 6
+    getattr(CONTRACT, rule)(CONTRACT.from_options("DepthwiseEncoder").eval())
 
 
 def test_the_model_trains_leaves_early_and_is_counted(config):
@@ -55,3 +68,18 @@ def test_the_model_trains_leaves_early_and_is_counted(config):
         sum(model.train()(batch).values()).backward()
     first = model.sem_seg_head.pixel_decoder.transformer.encoder.layers[0]
     assert first.depthwise.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.slow
+def test_its_configs_go_through_all_tools(config, tmp_path):
+    systems = other_tests("tools/test_systems")
+    parent = tmp_path / "parent.yaml"
+    encoder = "MODEL: {SEM_SEG_HEAD: {TRANSFORMER_ENCODER_NAME: DepthwiseEncoder}}"
+    parent.write_text(f"_BASE_: {CONFIGS / PARENT}\n{encoder}\n")
+    run = systems.Run(systems.System(str(parent), config, (2, 4, 6)), tmp_path / "run")
+    derived = DerivedDataset.load(run.derived)
+    assert derived.exits == (2, 4, 6)
+    chosen = Gate.load(run.gate).choose(torch.from_numpy(derived.features)).tolist()
+    found, exits = run.evaluate("gated", "MODEL.ECO.POLICY", "LinearGate", "MODEL.ECO.GATE", run.gate)
+    assert list(exits["per_image"].values()) == chosen
+    assert found == pytest.approx(systems.measured(derived, chosen), abs=1e-6) and found > 5

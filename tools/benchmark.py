@@ -311,8 +311,13 @@ class WholeModel:
     """A model, and a random image that it segments at any exit with `TAKING_PART` queries in the panoptic map."""
 
     def __init__(self, model: torch.nn.Module, size: tuple[int, int]):
+        from eco_m2f.modeling.early_exits import policy_shapes
         from eco_m2f.modeling.exit_policy import LinearGate
 
+        if not hasattr(model, "sem_seg_head"):
+            raise ValueError(
+                f"this benchmark segments images, which a {type(model).__name__} does not: give an eco config"
+            )
         self.model = model
         self.image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
         images = model.preprocess([{"image": self.image}])
@@ -322,8 +327,8 @@ class WholeModel:
             k: replace(model.postprocessor, object_mask_threshold=score_threshold(pred["pred_logits"][0]))
             for k, pred in predictions.items()
         }
-        channels = self.features["res5"].shape[1]
-        self.gate = LinearGate(in_channels=channels, stride=model.stride, exits=model.exits).to(images.tensor.device)
+        res5 = policy_shapes(model.backbone, model.head)["res5"]
+        self.gate = LinearGate(res5.channels, res5.stride, model.exits).to(images.tensor.device)
         self.gate.weight.normal_()
         self.gate.bias.zero_()
         self.gate.loaded = True

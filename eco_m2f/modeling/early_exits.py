@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..evaluation.flops import ExitCosts
 from ..exits import ExitSampler, combine_exit_losses, exit_weights
-from .exit_policy import build_exit_policy
+from .exit_policy import build_exit_policy, pool_valid
 
 
 class EarlyExits(nn.Module):
@@ -58,13 +58,11 @@ class EarlyExits(nn.Module):
         eco, head = cfg.MODEL.ECO, parent[cls.head_name]
         kind = list(eco.ALPHA_LIST) if eco.ALPHA == "list" else eco.ALPHA
         weights = exit_weights(kind, eco.EXITS, head.exits[-1])
-        maps = parent["backbone"].output_shape()
-        projected = ShapeSpec(channels=head.projected_channels, stride=maps["res5"].stride)
         return {
             **parent,
             "exits": eco.EXITS,
             "sampler": ExitSampler(eco.EXITS, weights, eco.EXITS_PER_STEP, eco.SEED),
-            "exit_policy": build_exit_policy(cfg, {**maps, "projected": projected}),
+            "exit_policy": build_exit_policy(cfg, policy_shapes(parent["backbone"], head)),
             "recompute": eco.RECOMPUTE,
         }
 
@@ -118,6 +116,11 @@ class EarlyExits(nn.Module):
         """What a policy reads: the backbone's maps, and for "projected" also the coarsest after the projection."""
         return {**features, "projected": self.head.projected(features)} if source == "projected" else features
 
+    def pooled_feature(self, features: dict[str, Tensor], image_sizes, source: str) -> Tensor:
+        """What a gate that reads `source` sees of every image: [B, C], see `pool_valid`."""
+        stride = policy_shapes(self.backbone, self.head)[source].stride
+        return pool_valid(self.policy_features(features, source)[source], image_sizes, stride)
+
     def costs(self, padded_size: Sequence[int], output_size: Sequence[int]) -> dict[int, dict[str, float]]:
         """{exit: {"total", "encoder"}} GFLOPs of one image of these sizes (height, width), paper convention."""
         if self._costs is None:
@@ -129,3 +132,9 @@ class EarlyExits(nn.Module):
         from ..derived import parent_sha256  # needs pyarrow, which a model without a gate does not
 
         self.exit_policy.load_gate(path, parent_sha256(self.state_dict()))
+
+
+def policy_shapes(backbone: nn.Module, head: nn.Module) -> dict[str, ShapeSpec]:
+    """Channels and stride of every map that a policy may read: the backbone's, and "projected" where there is one."""
+    maps = backbone.output_shape()
+    return {**maps, "projected": ShapeSpec(channels=head.projected_channels, stride=maps[head.coarsest].stride)}

@@ -96,6 +96,11 @@ class LinearGate(nn.Module):
     def from_config(cls, cfg, input_shape):
         eco = cfg.MODEL.ECO
         check_feature_source(eco.FEATURE)
+        if eco.FEATURE not in input_shape:
+            raise ValueError(
+                f"the gate is to read MODEL.ECO.FEATURE {eco.FEATURE}, but the backbone yields {sorted(input_shape)}: "
+                "add it to the backbone's OUT_FEATURES, or let the gate read 'projected'"
+            )
         return {
             "in_channels": input_shape[eco.FEATURE].channels,
             "stride": input_shape[eco.FEATURE].stride,

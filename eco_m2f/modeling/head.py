@@ -53,13 +53,17 @@ class MaskFormerHead(ExitHead):
         return self.pixel_decoder.exits
 
     @property
+    def coarsest(self) -> str:
+        """The coarsest map of the backbone that the encoder takes."""
+        return self.pixel_decoder.encoder_in_features[0]
+
+    @property
     def projected_channels(self) -> int:
         return self.pixel_decoder.input_proj[0][0].out_channels
 
     def projected(self, features: dict[str, Tensor]) -> Tensor:
         """The coarsest of the encoder's input maps [B, C, h, w], before position and level embedding."""
-        coarsest = self.pixel_decoder.encoder_in_features[0]
-        return self.pixel_decoder.input_proj[0](features[coarsest].float())
+        return self.pixel_decoder.input_proj[0](features[self.coarsest].float())
 
     def encode(
         self, features: dict[str, Tensor], exits: Sequence[int]

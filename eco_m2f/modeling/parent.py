@@ -17,8 +17,8 @@ class ExitHead(nn.Module):
       besides, the same for every exit; a state is a list of tensors;
     - `decode(shared, state, aux=True) -> prediction`, a dict of tensors [B, ...], with "aux_outputs" if asked for; the
       state may have a batch where shared is of one image;
-    - `projected(features) -> [B, projected_channels, h, w]`: the coarsest map as the encoder takes it, which a gate
-      may read.
+    - `coarsest`: the name of the coarsest map of the backbone that the encoder takes;
+    - `projected(features) -> [B, projected_channels, h, w]`: that map as the encoder takes it, which a gate may read.
     """
 
     def forward(self, features: dict[str, Tensor], exit: int | None = None) -> dict:
@@ -65,11 +65,6 @@ class Parent(nn.Module):
     @property
     def head(self) -> ExitHead:
         return getattr(self, self.head_name)
-
-    @property
-    def stride(self) -> int:
-        """Pixels per token of the backbone's coarsest map, res5."""
-        return self.backbone.output_shape()["res5"].stride
 
     @property
     def device(self) -> torch.device:

@@ -143,7 +143,7 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
     def forward(self, maps: Sequence[Tensor], mask_features: Tensor, aux: bool = True) -> dict:
         """
         Args:
-            maps: [B, C, h, w] at strides 32, 16, 8.
+            maps: [B, C, h, w], coarse to fine.
             mask_features: [B, mask_dim, H/4, W/4].
             aux: predict after every layer, as the losses need it. Without it the masks that attention follows are made
                 at its own resolution: a mask is linear in the mask features, so that these may be resized in its place.

@@ -50,9 +50,15 @@ def test_mistakes_are_explained(own, forget):
         register_from_config([f"name=x,images=a,boxes={path},json=b"])
     with pytest.raises(DataError, match="none.json: detection JSON not found"):
         register(path.parent / "none.json", "other")
+    path.with_name("list.json").write_text("[1]")
+    with pytest.raises(DataError, match="not in COCO detection format, it holds a list"):
+        register(path.with_name("list.json"), "other")
     for spoil, message in (
         (lambda c: c.pop("categories"), r"lacks \['categories'\]"),
         (lambda c: c["annotations"][1].pop("bbox"), "annotation 2 has no bbox"),
+        (lambda c: c["annotations"][1].update(bbox=None), "annotation 2 has no bbox"),
+        (lambda c: c["categories"][0].pop("name"), r"category .* lacks \['name'\]"),
+        (lambda c: c["categories"].append(c["categories"][0]), "ids must be present and unique"),
         (lambda c: c.update(images=[], annotations=[]), "lists no image"),
     ):
         spoiled = json.loads(json.dumps(content))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from minis import CONFIGS, DETR, ECO_DETR, build, fill
+from minis import CONFIGS, DETR, ECO_DETR, ECO_DETR_DC5, build, fill
 
 from eco_m2f.engine import build_model, load_cfg
 from eco_m2f.evaluation.flops import (
@@ -76,6 +76,17 @@ def test_sizes_that_are_no_multiple_of_32(costs, size):
     """DETR pads a batch to its largest image and no further."""
     n = math.prod(-(-side // 32) for side in size)
     assert costs(size)[3]["encoder"] == pytest.approx(3 * encoder_layer(n) / 1e9, abs=1e-9)
+
+
+def test_a_res5_of_stride_16_has_more_tokens():
+    """DETR-DC5: the same layers, and on the mean 3495.5 tokens of COCO's images they cost 7.8 GFLOPs each."""
+    model = build(ECO_DETR_DC5)
+    plain, dilated = (ExitCosts(m).details((64, 96)) for m in (build(ECO_DETR), model))
+    for k in EXITS:
+        per_token = 32 * 32 * 4 + 32 * 64 * 2 + 10 * 32  # the mini's width is 32, its FFN's 64
+        for costs_, n in ((plain, 2 * 3), (dilated, 4 * 6)):
+            assert costs_[k]["encoder"] == pytest.approx(k * (n * per_token + n * n * 32) / 1e9, rel=1e-9)
+    assert 6 * encoder_layer(38 * 50) / 1e9 > 4 * 6 * encoder_layer(19 * 25) / 1e9
 
 
 @pytest.mark.parametrize("k", [1, 3])

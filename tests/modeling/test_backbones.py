@@ -67,6 +67,8 @@ def test_the_resnet_of_dc5_is_torchvisions():
 def test_a_dc5_resnet_without_dilation_is_refused():
     with pytest.raises(ValueError, match="RES5_DILATION 2, got 1"):
         build_backbone(*DC5[:2])
+    with pytest.raises(ValueError, match=r"needs res5 among MODEL.RESNETS.OUT_FEATURES \['res4'\]"):
+        build_backbone(*DC5, "MODEL.RESNETS.OUT_FEATURES", ["res4"])
 
 
 @pytest.mark.parametrize("shift", [0, 3])
@@ -141,12 +143,44 @@ def test_frozen_stages_of_timm_are_those_that_their_maps_are_made_with(name):
     of_res2 = torch.autograd.grad(maps[0].sum(), parameters, allow_unused=True)
     before = {n for n, grad in zip(names, of_res2) if grad is not None}
     assert 0 < len(before) < len(names) / 2
-    assert before == parameters_up_to(4, name, 3) and parameters_up_to(32, name, 3) == set(names)
+    assert before == parameters_up_to(4, name) and parameters_up_to(32, name) == set(names)
     backbone = build_backbone(*BACKBONES[name], "MODEL.BACKBONE.FREEZE_AT", 2)
     learning = {n for n, p in backbone.model.named_parameters() if p.requires_grad}
     assert learning and not learning & before
     sum(m.sum() for m in backbone(torch.randn(1, 3, 64, 64)).values()).backward()
     assert {n for n, p in backbone.model.named_parameters() if p.grad is not None} == learning
+
+
+def test_stages_that_cannot_learn_from_a_single_image_are_frozen_too():
+    """Their batch norm sees one value a channel of it, which training refuses."""
+    assert len(parameters_up_to(4, "resnest14d")) > 10
+
+
+def test_frozen_stages_of_swin_are_detectron2s():
+    learning = []
+    for n in (0, 1, 2):
+        backbone = build_backbone(*BACKBONES["swin"], "MODEL.BACKBONE.FREEZE_AT", n)
+        parts = {name[: name.find(".", len("layers."))] for name, p in backbone.named_parameters() if p.requires_grad}
+        learning.append({part for part in parts if part.startswith(("patch_embed", "layers"))})
+    layers = {f"layers.{i}" for i in range(4)}
+    assert learning[0] > layers and learning[1:] == [layers, layers - {"layers.0"}]
+
+
+def test_maps_are_named_whatever_their_order():
+    backbone = build_backbone(*LITE0, "MODEL.TIMM.OUT_FEATURES", ["res5", "res2"])
+    maps, specs = backbone(torch.zeros(1, 3, 64, 64)), backbone.output_shape()
+    assert {r: (m.shape[1], 64 // m.shape[-1]) for r, m in maps.items()} == {
+        r: (s.channels, s.stride) for r, s in specs.items()
+    }
+    assert specs["res2"].stride == 4 and specs["res5"].stride == 32
+
+
+def test_freezing_nothing_is_refused():
+    with pytest.raises(ValueError, match="FREEZE_AT 1 freezes nothing of 'convnext_atto'"):
+        build_backbone(*BACKBONES["convnext_atto"], "MODEL.BACKBONE.FREEZE_AT", 1)
+    build_backbone(
+        *BACKBONES["convnext_atto"], "MODEL.BACKBONE.FREEZE_AT", 2, "MODEL.TIMM.FREEZE_BN", False
+    )  # has none
 
 
 def test_frozen_stages_with_drifting_statistics_are_refused():

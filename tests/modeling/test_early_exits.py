@@ -360,6 +360,33 @@ def test_projected_feature_reaches_the_gate(system):
     assert model.exit_policy.in_channels == 32
 
 
+@torch.no_grad()
+def test_a_gate_goes_by_the_stride_of_the_map_that_it_reads():
+    """Where the encoder takes no res5, "projected" is made of res4, at stride 16."""
+    levels = ("MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES", ["res3", "res4"])
+    model = build(ECO, *levels, "MODEL.ECO.POLICY", "LinearGate", "MODEL.ECO.FEATURE", "projected")
+    assert model.head.coarsest == "res4" and model.exit_policy.stride == 16
+    images = model.preprocess(make_batch(((64, 96), (33, 60))))
+    features = model.extract(images)
+    tokens = model.head.projected(features)
+    assert tokens.shape[-2:] == (4, 6)
+    pooled = model.pooled_feature(features, images.image_sizes, "projected")
+    torch.testing.assert_close(pooled[0], tokens[0].mean((1, 2)))
+    torch.testing.assert_close(pooled[1], tokens[1, :, :3, :4].mean((1, 2)))
+
+
+def test_a_backbone_without_res5_needs_no_gate_that_reads_it():
+    names = ["res2", "res3", "res4"]
+    opts = ("MODEL.RESNETS.OUT_FEATURES", names, "MODEL.SEM_SEG_HEAD.IN_FEATURES", names)
+    opts += ("MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES", ["res3", "res4"])
+    opts += ("MODEL.MASK_FORMER.DEC_LAYERS", 3)
+    assert [r["exit"] for r in build(ECO, *opts, "MODEL.ECO.EXIT", 2)(make_batch())] == [2, 2]
+    with pytest.raises(
+        ValueError, match=r"FEATURE res5, but the backbone yields \['projected', 'res2', 'res3', 'res4'\]"
+    ):
+        build(ECO, *opts, "MODEL.ECO.POLICY", "LinearGate")
+
+
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
 

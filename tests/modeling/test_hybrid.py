@@ -161,3 +161,10 @@ def test_without_a_gpu_sync_bn_becomes_bn():
 def test_a_width_that_the_position_code_cannot_have_is_refused():
     with pytest.raises(ValueError, match="CONVS_DIM 30 must be a multiple of 4"):
         HybridEncoder(dim=30)
+
+
+def test_maps_that_do_not_double_are_refused(encoder):
+    """Those of a dilated backbone, for one."""
+    maps = [torch.zeros(1, 32, h, w) for h, w in ((4, 6), (4, 6), (8, 12))]
+    with pytest.raises(ValueError, match=r"double in size .* not \[\(4, 6\), \(4, 6\), \(8, 12\)\].*OUTPUT_STRIDE 32"):
+        encoder(maps, maps, encoder.exits)

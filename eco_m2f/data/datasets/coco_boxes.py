@@ -10,7 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
 from ..panoptic_map import DataError
-from .coco_panoptic_like import category_colors, raise_unless_same, read_coco_json
+from .coco_panoptic_like import category_colors, check_categories, raise_unless_same, read_coco_json
 
 EVALUATOR_TYPE = "coco"  # detectron2's name of the format
 
@@ -51,9 +51,10 @@ def load_coco_boxes(name: str, image_root: str | Path, json_file: str | Path) ->
 
 
 def read_box_json(json_file: str | Path) -> dict:
-    """As `read_coco_json`, of the detection kind; every annotation is to have a box."""
+    """As `read_coco_json`, of the detection kind; every annotation is to have a box, every category id and name."""
     content = read_coco_json(json_file, "detection")
-    boxless = next((a for a in content["annotations"] if len(a.get("bbox", ())) != 4), None)
+    check_categories(json_file, content["categories"], {"id", "name"})
+    boxless = next((a for a in content["annotations"] if len(a.get("bbox") or ()) != 4), None)
     if boxless is not None:
         raise DataError(f"{json_file}: annotation {boxless.get('id')} has no bbox [x, y, width, height]")
     return content

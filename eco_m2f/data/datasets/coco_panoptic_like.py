@@ -80,14 +80,19 @@ def category_colors(categories: list[dict]) -> list[tuple[int, ...]]:
 def read_categories(panoptic_json: str | Path) -> list[dict]:
     """The categories of a panoptic JSON, checked. Raises DataError."""
     categories = read_coco_json(panoptic_json)["categories"]
+    check_categories(panoptic_json, categories, {"id", "name", "isthing"})
+    return categories
+
+
+def check_categories(json_file: str | Path, categories: list[dict], keys: set[str]) -> None:
+    """Raises DataError where a category lacks a key, or ids are not unique."""
     for category in categories:
-        missing = {"id", "name", "isthing"} - category.keys()
+        missing = keys - category.keys()
         if missing:
-            raise DataError(f"{panoptic_json}: category {category} lacks {sorted(missing)}; add them")
+            raise DataError(f"{json_file}: category {category} lacks {sorted(missing)}; add them")
     ids = [c["id"] for c in categories]
     if not ids or len(set(ids)) < len(ids):
-        raise DataError(f"{panoptic_json}: category ids must be present and unique, got {ids}")
-    return categories
+        raise DataError(f"{json_file}: category ids must be present and unique, got {ids}")
 
 
 def read_coco_json(json_file: str | Path, kind: str = "panoptic") -> dict:
@@ -104,6 +109,8 @@ def read_coco_json(json_file: str | Path, kind: str = "panoptic") -> dict:
         ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{json_file}: not a readable JSON file ({error})") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{json_file}: not in COCO {kind} format, it holds a {type(content).__name__}, not an object")
     missing = [key for key in ("images", "annotations", "categories") if key not in content]
     if missing:
         raise DataError(f"{json_file}: not in COCO {kind} format, it lacks {missing}")

@@ -16,6 +16,11 @@ def build_dc5_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
             f"build_dc5_resnet_backbone needs MODEL.RESNETS.RES5_DILATION 2, got {cfg.MODEL.RESNETS.RES5_DILATION}: "
             "set it, or take build_resnet_backbone"
         )
+    if "res5" not in cfg.MODEL.RESNETS.OUT_FEATURES:
+        raise ValueError(
+            f"build_dc5_resnet_backbone needs res5 among MODEL.RESNETS.OUT_FEATURES {cfg.MODEL.RESNETS.OUT_FEATURES}: "
+            "add it, or take build_resnet_backbone"
+        )
     resnet = build_resnet_backbone(cfg, input_shape)
     first = resnet.res5[0].conv2
     first.dilation = first.padding = (1, 1)

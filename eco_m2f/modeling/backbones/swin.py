@@ -17,7 +17,10 @@ from torchvision.ops import StochasticDepth
 
 @BACKBONE_REGISTRY.register()
 class D2SwinTransformer(SwinTransformer):
-    """Swin whose maps are called res2..res5 (strides 4..32); built from MODEL.SWIN."""
+    """Swin whose maps are called res2..res5 (strides 4..32); built from MODEL.SWIN.
+
+    MODEL.BACKBONE.FREEZE_AT n keeps the stem (1), res2 (2) and so on as they are; 0 nothing.
+    """
 
     def __init__(self, cfg, input_shape: ShapeSpec):
         s = cfg.MODEL.SWIN
@@ -37,6 +40,7 @@ class D2SwinTransformer(SwinTransformer):
             drop_path_rate=0.0,
             ape=s.APE,
             patch_norm=s.PATCH_NORM,
+            frozen_stages=cfg.MODEL.BACKBONE.FREEZE_AT or -1,  # to detectron2's Swin 0 is the stem
             use_checkpoint=s.USE_CHECKPOINT,
         )
         self.layers = nn.ModuleList(Stage(layer) for layer in self.layers)

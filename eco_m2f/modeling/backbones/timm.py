@@ -4,7 +4,7 @@ import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...requirements import require
 
@@ -32,23 +32,32 @@ class TimmBackbone(Backbone):
         unknown = sorted(set(t.OUT_FEATURES) - set(STRIDES))
         if unknown:
             raise ValueError(f"MODEL.TIMM.OUT_FEATURES {unknown} unknown; there are {list(STRIDES)}")
-        strides = [STRIDES[r] for r in t.OUT_FEATURES]
+        self._out_features = sorted(t.OUT_FEATURES, key=STRIDES.get)  # timm returns them fine to coarse
+        strides = [STRIDES[r] for r in self._out_features]
         self.model = timm_features(t.NAME, strides, input_shape.channels, t.OUTPUT_STRIDE)
-        freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
-        if freeze_at and not t.FREEZE_BN:
-            raise ValueError(
-                f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, but MODEL.TIMM.FREEZE_BN False would let statistics of the "
-                "frozen part change: set it to True, or FREEZE_AT to 0"
-            )
-        frozen = parameters_up_to(2**freeze_at, t.NAME, input_shape.channels) if freeze_at else ()
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name not in frozen)
+        if cfg.MODEL.BACKBONE.FREEZE_AT:
+            self._freeze(cfg.MODEL.BACKBONE.FREEZE_AT, t)
         self._channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"  # timm's enum is a str
-        self._out_features = list(t.OUT_FEATURES)
         self._out_feature_channels = dict(zip(self._out_features, self.model.feature_info.channels()))
         self._out_feature_strides = dict(zip(self._out_features, self.model.feature_info.reduction()))
         if t.FREEZE_BN:
             self.model = require("timm.layers", "MODEL.TIMM.FREEZE_BN").freeze_batch_norm_2d(self.model)
+
+    def _freeze(self, freeze_at: int, t) -> None:
+        normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
+        if normed and not t.FREEZE_BN:
+            raise ValueError(
+                f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, but MODEL.TIMM.FREEZE_BN False would let statistics of the "
+                "frozen part change: set it to True, or FREEZE_AT to 0"
+            )
+        frozen = parameters_up_to(2**freeze_at, t.NAME)
+        if not frozen:
+            raise ValueError(
+                f"MODEL.BACKBONE.FREEZE_AT {freeze_at} freezes nothing of {t.NAME!r}, which has no map of stride "
+                f"{2**freeze_at} or finer: set it to 2 or more, or to 0"
+            )
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name not in frozen)
 
     @property
     def size_divisibility(self) -> int:
@@ -61,12 +70,12 @@ class TimmBackbone(Backbone):
         return {r: m.contiguous() for r, m in zip(self._out_features, maps)}
 
 
-def parameters_up_to(stride: int, name: str, channels: int) -> set[str]:
+def parameters_up_to(stride: int, name: str) -> set[str]:
     """The names of the parameters of timm's model that its maps of this stride and of finer ones are made with."""
     timm = require("timm", f"the backbone {name!r}")
     with torch.device("meta"), torch.enable_grad():
-        model = timm.create_model(name, features_only=True, in_chans=channels)
-        image = torch.zeros(1, channels, *timm.get_pretrained_cfg(name).input_size[1:])
+        model = timm.create_model(name, features_only=True).eval()
+        image = torch.zeros(1, *timm.get_pretrained_cfg(name).input_size)
         maps = [m.sum() for m, s in zip(model(image), model.feature_info.reduction()) if s <= stride]
         names, parameters = zip(*model.named_parameters())
         grads = torch.autograd.grad(maps, parameters, allow_unused=True) if maps else [None] * len(names)

@@ -56,8 +56,9 @@ class Detr(Parent):
 
     def extract(self, images: ImageList) -> dict[str, Tensor]:
         """The backbone's maps, and which tokens of the coarsest are "padding" [B, h, w]."""
-        features = super().extract(images)
-        return {**features, "padding": padded_tokens(features[self.detr.in_feature], images.image_sizes, self.stride)}
+        features, name = super().extract(images), self.detr.coarsest
+        stride = self.backbone.output_shape()[name].stride
+        return {**features, "padding": padded_tokens(features[name], images.image_sizes, stride)}
 
     def prepare_targets(self, batched_inputs: list[dict], size: tuple[int, int]) -> list[dict]:
         """labels [G] and boxes [G, 4] of every image, in parts of its own size: the batch's padding has no part."""

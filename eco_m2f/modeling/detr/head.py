@@ -36,7 +36,7 @@ class DetrHead(ExitHead):
     ):
         """in_channels: of the map `in_feature`; num_classes: without "no object", which is the last logit."""
         super().__init__()
-        self.in_feature = in_feature
+        self.coarsest = in_feature
         self.num_classes = num_classes
         self.transformer = nn.Module()  # a plain holder, for the published parameter names
         self.transformer.encoder = DetrEncoder(dim, enc_layers, num_heads, dim_feedforward, dropout)
@@ -75,7 +75,7 @@ class DetrHead(ExitHead):
 
     def projected(self, features: dict[str, Tensor]) -> Tensor:
         """The encoder's input [B, C, h, w], before the position code."""
-        return self.input_proj(features[self.in_feature])
+        return self.input_proj(features[self.coarsest])
 
     def encode(
         self, features: dict[str, Tensor], exits: Sequence[int]

@@ -75,6 +75,12 @@ class HybridEncoder(nn.Module):
         pos is not read: the position code of the coarsest map is of another form here, and the others need none.
         """
         wanted_exits(exits, self.exits)
+        sizes = [tuple(m.shape[-2:]) for m in maps]
+        if any(fine != (2 * h, 2 * w) for (h, w), fine in zip(sizes, sizes[1:])):
+            raise ValueError(
+                f"HybridEncoder needs maps that double in size from one to the next, not {sizes}: take a backbone "
+                "whose strides do (RESNETS.RES5_DILATION 1, TIMM.OUTPUT_STRIDE 32), or another encoder"
+            )
         return {self.exits[0]: self.across_scales([self.within_scale(maps[0]), *maps[1:]])}
 
     def within_scale(self, coarsest: Tensor) -> Tensor:

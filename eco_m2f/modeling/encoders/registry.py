@@ -14,7 +14,9 @@ Encoders that refine the projected maps of the backbone. A member is an `nn.Modu
   the encoder; the pixel decoder owns and initialises it;
 - `forward(maps, pos, exits) -> {exit: maps}`: maps and pos are lists, coarse to fine, of [B, C, h, w] (pos may have
   B = 1); for each requested exit k, maps of the same shapes, equal to what an encoder of only that exit's k layers
-  returns. What exits have in common runs once, and nothing runs that none of them needs.
+  returns. What exits have in common runs once, and nothing runs that none of them needs; `wanted_exits` refuses others;
+- `encoder.layers`: its layers, so that every encoder's checkpoint is told by the same names; exit k calls k of them,
+  each once. Without any (TRANSFORMER_ENC_LAYERS 0) it raises ValueError.
 """
 
 

@@ -77,7 +77,7 @@ def test_a_map_of_stride_16_has_its_own_padding(build_mini, fill_weights):
     model = fill_weights(build_mini(ECO_DETR_DC5)).double()
     batch = make_batch(((96, 160), (64, 80)))
     features = model.extract(model.preprocess(batch))
-    assert model.stride == 16 and features["res5"].shape[-2:] == (6, 10)
+    assert model.backbone.output_shape()["res5"].stride == 16 and features["res5"].shape[-2:] == (6, 10)
     assert (~features["padding"]).flatten(1).sum(1).tolist() == [60, 4 * 5]
     # the backbone sees the padding, so the head is compared: on the smaller image's own tokens
     own = {"res5": features["res5"][1:, :, :4, :5], "padding": torch.zeros(1, 4, 5, dtype=torch.bool)}
