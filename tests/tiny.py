@@ -98,9 +98,13 @@ def tool(name: str, *arguments, launcher=(), timeout: int = 600, **environment) 
 
 
 def call(name: str, *arguments) -> int:
-    """Runs tools/`name`.py in this process, as the command line would: seconds less than `tool`. Its exit status."""
+    """Runs tools/`name`.py in this process, as the command line would: seconds less than `tool`. Its exit status.
+
+    But for what a tool tells the C library: to keep freed memory, of which the tests would gather many gigabytes.
+    """
     path = str(ROOT / "tools" / f"{name}.py")
-    with mock.patch.object(sys, "argv", [path, *map(str, arguments)]), kept_log_handlers():
+    quiet = mock.patch("eco_m2f.command_line.keep_freed_memory")
+    with mock.patch.object(sys, "argv", [path, *map(str, arguments)]), kept_log_handlers(), quiet:
         try:
             runpy.run_path(path, run_name="__main__")
         except SystemExit as end:

@@ -84,6 +84,7 @@ def check_dataset(
 def check_json(content: dict, meta) -> list[Finding]:
     """What a panoptic JSON alone reveals: ids declared twice or never, categories, and images without a usable mask."""
     findings = list(_check_categories(content["categories"], meta))
+    content = {**content, **_complete(content, findings)}
     images = [image["id"] for image in content["images"]]
     annotated = [annotation["image_id"] for annotation in content["annotations"]]
     findings += _repeated(images, "duplicate image id", "keep one of the `images` entries")
@@ -98,6 +99,31 @@ def check_json(content: dict, meta) -> list[Finding]:
     for annotation in content["annotations"]:
         findings += _check_segments(annotation, known)
     return findings
+
+
+def _complete(content: dict, findings: list[Finding] | None = None) -> dict[str, list[dict]]:
+    """The images and annotations of a panoptic JSON that have what the reader needs; findings on the others."""
+    needed = {
+        "images": {"id", "file_name"},
+        "annotations": {"image_id", "file_name", "segments_info"},
+    }
+    kept: dict[str, list[dict]] = {}
+    for kind, keys in needed.items():
+        kept[kind] = []
+        for entry in content[kind]:
+            missing = keys - entry.keys()
+            parts = entry.get("segments_info") or ()
+            missing |= {f"{key} of a segment" for s in parts for key in {"id", "category_id"} - s.keys()}
+            if not missing:
+                kept[kind].append(entry)
+            elif findings is not None:
+                told = f"{_brief(entry)} lacks {', '.join(sorted(missing))}"
+                findings.append(Finding(f"incomplete {kind[:-1]} entry", told, "complete it, or delete it"))
+    return kept
+
+
+def _brief(entry: dict) -> str:
+    return str({k: v for k, v in entry.items() if not isinstance(v, list)})
 
 
 def check_box_json(content: dict, meta) -> list[Finding]:
@@ -276,6 +302,7 @@ def _repeated(values: list, kind: str, remedy: str, prefix: str = "") -> list[Fi
 
 
 def _jobs(content: dict, meta) -> Iterator[_Job]:
+    content = _complete(content)
     images = {image["id"]: image for image in content["images"]}
     for annotation in content["annotations"]:
         image = images.get(annotation["image_id"])

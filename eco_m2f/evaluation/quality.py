@@ -75,5 +75,6 @@ class BoxMeasure:
 def _compare_boxes(
     objects: Sequence[Mapping], dataset_id: Mapping[int, int], predictions: Sequence[Instances]
 ) -> list[tuple[float, None]]:
-    target = BoxTarget(objects)
+    most = max((len(instances) for instances in predictions), default=0)  # TEST.DETECTIONS_PER_IMAGE has its say before
+    target = BoxTarget(objects, max(most, 1))
     return [(target.ap(to_detections(instances, dataset_id)), None) for instances in predictions]

@@ -68,6 +68,8 @@ FAULTS = {
     "panoptic PNG used twice": lambda t: t.content["annotations"][1].update(file_name="1.png"),
     "image without annotation": lambda t: t.content["annotations"].pop(0),
     "annotation without image": lambda t: t.content["images"].pop(0),
+    "incomplete image entry": lambda t: t.content["images"][0].pop("file_name"),
+    "incomplete annotation entry": lambda t: t.content["annotations"][0].pop("segments_info"),
     "empty annotation": lambda t: _segments(t).clear(),
     "crowd-only annotation": lambda t: [s.update(iscrowd=1) for s in _segments(t)],
     "duplicate category name": lambda t: t.content.update(
@@ -80,6 +82,12 @@ FAULTS = {
 def test_each_fault_is_found(tree, found, kind):
     FAULTS[kind](tree)
     assert len(found()[kind]) == 1
+
+
+def test_a_segment_that_lacks_something_is_told_with_its_annotation(tree, found):
+    _segments(tree)[0].pop("category_id")
+    (told,) = found()["incomplete annotation entry"]
+    assert "1.png" in told and "lacks category_id of a segment" in told
 
 
 def test_the_file_is_named(tree, found):
