@@ -203,13 +203,17 @@ def plot_quality(results: Sequence[Result], measure: str, path: Path) -> None:
         (STEP_A, "gate", "D", "tab:red", "gates"),
         (TARGETS, "oracle", "^:", "tab:green", "targets of Eq. 5 (upper bound)"),
     )
+    full = max(r.row.encoder_gflops for r in results)
     for model, policy, style, color, label in styles:
         rows = [r.row for r in results if r.model == model and r.row.policy == policy]
         axes.plot([r.encoder_gflops for r in rows], [r.score for r in rows], style, color=color, label=label)
-        for r in rows:
-            text = str(r.max_exit) if policy == "fixed" else f"{r.beta:g}"
-            at = (r.encoder_gflops, r.score)
-            axes.annotate(text, at, (4, 4), textcoords="offset points", fontsize=8, color=color)
+        shift, last = 0, -1.0
+        for r in rows:  # points of different betas may coincide: their labels stand above each other
+            shift = shift + 9 if abs(r.encoder_gflops - last) < 0.04 * full else 0
+            text, last = str(r.max_exit) if policy == "fixed" else f"{r.beta:g}", r.encoder_gflops
+            offset = (4, -12 - shift if policy == "gate" else 4 + shift)
+            axes.annotate(text, (last, r.score), offset, textcoords="offset points", fontsize=8, color=color)
+    axes.margins(y=0.15)
     label = measure if measure == "PQ" else f"mean {measure} of an image"
     axes.set(xlabel="encoder GFLOPs per image", ylabel=label, title="Quality and cost (numbers: exit or beta)")
     axes.grid(alpha=0.3)
