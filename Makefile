@@ -24,9 +24,9 @@ env:  ## complete .venv: pinned packages, detectron2, this package with its exte
 recipe: $(ENV)  ## train, derive, fit and evaluate: MODEL=maskformer2|detr, DATA=toy|nuclei, NUCLEI_RAW=<folder>, OUTPUT=<folder>, ARGS=...
 	$(PY) tools/recipe.py --model $(MODEL) --data $(DATA) $(if $(NUCLEI_RAW),--nuclei-raw "$(NUCLEI_RAW)") --output "$(OUTPUT)" $(ARGS)
 
-test: export OMP_NUM_THREADS ?= 2
-test: $(ENV)  ## all tests, the style checks among them: ARGS="-k word" to choose
-	$(PY) -m pytest $(ARGS)
+test: export OMP_NUM_THREADS ?= 1
+test: $(ENV)  ## all tests, the style checks among them, in a process per core: ARGS="-k word" to choose
+	$(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(ENV)  ## the style checks alone
 	$(PY) -m pytest -q tests/test_style.py

@@ -1,6 +1,9 @@
 """Fixtures shared by all tests."""
 
+import ctypes
+import gc
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -44,4 +47,20 @@ def oracle_json(shared):
 
 
 def pytest_configure(config):
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # of several test processes each has a core
+
+
+def pytest_xdist_auto_num_workers(config):
+    """A test process for each core, and 2 GB for each."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(len(os.sched_getaffinity(0)), memory // 2**31))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def give_memory_back():
+    """What a module's models took goes back to the system, so that a test process stays small."""
+    yield
+    gc.collect()
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
+    if malloc_trim is not None:
+        malloc_trim(0)

@@ -17,7 +17,7 @@ from minis import ROOT
 from panopticapi.evaluation import pq_compute_single_core
 from PIL import Image
 from predicted import Predicted
-from tiny import is_running, tool, tool_environment, workers_of
+from tiny import here, is_running, tool, tool_environment, workers_of
 
 from eco_m2f import derive as step_b
 from eco_m2f import engine
@@ -211,7 +211,7 @@ def test_killed_beside_its_workers_it_leaves_none_and_goes_on(case, whole, tmp_p
     while any(is_running(pid) for pid in workers):
         assert time.monotonic() < end, "workers outlive the process that they worked for"
         time.sleep(0.1)
-    again = tool(*case.command(tmp_path / "derived"))
+    again = here(*case.command(tmp_path / "derived"))
     assert again.returncode == 0, again.stderr
     assert contents(tmp_path / "derived") == contents(whole)
 

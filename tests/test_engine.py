@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from minis import CONFIGS, ECO, MINI, build, fill, make_batch
 from PIL import Image
 from tiny import Tiny, kept_log_handlers
@@ -136,18 +137,81 @@ def test_the_predictor_gives_what_the_evaluation_sees(tiny, tmp_path):
     assert torch.equal(result["panoptic_seg"][0], wanted["panoptic_seg"][0])
 
 
+class FourConvolutions(Backbone):
+    """res2 to res5 by a convolution each: the compiler takes minutes for a ResNet, and nothing here is about one."""
+
+    def __init__(self, cfg, input_shape):
+        super().__init__()
+        widths = (16, 16, 32, 32)
+        self._out_features = ["res2", "res3", "res4", "res5"]
+        self._out_feature_channels = dict(zip(self._out_features, widths))
+        self._out_feature_strides = dict(zip(self._out_features, (4, 8, 16, 32)))
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, s, s) for i, o, s in zip((3, *widths), widths, (4, 2, 2, 2)))
+
+    def forward(self, x):
+        maps = {}
+        for name, conv in zip(self._out_features, self.convs):
+            maps[name] = x = conv(x).relu()
+        return maps
+
+
+SHALLOW = (
+    *("MODEL.BACKBONE.NAME", "FourConvolutions", "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", 2),
+    *("MODEL.ECO.EXITS", [1, 2], "MODEL.ECO.EXITS_PER_STEP", 2, "MODEL.ECO.MAX_EXIT", 2, "MODEL.ECO.EXIT", 2),
+    *("MODEL.MASK_FORMER.DEC_LAYERS", 2),
+)
+
+
+QUICK_COMPILER = r"""#!/bin/bash
+# g++ without optimisation. The long header that every kernel includes is compiled once for the same flags.
+flags=() source=
+for word in "$@"; do
+    case "$word" in
+        *.cpp) source=$word ;;
+        -o | *.so | *.o | -shared | -l* | -L* | -Wl*) ;;
+        *) flags+=("$word") ;;
+    esac
+done
+if [ -n "$source" ] && grep -q "inductor/cpp_prefix.h" "$source"; then
+    header=$0.$(echo "${flags[@]}" | cksum | cut -d" " -f1).h
+    if [ ! -e "$header.gch" ]; then
+        echo "#include <torch/csrc/inductor/cpp_prefix.h>" > "$header"
+        g++ "${flags[@]}" -O0 -x c++-header "$header" -o "$header.gch"
+    fi
+    exec g++ -include "$header" "$@" -O0
+fi
+exec g++ "$@" -O0
+"""
+
+
+@pytest.fixture
+def quick_compiler(tmp_path, monkeypatch):
+    """Inductor with a compiler that is quick, for what it makes is run once."""
+    import torch._inductor.config as config
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    compiler = tmp_path / "quick"
+    compiler.write_text(QUICK_COMPILER)
+    compiler.chmod(0o755)
+    monkeypatch.setattr(config.cpp, "cxx", (None, str(compiler)))
+    monkeypatch.setattr(config, "compile_threads", 1)
+    monkeypatch.setattr(config, "freezing", False)  # what it turns on ends with this test
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.mark.slow
-def test_a_compiled_predictor_gives_what_another_does(tiny, tmp_path, monkeypatch):
+def test_a_compiled_predictor_gives_what_another_does(tiny, tmp_path, monkeypatch, quick_compiler):
     """At two exits, and each in one piece: backbone and head are a graph, of which nothing is left to Python."""
-    import torch._inductor.config
     from torch._dynamo.utils import counters
 
-    monkeypatch.setattr(torch._inductor.config, "freezing", False)  # what it turns on ends with this test
+    monkeypatch.setitem(BACKBONE_REGISTRY._obj_map, "FourConvolutions", FourConvolutions)
     weights = tmp_path / "model.pth"
-    torch.save({"model": fill(engine.build_model(engine.load_cfg(tiny.config()))).state_dict()}, weights)
+    model = fill(engine.build_model(engine.load_cfg(tiny.config(), SHALLOW)))
+    torch.save({"model": model.state_dict()}, weights)
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    for k in (2, 6):
-        opts = ["MODEL.WEIGHTS", str(weights), "MODEL.ECO.EXIT", k, "TEST.COMPILE"]
+    for k in (1, 2):
+        opts = [*SHALLOW, "MODEL.WEIGHTS", str(weights), "MODEL.ECO.EXIT", k, "TEST.COMPILE"]
         wanted = engine.load_predictor(tiny.config(), [*opts, False])(image)
         counters.clear()
         found = engine.load_predictor(tiny.config(), [*opts, True])(image)

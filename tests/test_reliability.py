@@ -11,7 +11,7 @@ import pytest
 import torch
 from minis import ROOT
 from test_budget import make_derived
-from tiny import Tiny, tool, tool_environment
+from tiny import Tiny, here, tool_environment
 
 from eco_m2f.checkpoint import Checkpointer
 from eco_m2f.gate import Gate
@@ -64,7 +64,7 @@ def test_a_training_killed_outright_goes_on_to_the_same_weights(tmp_path):
     words = ["--config-file", tiny.config("maskformer2"), "--resume", "DATASETS.TEST", "()", "SEED", "3"]
     words += ["SOLVER.MAX_ITER", "12", "SOLVER.CHECKPOINT_PERIOD", "3", "OUTPUT_DIR"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert tool("train_net", *words, whole).returncode == 0
+    assert here("train_net", *words, whole).returncode == 0
     command = [sys.executable, str(ROOT / "tools" / "train_net.py"), *words, str(cut)]
     process = subprocess.Popen(
         command, cwd=ROOT, env=tool_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -76,7 +76,7 @@ def test_a_training_killed_outright_goes_on_to_the_same_weights(tmp_path):
     process.kill()
     process.wait()
     assert (cut / "last_checkpoint").exists() and not (cut / "model_final.pth").exists(), "killed too late or too early"
-    resumed = tool("train_net", *words, cut)
+    resumed = here("train_net", *words, cut)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     assert "Starting training from iteration 0" not in resumed.stdout
     a, b = (torch.load(folder / "model_final.pth", weights_only=False)["model"] for folder in (whole, cut))
@@ -87,7 +87,7 @@ def test_a_training_killed_outright_goes_on_to_the_same_weights(tmp_path):
 def test_gates_killed_outright_leave_the_one_before_and_are_fitted_again(tmp_path):
     make_derived(tmp_path / "derived", 400, seed=0)
     words = ["--train", str(tmp_path / "derived"), "--output", str(tmp_path / "gate.pth"), "--beta"]
-    assert tool("train_gate", *words, "0.001").returncode == 0
+    assert here("train_gate", *words, "0.001").returncode == 0
     before = {p.name: p.read_bytes() for p in tmp_path.glob("*.*")}
     assert list(before) == ["gate.pth"]
     command = [sys.executable, str(ROOT / "tools" / "train_gate.py"), *words, *(f"{i}e-5" for i in range(1, 1500))]
@@ -96,5 +96,5 @@ def test_gates_killed_outright_leave_the_one_before_and_are_fitted_again(tmp_pat
         process.kill()
     assert process.returncode == -signal.SIGKILL and "saved" not in "".join(printed), "killed too late"
     assert {p.name: p.read_bytes() for p in tmp_path.glob("*.*")} == before
-    assert tool("train_gate", *words, "0.001").returncode == 0
+    assert here("train_gate", *words, "0.001").returncode == 0
     assert {p.name: p.read_bytes() for p in tmp_path.glob("*.*")} == before

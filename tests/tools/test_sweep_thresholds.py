@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from tiny import Tiny, tool
+from tiny import Tiny, here, tool
 
 pytestmark = pytest.mark.slow
 SMALL = ["MODEL.DOVIT.EMBED_DIM", 24, "MODEL.DOVIT.DEPTH", 3, "MODEL.DOVIT.DECISION_LAYERS", [1, 2]]
@@ -17,8 +17,8 @@ def tiny(tmp_path_factory) -> Tiny:
     return Tiny(tmp_path_factory.mktemp("tiny"))
 
 
-def run(tiny: Tiny, name: str, *arguments, output) -> str:
-    done = tool(name, "--config-file", tiny.config("dovit"), *arguments, *SMALL, "OUTPUT_DIR", output)
+def run(tiny: Tiny, name: str, *arguments, output, start=here) -> str:
+    done = start(name, "--config-file", tiny.config("dovit"), *arguments, *SMALL, "OUTPUT_DIR", output)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Grad strides do not match" not in done.stderr
     return done.stdout
@@ -47,7 +47,7 @@ def test_a_student_in_two_processes(tiny, trained):
     weights = trained[0] / "model_final.pth"
     options = ["MODEL.WEIGHTS", weights, "MODEL.DOVIT.TEACHER", weights, "SOLVER.MAX_ITER", 2]
     output = tiny.base / "student"
-    printed = run(tiny, "train_net", "--num-gpus", 2, *options, output=output)
+    printed = run(tiny, "train_net", "--num-gpus", 2, *options, output=output, start=tool)
     fitting = re.search(r"(\d+) of (\d+) backbone tensors and (\d+) of (\d+) others loaded", printed)
     assert fitting[1] == fitting[2] and fitting[3] == fitting[4]
     metrics = json.loads((output / "metrics.json").read_text().splitlines()[0])
@@ -71,7 +71,7 @@ def test_a_table_over_thresholds(tiny, trained):
     assert re.search(r"dataset +mIoU +threshold +kept@1", printed)
     out = tiny.base / "analysis.json"
     arguments = ["--size", 64, 64, "--thresholds-csv", target, "--json", out]  # the size of its images
-    done = tool("analyze_model", "--config-file", tiny.config("dovit"), *arguments, *SMALL)
+    done = here("analyze_model", "--config-file", tiny.config("dovit"), *arguments, *SMALL)
     assert done.returncode == 0, done.stderr
     analysis = json.loads(out.read_text())["tokens"]
     assert analysis["static"]["total"] == pytest.approx(static[0])

@@ -103,7 +103,7 @@ class Run:
         config = self.tiny.config(self.system.eco)
         cfg = engine.load_cfg(config, weights)
         Split(self.tiny, "train", cfg, engine.build_trained(cfg)).annotate(self.system.exits)
-        where = ["--dataset", self.train, "--output", self.tiny.base / "derived", "--shard-size", 4]
+        where = ["--dataset", self.train, "--output", self.tiny.base / "derived", "--shard-size", 4, "--workers", 0]
         options = [*weights, "OUTPUT_DIR", self.tiny.base / "step_b"]
         assert call("derive_dataset", "--config-file", config, *where, *options) == 0
         return self.tiny.base / "derived"

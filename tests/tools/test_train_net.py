@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from tiny import Tiny, tool
+from tiny import Tiny, here, tool
 
 pytestmark = pytest.mark.slow
 
@@ -14,9 +14,9 @@ def tiny(tmp_path_factory) -> Tiny:
     return Tiny(tmp_path_factory.mktemp("tiny"))
 
 
-def train_net(tiny: Tiny, output, *arguments, kind: str = "eco_maskformer2", **options):
+def train_net(tiny: Tiny, output, *arguments, kind: str = "eco_maskformer2", run=here):
     """Runs the tool; it must end well. Returns what it printed."""
-    result = tool("train_net", "--config-file", tiny.config(kind), *arguments, "OUTPUT_DIR", output, **options)
+    result = run("train_net", "--config-file", tiny.config(kind), *arguments, "OUTPUT_DIR", output)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
@@ -53,7 +53,7 @@ def test_step_a_from_the_parent_in_two_processes_then_evaluation(tiny, parent):
     output, weights = tiny.base / "eco", parent[0] / "model_0000001.pth"
     options = ["MODEL.WEIGHTS", weights, "SOLVER.MAX_ITER", 2, "MODEL.ECO.EXITS_PER_STEP", 1]
     amp = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16", "SOLVER.ACCUMULATION_STEPS", 2]
-    printed = train_net(tiny, output, "--num-gpus", 2, *options, *amp)
+    printed = train_net(tiny, output, "--num-gpus", 2, *options, *amp, run=tool)
     fitting = re.search(r"(\d+) of (\d+) backbone tensors and (\d+) of (\d+) others loaded", printed)
     assert fitting[1] == fitting[2] and fitting[3] == fitting[4]
     start = torch.load(weights, weights_only=False)["model"]
