@@ -167,7 +167,8 @@ def _backbone(state_dict: Mapping[str, torch.Tensor]) -> str:
 
 def _size(state_dict: Mapping[str, torch.Tensor], name: str, axis: int) -> int:
     """Size along an axis of the first tensor whose name ends in the pattern; 0 where there is none."""
-    return next((v.shape[axis] for k, v in state_dict.items() if re.search(rf"(^|\.){name}$", k)), 0)
+    shapes = (v.shape for k, v in state_dict.items() if re.search(rf"(^|\.){name}$", k))
+    return next((shape[axis] for shape in shapes if len(shape) > axis), 0)
 
 
 def _distinct(state_dict: Mapping[str, torch.Tensor], prefix: str) -> int:
@@ -297,7 +298,7 @@ class Checkpointer(DetectionCheckpointer):
         """Match, compare, and only then copy into the model."""
         model = self.model.state_dict()
         weights = upgrade_keys(checkpoint.pop("model"))
-        if checkpoint.pop("matching_heuristics", False):
+        if checkpoint.pop("matching_heuristics", False) is True:
             weights = _matched(weights, _backbone_part(model), checkpoint.get("__author__") == "Caffe2", source)
         if strict:
             check_fits(weights, model, source)

@@ -69,6 +69,7 @@ def _explained(source: str) -> Iterator[None]:
         yield
     except (KeyError, AssertionError, ValueError, TypeError, AttributeError, MemoryError, RecursionError) as error:
         reason = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+        reason = reason or "a value in it is nested too deeply"
         raise ValueError(
             f"{source} cannot be used: {reason}. The keys and their defaults are in eco_m2f/config.py and detectron2"
         ) from error

@@ -166,7 +166,9 @@ class PlainUnpickler:
         if not isinstance(maker, Maker) or type(arguments) is not tuple:
             raise ValueError("it calls something that is no function")
         self.budget.spend_on(arguments)
-        self.push(maker.make(*arguments))
+        value = maker.make(*arguments)
+        self.budget.spend(getattr(value, "nbytes", 0))  # a view too: who uses it may copy it
+        self.push(value)
 
     def build(self, _: object) -> None:
         state, target = self.stack.pop(), self.stack.pop()

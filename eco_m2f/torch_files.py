@@ -13,6 +13,7 @@ from typing import Any
 from .plain_pickle import Budget, PlainUnpickler
 from .plain_values import NAMES, Storage, storage_size
 
+MAX_INFLATION = 4  # torch.save does not compress; where someone did, weights hardly shrink
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the older form
 
 
@@ -23,13 +24,15 @@ def check_records(archive: zipfile.ZipFile, size: int) -> None:
     """Compares an archive's table of contents with its size; the records' bytes are not read.
 
     Raises:
-        ValueError: two records have one name, or together they are larger than the file, as a bomb's are.
+        ValueError: two records have one name, or together they are far larger than the file, as a bomb's are.
     """
     records = archive.infolist()
+    if any(record.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for record in records):
+        raise ValueError("its records are compressed in a way that torch.save does not know")  # and without bound
     if len({record.filename for record in records}) < len(records):
         raise ValueError("two of its records have the same name")
-    if sum(record.file_size for record in records) > size:
-        raise ValueError("its records say to be larger than the file: torch.save does not compress them")
+    if sum(record.file_size for record in records) > MAX_INFLATION * size:
+        raise ValueError("its records say to be far larger than the file: torch.save does not compress them")
 
 
 def check_checksums(path: str | os.PathLike) -> None:
@@ -141,8 +144,11 @@ def _fill(storage: Storage, stream: Any) -> None:
     storage.fill(stream.read(len(storage.content)))
 
 
-def storage_from_bytes(data: object) -> object:
+def storage_from_bytes(data: object) -> Storage:
     """In place of torch.storage._load_from_bytes: how a pickle holds a tensor's numbers, a whole file of torch.save."""
     if not isinstance(data, bytes | bytearray):
         raise ValueError("a storage in it is not spelled as bytes")
-    return read_legacy(io.BytesIO(data), len(data))
+    storage = read_legacy(io.BytesIO(data), len(data))
+    if not isinstance(storage, Storage):
+        raise ValueError("a storage in it is spelled as something else")
+    return storage

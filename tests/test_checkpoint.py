@@ -218,6 +218,12 @@ def test_another_class_count_is_told_with_the_remedy(weights):
     assert "another architecture" not in str(error.value)
 
 
+def test_tensors_of_odd_shape_do_not_hide_the_reason(weights):
+    odd = weights | {k: torch.tensor(1.0) for k in weights if "class_embed" in k or "query_feat" in k}
+    with pytest.raises(CheckpointError, match=r"class_embed.weight: \(\) in the checkpoint, \(4, 4\) in the model"):
+        check_fits(odd, weights, "m.pth")
+
+
 def test_official_architectures_are_told_apart(shared):
     official = json.loads((shared / "oracle" / "state_dicts.json").read_text())
     states = {n: {k: torch.empty(s, device="meta") for k, s in d.items()} for n, d in official.items()}

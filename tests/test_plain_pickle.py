@@ -10,6 +10,7 @@ from collections import Counter, OrderedDict
 import numpy as np
 import pytest
 import torch
+from yacs.config import CfgNode
 
 from eco_m2f.plain_pickle import Budget, PlainUnpickler, RefusedName
 from eco_m2f.plain_values import NAMES, NUMBERS
@@ -93,6 +94,13 @@ def test_tensors_of_a_checkpoint_without_their_storage_are_refused():
 
 def test_options_of_a_run_come_as_a_dict():
     assert load(pickle.dumps(argparse.Namespace(lr=0.1, arch="x"))) == {"lr": 0.1, "arch": "x"}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_config_comes_as_a_dict(protocol):
+    config = CfgNode({"MODEL": {"DEPTHS": [2, 2], "NAME": "swin"}, "LR": 0.1})
+    read = load(pickle.dumps(config, protocol=protocol))
+    assert read == {"MODEL": {"DEPTHS": [2, 2], "NAME": "swin"}, "LR": 0.1} and type(read) is OrderedDict
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

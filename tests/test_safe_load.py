@@ -1,5 +1,6 @@
 """Weights from files that are not trusted: archives of torch.save, its older form, safetensors, other frameworks."""
 
+import io
 import json
 import pickle
 import shutil
@@ -139,8 +140,21 @@ def test_an_archive_that_inflates_is_refused(saved):
     bomb = lambda name, data: b"\x00" * 10**7 if name.endswith("data/1") else data  # noqa: E731
     rewrite(saved, bomb, compression=zipfile.ZIP_DEFLATED)
     assert saved.stat().st_size < 50_000
-    with pytest.raises(CheckpointError, match=r"m\.pth .*larger than the file"):
+    with pytest.raises(CheckpointError, match=r"m\.pth .*far larger than the file"):
         read_checkpoint(saved)
+
+
+def test_compression_whose_output_has_no_bound_is_refused(saved):
+    rewrite(saved, lambda name, data: data, compression=zipfile.ZIP_BZIP2)
+    with pytest.raises(CheckpointError, match=r"m\.pth .*torch.save does not know"):
+        read_checkpoint(saved)
+
+
+def test_a_compressed_archive_is_read_if_it_is_no_bomb(tmp_path):
+    weights = {"a": torch.randn(1000)}
+    torch.save({"model": weights}, tmp_path / "m.pth")
+    rewrite(tmp_path / "m.pth", lambda name, data: data, compression=zipfile.ZIP_DEFLATED)
+    assert torch.equal(read_checkpoint(tmp_path / "m.pth")["model"]["a"], weights["a"])
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -224,6 +238,27 @@ def test_an_older_file_that_declares_more_than_it_has_is_refused(tmp_path):
     path.write_bytes(content.replace(struct.pack("<q", 1000), struct.pack("<q", 999)))
     with pytest.raises(CheckpointError, match=r"m\.pth .*1000 numbers has 999"):
         read_checkpoint(path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_pickles_storage_is_a_storage(tmp_path):
+    buffer = io.BytesIO()
+    torch.save(["no storage"], buffer, **OLDER)
+
+    class Attack:
+        def __reduce__(self):
+            return torch.storage._load_from_bytes, (buffer.getvalue(),)
+
+    (tmp_path / "m.pkl").write_bytes(pickle.dumps({"model": {"a": Attack()}}))
+    with pytest.raises(CheckpointError, match=r"m\.pkl .*spelled as something else"):
+        read_checkpoint(tmp_path / "m.pkl")
+
+
+def test_a_thousand_views_of_one_storage_are_refused(tmp_path):
+    base = torch.zeros(100_000)
+    torch.save({str(i): base.view(-1) for i in range(1000)}, tmp_path / "m.pth")
+    with pytest.raises(CheckpointError, match=r"m\.pth .*far more memory than its own size"):
+        read_checkpoint(tmp_path / "m.pth")
 
 
 def test_the_hostile_cases_are_refused(shared, tmp_path):

@@ -21,7 +21,7 @@ def export(source: Path, target: Path) -> str:
     checkpoint = read_checkpoint(source)
     weights = checkpoint["model"]
     notes = {"__author__": checkpoint["__author__"]} if isinstance(checkpoint.get("__author__"), str) else {}
-    if checkpoint.get("matching_heuristics"):
+    if checkpoint.get("matching_heuristics") is True:
         notes["matching_heuristics"] = "True"
     write_weights(target, weights, **notes)
     return f"{target}: {len(weights)} tensors, {sum(w.numel() for w in weights.values()):,} numbers"

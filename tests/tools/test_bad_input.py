@@ -525,7 +525,7 @@ BAD = [
     ("convert_detr {none} OUT.pth", "no checkpoint at {none}"),
     ("convert_detr {cut} OUT.pth", "{cut}", "cannot be read"),
     ("convert_detr {other} OUT.pth", "{other} is no DETR checkpoint", "fc.weight"),
-    ("convert_detr {other} OUT.pkl", "OUT.pkl must end in .pth"),
+    ("convert_detr {other} OUT.pkl", "OUT.pkl must end in .pth or .safetensors"),
     ("convert_backbone {none} OUT.pkl", "no checkpoint at {none}"),
     ("convert_backbone {cut} OUT.pkl", "{cut}", "cannot be read", "may be truncated"),
     ("convert_backbone {other} OUT.pkl", "{other} holds no backbone that is known (Swin has ", "it holds fc.weight, "),
