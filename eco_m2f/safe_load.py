@@ -76,6 +76,8 @@ def read_plain(path: str | os.PathLike) -> object:
         if zipfile.is_zipfile(path):  # also under the name of a pickle
             return read_archive(path)
         with _mapped(path) as (stream, size):
+            if stream[:4] == b"PK\x03\x04":
+                raise ValueError("it begins as an archive, but the end is missing")
             if path.suffix != ".pkl":
                 return read_legacy(stream, size)
             names = {**NAMES, ("torch.storage", "_load_from_bytes"): Maker(storage_from_bytes)}
@@ -104,7 +106,7 @@ def explained(path: Path) -> Iterator[None]:
     except Exception as error:  # bytes that are not trusted may make a parser raise anything
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
         raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read ({reason}): it may be damaged, truncated or no "
+            f"{path} ({path.stat().st_size} bytes) cannot be read ({reason}): it may be truncated, damaged or no "
             "checkpoint at all. Compare its size and sha256 with its source's, and save or fetch it again"
         ) from error
 

@@ -107,8 +107,14 @@ def test_a_flipped_bit_is_told_with_its_record(saved):
     content[content.index(struct.pack("<f", 40.0))] ^= 1
     saved.write_bytes(content)
     for read in (check_archive, read_checkpoint):
-        with pytest.raises(CheckpointError, match=r"m\.pth .*Bad CRC-32 for file 'm/data/0'.*may be damaged"):
+        with pytest.raises(CheckpointError, match=r"m\.pth .*Bad CRC-32 for file 'm/data/0'.*damaged"):
             read(saved)
+
+
+def test_an_archive_without_its_end_is_told_as_such(saved):
+    saved.write_bytes(saved.read_bytes()[:-30])
+    with pytest.raises(CheckpointError, match=r"m\.pth .*the end is missing\): it may be truncated"):
+        read_checkpoint(saved)
 
 
 def test_what_is_no_archive_does_not_pass(tmp_path):
