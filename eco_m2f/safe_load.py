@@ -30,7 +30,7 @@ STATE_DICTS = ("model", "state_dict", "model_state_dict", "model_state", "model_
 SHA256 = "weights_sha256"
 # How parameters begin in frameworks whose checkpoints cannot be loaded.
 FOREIGN = {
-    "mmdetection": ("panoptic_head.", "bbox_head.", "mask_head.", "rpn_head.", "roi_head."),
+    "mmdetection": ("panoptic_head.", "bbox_head.", "rpn_head.", "roi_head."),
     "mmsegmentation": ("decode_head.", "auxiliary_head."),
     "Hugging Face transformers": ("model.pixel_level_module.", "model.transformer_module."),
 }

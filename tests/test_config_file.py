@@ -75,7 +75,7 @@ WRONG = {
     "laughs by merging": (MERGES, "anchors make it too large"),
     "an anchor in itself": ("A: &a [*a]", "nested too deeply"),
     "deep": ("A: " + "[" * 30 + "]" * 30, "nested too deeply"),
-    "very deep": ("A: " + "[" * 5000, "cannot be used"),
+    "very deep": ("A: " + "[" * 1500, "cannot be used"),
     "a long text": ("A: " + "x" * 20000, "text of 20000 characters"),
     "large": ("A: [" + "1," * 600_000 + "]", "more than 1048576 bytes"),
     "many digits": ("A: " + "1" * 9000, "cannot be used"),
