@@ -1,18 +1,18 @@
 """Step C: fit the gate of a budget on a derived dataset, measure it, and save it beside the parent.
 
     # one gate
-    tools/train_gate.py --train derived/train --val derived/val --beta 0.0005 --output gate.pth
-    # the frontier over beta and K: gate_beta0.0001_K6.pth, ... and a table
+    tools/train_gate.py --train derived/train --val derived/val --beta 0.0005 --output gate.safetensors
+    # the frontier over beta and K: gate_beta0.0001_K6.safetensors, ... and a table
     tools/train_gate.py --train derived/train --val derived/val --beta 0.0001 0.0005 0.002 --max-exit 6 5 \\
-        --output gate.pth --frontier frontier.csv
+        --output gate.safetensors --frontier frontier.csv
     # the best gate within a cost, or the cheapest within a loss of quality
-    tools/train_gate.py --train derived/train --val derived/val --target-gflops 120 --output gate.pth
+    tools/train_gate.py --train derived/train --val derived/val --target-gflops 120 --output gate.safetensors
     # beta, K, loss and optimizer as a config has them under MODEL.ECO, those of the paper for COCO and Cityscapes;
     # options that are given besides come first
-    tools/train_gate.py --train derived/train --val derived/val --output gate.pth \\
+    tools/train_gate.py --train derived/train --val derived/val --output gate.safetensors \\
         --config-file configs/coco/panoptic-segmentation/eco/eco_maskformer2_R50_bs16_50ep.yaml
 
-A gate that is called *.safetensors is written as one; any other name makes a file of PyTorch's.
+A gate is written as safetensors where its name ends so; any other name makes a file of PyTorch's.
 No images and no parent are needed. PQ and GFLOPs are exact for the images of --val: sums over the derived dataset.
 Of boxes the quality is the mean over the images of each one's AP, and takes the place of PQ.
 """
@@ -37,7 +37,12 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--train", required=True, metavar="DIR", help="derived dataset to fit on, from tools/derive_dataset.py")
     add("--val", metavar="DIR", help="derived dataset to measure on; without it a tenth of --train is held out")
-    add("--output", required=True, metavar="gate.pth", help="the gate; of several, beta and K are put into the name")
+    add(
+        "--output",
+        required=True,
+        metavar="gate.safetensors",
+        help="the gate; of several, beta and K are put into the name",
+    )
     add("--config-file", metavar="FILE", help="YAML file whose MODEL.ECO has beta, K, loss and optimizer, see configs/")
     add("--max-exit", type=int, nargs="+", metavar="K", help="largest exit a gate may choose (default: the last)")
     add("--loss", nargs="+", choices=sorted(GATE_LOSSES), help="default: hard_ce, the paper's")
