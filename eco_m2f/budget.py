@@ -16,8 +16,9 @@ import torch
 
 from . import files
 from .derived import DerivedDataset
-from .exits import check_beta, exit_targets, exits_up_to
-from .gate import Gate, Scaling, fit_gates
+from .exits import check_has_minimum, exit_targets, exits_up_to, largest_beta
+from .gate import Gate
+from .gate_fit import AdamOptions, Scaling, fit_gates
 
 
 @dataclass
@@ -76,7 +77,15 @@ def measure(dataset: DerivedDataset, choice, **about) -> Row:
 class GateFitter:
     """Fits gates of several budgets on one derived dataset, and measures each on another."""
 
-    def __init__(self, train: DerivedDataset, val: DerivedDataset, optimizer: str = "lbfgs", l2=None, seed: int = 0):
+    def __init__(
+        self,
+        train: DerivedDataset,
+        val: DerivedDataset,
+        optimizer: str = "lbfgs",
+        l2=None,
+        seed: int = 0,
+        adam: AdamOptions = AdamOptions(),
+    ):
         """Raises ValueError if the two were not derived from one parent with the same exits and features."""
         for dataset in (train, val):
             if dataset.features is None:
@@ -85,7 +94,7 @@ class GateFitter:
             if train.provenance[key] != val.provenance[key]:
                 ours, theirs = train.provenance[key], val.provenance[key]
                 raise ValueError(f"{key} is {ours} for training, {theirs} for validation: derive both with one parent")
-        self.train, self.val, self.optimizer, self.seed = train, val, optimizer, seed
+        self.train, self.val, self.optimizer, self.seed, self.adam = train, val, optimizer, seed, adam
         self.features, self.val_features = torch.from_numpy(train.features), torch.from_numpy(val.features)
         self.l2 = self.features.shape[1] / len(self.features) if l2 is None else l2
         self.scaling = Scaling.of(self.features, self.l2, seed)
@@ -108,6 +117,7 @@ class GateFitter:
             l2=self.l2,
             seed=self.seed,
             scaling=self.scaling,
+            adam=self.adam,
         )
         return [self._row(gate) for gate in gates]
 
@@ -141,12 +151,12 @@ def frontier(
 ) -> Iterator[Row]:
     """Rows measured on val: each fixed exit, then for each K and beta the oracle and a gate per loss.
 
-    options: optimizer, l2, seed of `GateFitter`. The gates of one K come together, once all of them are fitted.
+    options: optimizer, l2, seed, adam of `GateFitter`. The gates of one K come together, once all of them are fitted.
     """
     for max_exit in max_exits:
         exits_up_to(train.exits, max_exit)  # mistakes show before the first fit
-    for beta in betas:
-        check_beta(beta)
+        for beta, loss in itertools.product(betas, losses):
+            check_has_minimum(loss, train.quality, train.exits, beta, max_exit)
     fitter = GateFitter(train, val, **options)
     yield from fixed_rows(val)
     for max_exit in max_exits:
@@ -194,6 +204,9 @@ def search_budget(
 
     rows = list(_bisect(GateFitter(train, val, **options), max_exit, loss, keeps, cheaper=floor is None, steps=steps))
     good = [row for row in rows if keeps(row)]
+    if not good and floor is None:
+        least = min(row.total_gflops for row in rows)
+        raise ValueError(f"no gate up to exit {max_exit} keeps to {target_gflops} GFLOPs: the least is {least:.4g}")
     if not good:
         least = fixed[-1].score - max(row.score for row in rows)
         raise ValueError(f"no gate up to exit {max_exit} loses at most {max_pq_drop} points: the least is {least:.3g}")
@@ -204,12 +217,16 @@ def _bisect(
     fitter: GateFitter, max_exit: int, loss: str, keeps: Callable[[Row], bool], cheaper: bool, steps: int
 ) -> Iterator[Row]:
     """Gates whose beta closes in on the limit. cheaper: a larger beta is what helps to keep to it."""
-    for beta in (0.0, 1.0):  # q lies in [0, 1]: with beta above 1 all leave at the first exit
+    # q lies in [0, 1]: with beta above 1 all leave at the first exit
+    most = min(1.0, largest_beta(loss, fitter.train.quality, fitter.train.exits, max_exit))
+    for beta in (0.0, most):
         row = fitter.fit(beta, max_exit, loss)
         yield row
         if (beta == 0.0) == cheaper and keeps(row):
             return  # the end of the range that is best otherwise keeps to the limit already
-    low, high = math.log(1e-6), 0.0
+    if most <= 0:
+        return
+    low, high = math.log(min(1e-6, most)), math.log(most)
     for _ in range(steps):
         middle = (low + high) / 2
         row = fitter.fit(math.exp(middle), max_exit, loss)

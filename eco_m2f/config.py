@@ -179,6 +179,14 @@ def _add_eco(cfg: CfgNode) -> None:
     e.EXIT = 6  # FixedExit: where every image leaves
     e.GATE = ""  # LinearGate: the file that tools/train_gate.py wrote
     e.FEATURE = "res5"  # what the gate reads: the backbone's "res5", or "projected" (after input_proj)
-    e.MAX_EXIT = 6  # OracleExit: K, the deepest exit allowed
-    e.BETA = 0.0005  # OracleExit: price of a layer, in PQ
+    e.MAX_EXIT = 6  # K, the deepest exit allowed: of LinearGate, OracleExit and Step C
+    e.BETA = 0.0005  # price of a layer, in PQ: of OracleExit and Step C
     e.DERIVED = ""  # OracleExit: folder of the derived dataset
+    # Step C, tools/train_gate.py --config-file
+    e.LOSS = "hard_ce"  # of the gate: "hard_ce" (the paper's), "u_ce", "soft_ce" or "soft_mse"
+    s = e.GATE_SOLVER = CfgNode()
+    s.OPTIMIZER = "lbfgs"  # to the optimum; or "adam", the paper's, which reads the rest:
+    s.ADAM_LR = 0.003  # falls to 0 along a cosine
+    s.ADAM_BATCH = 256  # images a step
+    s.ADAM_EPOCHS = 0  # passes over the derived dataset; or..
+    s.ADAM_ITERATIONS = 0  # ..steps. With neither: 10 epochs, and 300 steps at least

@@ -7,16 +7,19 @@ image, workers compare the predictions for the last ones with the annotation.
 """
 
 import contextlib
+import hashlib
+import json
 import logging
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, build_detection_test_loader
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
 from detectron2.utils import comm
 from torch.utils.data import SequentialSampler
 from tqdm import tqdm
@@ -28,6 +31,7 @@ from .derived import DEFAULT_MEASURE, ShardWriter, make_row, parent_sha256
 from .engine import check_datasets
 from .evaluation.quality import BoxMeasure, PanopticMeasure
 from .files import file_sha256
+from .locking import locked_folder
 from .modeling import EarlyExits
 from .modeling.exit_policy import check_feature_source
 
@@ -36,13 +40,21 @@ Measure = PanopticMeasure | BoxMeasure
 
 
 def derive(
-    cfg: CfgNode, model: EarlyExits, dataset_name: str, directory: str, shard_size: int, workers: int = 0
+    cfg: CfgNode,
+    model: EarlyExits,
+    dataset_name: str,
+    directory: str,
+    shard_size: int,
+    workers: int = 0,
+    hash_images: bool = False,
 ) -> None:
     """Writes the derived dataset of a split to `directory`, shard by shard; shards already there are kept.
 
     Called by every process of a distributed run; each takes its share of the missing shards, and has `workers`
     processes that compare predictions with the annotation (0: none, it does so itself). The files are the same, byte
-    for byte, for any number of either. Raises ChildProcessError where a worker died.
+    for byte, for any number of either. hash_images: the provenance covers the bytes of the images, not their sizes
+    alone, which takes reading all of them once more. Raises ChildProcessError where a worker died, and ValueError where
+    another run is at work in the directory.
     """
     if not isinstance(model, EarlyExits):
         raise ValueError(
@@ -51,10 +63,19 @@ def derive(
     if workers < 0:
         raise ValueError(f"--workers must be 0 or more, got {workers}")
     check_datasets(cfg, [dataset_name])
+    with locked_folder(directory) if comm.is_main_process() else contextlib.nullcontext():
+        _derive(cfg, model, dataset_name, directory, shard_size, workers, hash_images)
+
+
+def _derive(cfg, model, dataset_name, directory, shard_size, workers, hash_images) -> None:
     records = DatasetCatalog.get(dataset_name)
     measure = model.measure.of(dataset_name)
     provenance = provenance_of(cfg, model, dataset_name, measure, len(records))
-    writer = open_writer(directory, provenance, len(records), shard_size)
+
+    def images(indices: Sequence[int]) -> dict[str, str]:
+        return image_digests([records[i] for i in indices], hash_images)
+
+    writer = open_writer(directory, provenance, len(records), shard_size, images)
     shards = writer.missing(comm.get_rank(), comm.get_world_size())
     wanted = [i for s in shards for i in writer.indices(s)]
     logger.info("%d of %d shards are missing here: %d images", len(shards), writer.num_shards, len(wanted))
@@ -70,11 +91,11 @@ def derive(
     comm.synchronize()
 
 
-def open_writer(directory: str, provenance: dict, num_images: int, shard_size: int) -> ShardWriter:
+def open_writer(directory: str, *settings) -> ShardWriter:
     """The writer of every process; the first one alone creates the folder and its manifest."""
     if not comm.is_main_process():
         comm.synchronize()
-    writer = ShardWriter(directory, provenance, num_images, shard_size)
+    writer = ShardWriter(directory, *settings)
     if comm.is_main_process():
         comm.synchronize()
     return writer
@@ -88,6 +109,7 @@ def provenance_of(cfg: CfgNode, model: EarlyExits, dataset_name: str, measure: M
         "exits": list(model.exits),
         "feature_source": cfg.MODEL.ECO.FEATURE,
         "dataset": dataset_name,
+        "annotation_sha256": annotation_sha256(dataset_name),
         "num_images": num_images,
         "categories": [{k: c[k] for k in keys if k in c} for c in measure.categories],
         "checkpoint": Path(cfg.MODEL.WEIGHTS).name,
@@ -99,11 +121,31 @@ def provenance_of(cfg: CfgNode, model: EarlyExits, dataset_name: str, measure: M
     }
 
 
+def annotation_sha256(dataset_name: str) -> str:
+    """Of the annotation files of a dataset: they say which images there are, in which order, and what is on them."""
+    metadata = MetadataCatalog.get(dataset_name)
+    files = [metadata.get(key) for key in ("panoptic_json", "json_file")]
+    return _sha256_of(file_sha256(file) for file in files if file)
+
+
+def image_digests(records: Sequence[dict], contents: bool) -> dict[str, str]:
+    """sha256 of the names and sizes of the images and panoptic PNGs of these records; contents: also of their bytes."""
+    files = [Path(r[key]) for r in records for key in ("file_name", "pan_seg_file_name") if key in r]
+    digests = {"names and sizes": _sha256_of(json.dumps([p.name, os.stat(p).st_size]) for p in files)}
+    return {**digests, "contents": _sha256_of(map(file_sha256, files))} if contents else digests
+
+
+def _sha256_of(words: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()
+
+
 def model_config(cfg: CfgNode) -> CfgNode:
     """The parts of the config on which predictions depend: not where things lie, nor how training went."""
     kept = CfgNode({"MODEL": cfg.MODEL.clone(), "INPUT": cfg.INPUT.clone(), "TEST": cfg.TEST.clone()})
     kept.MODEL.pop("WEIGHTS")
     kept.MODEL.pop("DEVICE")
+    for key in ("POLICY", "EXIT", "GATE", "MAX_EXIT", "BETA", "DERIVED", "LOSS", "GATE_SOLVER"):
+        kept.MODEL.ECO.pop(key)  # all exits are run, and a gate comes later
     return kept
 
 

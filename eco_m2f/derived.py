@@ -9,9 +9,10 @@ bytes depend on its rows and the provenance alone, not on how many processes sha
 """
 
 import hashlib
+import itertools
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,61 +22,47 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from .derived_schema import (
+    FORMAT,
+    MANIFEST,
+    PER_EXIT,
+    PROVENANCE_AND_OPTIONAL,
+    PROVENANCE_KEYS,
+    SCHEMA,
+    STATISTICS,
+    DerivedDatasetError,
+    check_manifest,
+    check_rows,
+    column_digests,
+    manifest_text,
+    read_manifest,
+    short,
+)
+from .derived_shards import (
+    abridged,
+    image_digests_of,
+    join_shards,
+    present_shards,
+    problem,
+    shard_indices,
+    shard_path,
+)
 from .evaluation.panoptic_quality import ImageStatistics, dataset_pq
 from .exits import check_exits
 from .files import atomic_write
 
+__all__ = [
+    "MANIFEST",
+    "PROVENANCE_KEYS",
+    "DerivedDataset",
+    "DerivedDatasetError",
+    "ShardWriter",
+    "make_row",
+    "parent_sha256",
+]
 logger = logging.getLogger(__name__)
 
-FORMAT = "eco_m2f.derived.v1"
-MANIFEST = "manifest.json"
-PROVENANCE_KEYS = (
-    "exits",  # layer numbers, the E columns of quality and of the costs
-    "config",  # the parent's whole configuration, YAML
-    "checkpoint",  # name of the parent's checkpoint
-    "checkpoint_sha256",  # of that file
-    "parent_sha256",  # of the weights themselves, see `parent_sha256`
-    "feature_source",  # "res5" or "projected"
-    "dataset",  # name of the split
-    "categories",  # [{id, name, isthing}], in the ids of the statistics
-    "num_images",
-    "code_version",
-)
 DEFAULT_MEASURE = "PQ"  # of the quality; another is named in the provenance under the key "measure"
-
-
-def _column(name: str, kind: pa.DataType) -> pa.Field:
-    return pa.field(name, kind, nullable=False)
-
-
-def _list(kind: pa.DataType) -> pa.DataType:
-    return pa.list_(_column("item", kind))
-
-
-SCHEMA = pa.schema(
-    [
-        _column("image_id", pa.string()),
-        _column("file_name", pa.string()),
-        _column("height", pa.int32()),
-        _column("width", pa.int32()),
-        _column("quality", _list(pa.float64())),  # [E] q_k, higher is better
-        _column("feature", _list(pa.float32())),  # [C] mean over the valid tokens
-        _column("total_gflops", _list(pa.float64())),  # [E] of the whole model
-        _column("encoder_gflops", _list(pa.float64())),  # [E]
-        # the statistics of PQ, one entry per exit and category that occurs, ordered by exit and then category
-        _column("stat_exit", _list(pa.int32())),
-        _column("stat_category", _list(pa.int32())),
-        _column("stat_iou", _list(pa.float64())),
-        _column("stat_tp", _list(pa.int32())),
-        _column("stat_fp", _list(pa.int32())),
-        _column("stat_fn", _list(pa.int32())),
-    ]
-)
-STATISTICS = ("stat_category", "stat_iou", "stat_tp", "stat_fp", "stat_fn")
-
-
-class DerivedDatasetError(ValueError):
-    """A derived dataset that cannot be used or gone on with: which, why, and what to do about it."""
 
 
 def make_row(
@@ -125,60 +112,88 @@ class ShardWriter:
             writer.write(shard, [derive(dataset[i]) for i in writer.indices(shard)])
     """
 
-    def __init__(self, directory: str | Path, provenance: Mapping, num_images: int, shard_size: int = 256):
-        """provenance: `PROVENANCE_KEYS`, plain JSON values; num_images may be left out of it, "measure" put into it.
+    def __init__(
+        self,
+        directory: str | Path,
+        provenance: Mapping,
+        num_images: int,
+        shard_size: int = 256,
+        images: Callable[[Sequence[int]], Mapping[str, str]] | None = None,
+    ):
+        """provenance: `PROVENANCE_KEYS`, plain JSON values; num_images may be left out, those of `OPTIONAL` put in.
+        images: positions in the dataset's order -> digests of these images, by kind, so that a change of them shows.
 
-        Raises DerivedDatasetError if the directory holds a derived dataset of another provenance, and names the keys.
+        Raises DerivedDatasetError for a value that cannot be, and if the directory holds a derived dataset of another
+        provenance, whose keys it names.
         """
         if num_images < 1 or shard_size < 1:
             raise ValueError(f"num_images and shard_size must be positive: {num_images}, {shard_size}")
         self.directory = Path(directory)
+        self._images = images
         self.manifest = _make_manifest({"num_images": num_images, **provenance}, num_images, shard_size)
         self.num_shards = -(-num_images // shard_size)
         self.directory.mkdir(parents=True, exist_ok=True)
         if not (self.directory / MANIFEST).exists():
             with atomic_write(self.directory / MANIFEST, "w") as file:
-                json.dump(self.manifest, file, indent=1, sort_keys=True)
-        _check_same(_read_manifest(self.directory), self.manifest, self.directory)
+                file.write(manifest_text(self.manifest))
+        _check_same(read_manifest(self.directory), self.manifest, self.directory)
 
     def indices(self, shard: int) -> range:
         """The images of a shard, as positions in the dataset's order."""
-        return _shard_indices(self.manifest, shard)
+        return shard_indices(self.manifest, shard)
 
     def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
         """The shards that this process has to write; a damaged one counts, with a warning.
 
         Removes what a killed process left unfinished in these shards. Shards go to ranks by their number, so that
         ranks that start at different times never take the same one.
+        Raises DerivedDatasetError where the images of a finished shard have changed since.
         """
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must lie in 0..{world_size - 1}: {rank}")
         missing = []
         for shard in range(rank, self.num_shards, world_size):
-            path = _shard_path(self.directory, shard)
+            path = shard_path(self.directory, shard)
             for leftover in self.directory.glob(f".{path.name}.*.tmp"):
                 leftover.unlink(missing_ok=True)
             if not path.exists():
                 missing.append(shard)
-            elif problem := _problem(path, self.manifest, shard):
-                logger.warning("%s is written anew: %s", path, problem)
+            elif reason := problem(path, self.manifest, shard):
+                logger.warning("%s is written anew: %s", path, reason)
                 missing.append(shard)
+            else:
+                self._check_images(path, shard)
         return missing
+
+    def _check_images(self, path: Path, shard: int) -> None:
+        before = image_digests_of(path)
+        now = self._images(self.indices(shard)) if self._images and before else {}
+        changed = [kind for kind in now if before.get(kind, now[kind]) != now[kind]]
+        if changed:
+            raise DerivedDatasetError(
+                f"the images of {path} have changed since it was written ({' and '.join(changed)}): restore them, or "
+                "use another directory. Where the change is meant, remove the shards made before it"
+            )
 
     def write(self, shard: int, rows: Sequence[Mapping]) -> None:
         """Writes a shard whole or not at all. rows: see `make_row`, one for each of `indices(shard)`, in that order.
 
-        Raises ValueError for a wrong number of rows, or a row that is incomplete or not finite.
+        Raises ValueError for a wrong number of rows, a row that is incomplete, or a value that no image can have.
         """
         expected = self.indices(shard)
         if len(rows) != len(expected):
             raise ValueError(f"shard {shard} has {len(expected)} images, {len(rows)} rows are given")
         for row in rows:
-            _check_row(row, self.manifest["exits"])
-        columns = {f.name: [row[f.name] for row in rows] for f in SCHEMA}
-        metadata = {"eco_m2f": json.dumps({**self.manifest, "shard": shard}, sort_keys=True)}
-        table = pa.table(columns, schema=SCHEMA.with_metadata(metadata))
-        with atomic_write(_shard_path(self.directory, shard)) as file:
+            if set(row) != set(SCHEMA.names):
+                name = row.get("image_id")
+                raise ValueError(f"the row of image {name!r} has the keys {sorted(row)}: build it with make_row")
+        table = pa.table({f.name: [row[f.name] for row in rows] for f in SCHEMA}, schema=SCHEMA)
+        check_rows(table, self.manifest)
+        about = {"eco_m2f": {**self.manifest, "shard": shard}, "sha256": column_digests(table)}
+        if self._images:
+            about["images"] = self._images(expected)
+        table = table.replace_schema_metadata({key: json.dumps(v, sort_keys=True) for key, v in about.items()})
+        with atomic_write(shard_path(self.directory, shard)) as file:
             # Numbers of this kind hardly repeat: no dictionaries. Checksums make a damaged page show.
             pq.write_table(table, file, compression="zstd", use_dictionary=False, write_page_checksum=True)
 
@@ -205,14 +220,16 @@ class DerivedDataset:
     def load(cls, path: str | Path, with_features: bool = True) -> "DerivedDataset":
         """Raises FileNotFoundError where there is none, DerivedDatasetError if it is incomplete or damaged."""
         path = Path(path)
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
         shards = range(-(-manifest["num_images"] // manifest["shard_size"]))
-        absent = [s for s in shards if not _shard_path(path, s).exists()]
-        if absent:
+        present = present_shards(path)
+        lacking = list(itertools.islice((s for s in shards if s not in present), 11))  # there may be very many
+        if lacking:
+            number = len(shards) - sum(s in shards for s in present)
             raise DerivedDatasetError(
-                f"{path} lacks {len(absent)} of {len(shards)} shards ({_abridged(absent)}): derive_dataset.py goes on"
+                f"{path} lacks {number} of {len(shards)} shards ({abridged(lacking)}): derive_dataset.py goes on"
             )
-        return cls(**_join_shards(path, manifest, shards, with_features))
+        return cls(**_fields(path, manifest, shards, with_features))
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -324,6 +341,31 @@ class _SparseStatistics:
         return np.repeat(start - before, count) + np.arange(count.sum())
 
 
+def _fields(path: Path, manifest: Mapping, shards: Sequence[int], with_features: bool) -> dict:
+    """The fields of a DerivedDataset."""
+    num_images, exits = manifest["num_images"], manifest["exits"]
+    joined, counts, features = join_shards(path, manifest, shards, with_features)
+    return {
+        "provenance": {key: manifest[key] for key in PROVENANCE_AND_OPTIONAL if key in manifest},
+        "image_ids": joined["image_id"].tolist(),
+        "file_names": joined["file_name"].tolist(),
+        "sizes": np.stack([joined["height"], joined["width"]], axis=1),
+        "features": features,
+        **{name: joined[name].reshape(num_images, -1) for name in PER_EXIT},
+        "statistics": _index_statistics(joined, counts, exits),
+    }
+
+
+def _index_statistics(joined: Mapping[str, np.ndarray], counts: np.ndarray, exits: Sequence[int]) -> _SparseStatistics:
+    image = np.repeat(np.arange(len(counts)), counts)
+    slot = image * len(exits) + np.searchsorted(exits, joined["stat_exit"])
+    if np.any(np.diff(slot) < 0):  # other writers may have another order
+        order = np.argsort(slot, kind="stable")
+        slot, joined = slot[order], {name: joined[name][order] for name in STATISTICS}
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(slot, minlength=len(counts) * len(exits)))])
+    return _SparseStatistics(len(exits), offsets, *(joined[name] for name in STATISTICS))
+
+
 def parent_sha256(state_dict: Mapping[str, Tensor]) -> str:
     """The sha256 of weights: of names, dtypes, shapes and values, whatever the order and the file around them.
 
@@ -343,148 +385,20 @@ def parent_sha256(state_dict: Mapping[str, Tensor]) -> str:
 
 
 def _make_manifest(provenance: Mapping, num_images: int, shard_size: int) -> dict:
-    lacking, unknown = set(PROVENANCE_KEYS) - set(provenance), set(provenance) - {*PROVENANCE_KEYS, "measure"}
-    if lacking or unknown:
-        raise ValueError(f"the provenance lacks {sorted(lacking)} and has unknown keys {sorted(unknown)}")
     if provenance["num_images"] != num_images:
         raise ValueError(f"the provenance says {provenance['num_images']} images, num_images is {num_images}")
     manifest = {"format": FORMAT, "shard_size": shard_size, **provenance}
     manifest["exits"] = list(check_exits(provenance["exits"]))
-    return json.loads(json.dumps(manifest))  # as it will be read back: tuples are lists
-
-
-def _read_manifest(directory: Path) -> dict:
-    path = directory / MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(f"no {MANIFEST} in {str(directory)!r}: make a derived dataset with derive_dataset.py")
-    manifest = json.loads(path.read_text())
-    if manifest.get("format") != FORMAT:
-        raise DerivedDatasetError(f"{path} is of format {manifest.get('format')!r}, not {FORMAT}: derive it anew")
+    manifest = json.loads(json.dumps(manifest))  # as it will be read back: tuples are lists
+    check_manifest(manifest)
     return manifest
 
 
 def _check_same(found: Mapping, wanted: Mapping, directory: Path) -> None:
     different = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
     if different:
-        changes = "; ".join(f"{k}: {_short(found.get(k))} there, {_short(wanted.get(k))} now" for k in different)
+        changes = "; ".join(f"{k}: {short(found.get(k))} there, {short(wanted.get(k))} now" for k in different)
         raise DerivedDatasetError(
             f"{directory} holds a derived dataset of another origin. Different are {changes}. "
             "Use another directory, or the same settings as before"
         )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
-
-
-def _abridged(shards: Sequence[int]) -> str:
-    return ", ".join(map(str, shards[:10])) + (", ..." if len(shards) > 10 else "")
-
-
-# --- shards ----------------------------------------------------------------------------------------------------------
-
-
-def _shard_path(directory: Path, shard: int) -> Path:
-    return directory / f"shard-{shard:05d}.parquet"
-
-
-def _shard_indices(manifest: Mapping, shard: int) -> range:
-    start = shard * manifest["shard_size"]
-    if not 0 <= start < manifest["num_images"]:
-        raise ValueError(
-            f"no shard {shard}: there are {manifest['num_images']} images, {manifest['shard_size']} a shard"
-        )
-    return range(start, min(start + manifest["shard_size"], manifest["num_images"]))
-
-
-def _check_row(row: Mapping, exits: Sequence[int]) -> None:
-    name = row.get("image_id")
-    if set(row) != set(SCHEMA.names):
-        raise ValueError(f"the row of image {name!r} has the keys {sorted(row)}: build it with make_row")
-    for key in ("quality", "total_gflops", "encoder_gflops"):
-        if len(row[key]) != len(exits):
-            raise ValueError(f"{key} of image {name!r} has {len(row[key])} values for the exits {list(exits)}")
-    for key in ("quality", "feature", "total_gflops", "encoder_gflops", "stat_iou"):
-        if not np.isfinite(row[key]).all():
-            raise ValueError(f"{key} of image {name!r} is not finite: check the model's outputs for this image")
-    unknown = set(np.asarray(row["stat_exit"]).tolist()) - set(exits)
-    if unknown or len({len(row[key]) for key in ("stat_exit", *STATISTICS)}) != 1:
-        raise ValueError(f"the statistics of image {name!r} differ in length or name exits {sorted(unknown)}")
-
-
-def _read_shard(path: Path, manifest: Mapping, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
-    """Raises DerivedDatasetError if the shard is damaged or belongs to another dataset."""
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            metadata = json.loads(file.schema_arrow.metadata[b"eco_m2f"])
-            table = file.read(columns=columns)
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise DerivedDatasetError(f"it is damaged ({str(error).splitlines()[0]})") from error
-    if metadata != {**manifest, "shard": shard} or table.num_rows != len(_shard_indices(manifest, shard)):
-        raise DerivedDatasetError("it belongs to another derived dataset")
-    return table
-
-
-def _problem(path: Path, manifest: Mapping, shard: int) -> str | None:
-    try:
-        _read_shard(path, manifest, shard)
-    except DerivedDatasetError as error:
-        return str(error)
-    return None
-
-
-def _join_shards(path: Path, manifest: Mapping, shards: Iterable[int], with_features: bool) -> dict:
-    """The fields of a DerivedDataset. Features go straight to their place, so that they are in memory once."""
-    num_images, exits = manifest["num_images"], manifest["exits"]
-    columns = [name for name in SCHEMA.names if with_features or name != "feature"]
-    features, parts = None, {name: [] for name in columns if name != "feature"}
-    counts = []  # statistics of each image
-    for shard in shards:
-        try:
-            table = _read_shard(_shard_path(path, shard), manifest, shard, columns)
-        except DerivedDatasetError as error:
-            remedy = "derive_dataset.py writes it anew"
-            raise DerivedDatasetError(f"{_shard_path(path, shard)} cannot be used, {error}: {remedy}") from error
-        for name in parts:
-            column = table[name].combine_chunks()
-            parts[name].append(column.flatten().to_numpy() if pa.types.is_list(column.type) else column.to_pylist())
-        counts.append(table["stat_exit"].combine_chunks().value_lengths().to_numpy())
-        if with_features:
-            block = _matrix(table["feature"].combine_chunks().flatten().to_numpy(), table.num_rows)
-            if features is None:
-                features = np.empty((num_images, block.shape[1]), np.float32)
-            features[_shard_indices(manifest, shard)] = block
-    joined = {name: np.concatenate(values) for name, values in parts.items()}
-    _check_unique(joined["image_id"], path)
-    return {
-        "provenance": {key: manifest[key] for key in (*PROVENANCE_KEYS, "measure") if key in manifest},
-        "image_ids": joined["image_id"].tolist(),
-        "file_names": joined["file_name"].tolist(),
-        "sizes": np.stack([joined["height"], joined["width"]], axis=1),
-        "quality": _matrix(joined["quality"], num_images),
-        "features": features,
-        "total_gflops": _matrix(joined["total_gflops"], num_images),
-        "encoder_gflops": _matrix(joined["encoder_gflops"], num_images),
-        "statistics": _index_statistics(joined, np.concatenate(counts), exits),
-    }
-
-
-def _index_statistics(joined: Mapping[str, np.ndarray], counts: np.ndarray, exits: Sequence[int]) -> _SparseStatistics:
-    image = np.repeat(np.arange(len(counts)), counts)
-    slot = image * len(exits) + np.searchsorted(exits, joined["stat_exit"])
-    if np.any(np.diff(slot) < 0):  # other writers may have another order
-        order = np.argsort(slot, kind="stable")
-        slot, joined = slot[order], {name: joined[name][order] for name in STATISTICS}
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(slot, minlength=len(counts) * len(exits)))])
-    return _SparseStatistics(len(exits), offsets, *(joined[name] for name in STATISTICS))
-
-
-def _matrix(flat: np.ndarray, rows: int) -> np.ndarray:
-    return flat.reshape(rows, -1)
-
-
-def _check_unique(image_ids: np.ndarray, path: Path) -> None:
-    ids, counts = np.unique(image_ids, return_counts=True)
-    if np.any(counts > 1):
-        raise DerivedDatasetError(f"{path} holds images twice: {_abridged(ids[counts > 1].tolist())}; derive it anew")

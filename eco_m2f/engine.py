@@ -32,6 +32,7 @@ from .evaluation import evaluators_for
 from .modeling import DoViT, EarlyExits
 from .modeling.encoders.hybrid import fuse_for_deployment
 from .modeling.exit_policy import OracleExit
+from .resuming import settings_before, warn_of_changes
 
 logger = logging.getLogger(__name__)
 
@@ -94,13 +95,33 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """Config of the command line, output folder, loggers, seeds."""
     hide_training_trace()
     cfg = load_cfg(args.config_file, args.opts)
+    before = settings_before(cfg.OUTPUT_DIR) if getattr(args, "resume", False) and comm.is_main_process() else None
     if comm.get_world_size() > 1 and cfg.MODEL.DEVICE == "cpu" and torch.distributed.get_backend() == "nccl":
         raise ValueError(
             "MODEL.DEVICE is cpu, but the processes took a GPU each: hide these by CUDA_VISIBLE_DEVICES=''"
         )
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="eco_m2f")
+    if before is not None:
+        warn_of_changes(before, yaml.safe_load(cfg.dump()))
     return cfg
+
+
+def gate_settings(cfg: CfgNode) -> dict:
+    """What Step C takes from a config: exits, feature, and how a gate is fitted; see `tools/train_gate.py`."""
+    eco, solver = cfg.MODEL.ECO, cfg.MODEL.ECO.GATE_SOLVER
+    return {
+        "exits": list(eco.EXITS),
+        "feature_source": eco.FEATURE,
+        "beta": [eco.BETA],
+        "max_exit": [eco.MAX_EXIT],
+        "loss": [eco.LOSS],
+        "optimizer": solver.OPTIMIZER,
+        "adam_lr": solver.ADAM_LR,
+        "adam_batch": solver.ADAM_BATCH,
+        "adam_epochs": solver.ADAM_EPOCHS,
+        "adam_iterations": solver.ADAM_ITERATIONS,
+    }
 
 
 def build_model(cfg: CfgNode) -> nn.Module:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FEATURE_SOURCES = ("res5", "projected")  # the maps that a gate may read
+
 
 def exit_weights(kind: str | Sequence[float], exits: Sequence[int], num_layers: int) -> dict[int, float]:
     """The loss weight alpha_k of every exit k (Eq. 3).
@@ -140,6 +142,38 @@ def _soft_mse(logits: Tensor, utilities: Tensor) -> Tensor:
 
 
 GATE_LOSSES = {"hard_ce": _hard_ce, "u_ce": _u_ce, "soft_ce": _soft_ce, "soft_mse": _soft_mse}
+
+
+# Minimised without bound where a mean utility is negative: a gate that rules this exit out more and more lowers it.
+UNBOUNDED_LOSSES = ("u_ce",)
+
+
+def largest_beta(loss: str, quality, exits: Sequence[int], max_exit: int, costs=None) -> float:
+    """The largest beta at which a gate loss has a minimum; infinity for most.
+
+    Of `UNBOUNDED_LOSSES` no mean utility of an exit may be negative, unless there is one exit alone. Arguments as in
+    `exit_targets`.
+    """
+    allowed = exits_up_to(exits, max_exit)
+    if loss not in UNBOUNDED_LOSSES or len(allowed) == 1:
+        return math.inf
+    quality, prices = (
+        utility(quality, exits, 0.0),
+        -utility(torch.zeros_like(torch.as_tensor(quality)), exits, 1.0, costs),
+    )
+    return (quality.mean(dim=0) / prices.mean(dim=0))[: len(allowed)].min().item()
+
+
+def check_has_minimum(loss: str, quality, exits: Sequence[int], beta: float, max_exit: int, costs=None) -> None:
+    """Raises ValueError for a gate loss that sinks without end at this beta; see `largest_beta`."""
+    check_beta(beta)
+    largest = largest_beta(loss, quality, exits, max_exit, costs)
+    if beta > largest * (1 + 1e-9):
+        raise ValueError(
+            f"the loss {loss} has no minimum at beta {beta:g} and K {max_exit}: the mean utility of an exit is "
+            "negative, and the loss sinks without end as the gate rules that exit out. Take beta "
+            f"{largest:.4g} at most, or another loss; hard_ce is the paper's"
+        )
 
 
 def check_exits(exits: Sequence[int]) -> tuple[int, ...]:

@@ -58,13 +58,14 @@ class Result:
 def write_report(folder: str | Path) -> Path:
     """Writes table.csv, table.md, pq_gflops.png (ap_gflops.png), exits.png and predictions.png into a recipe's folder.
 
-    The folder holds derived/parent_val, derived/val, gates/*.pth and eval/<name of a gate>, as tools/recipe.py leaves
-    them. Returns the path of table.md. Raises FileNotFoundError for what is missing.
+    The folder holds derived/parent_val, derived/val, gates/*.safetensors (or .pth) and eval/<name of a gate>, as
+    tools/recipe.py leaves them. Returns the path of table.md. Raises FileNotFoundError for what is missing.
     """
     folder = Path(folder)
     parent = DerivedDataset.load(folder / "derived" / "parent_val", with_features=False)
     val = DerivedDataset.load(folder / "derived" / "val")
-    found = ((p.stem, Gate.load(p)) for p in (folder / "gates").glob("*.pth"))
+    files = (p for p in (folder / "gates").glob("*") if p.suffix in (".safetensors", ".pth"))
+    found = ((p.stem, Gate.load(p)) for p in files)
     gates = dict(sorted(found, key=lambda pair: pair[1].beta))
     if not gates:
         raise FileNotFoundError(f"no gates in {folder / 'gates'}: let tools/recipe.py come to its end")

@@ -47,6 +47,7 @@ SIBLINGS = {  # by folder: the keys in which a parent differs from Mask2Former's
     },
 }
 WIDTHS = {"R50": 256, "swin_tiny": 96, "swin_small": 96, "swin_base_IN21k_384": 128}  # channels of res2
+NOT_OF_THE_MODEL = ("WEIGHTS", "ECO.BETA", "ECO.LOSS", "ECO.GATE_SOLVER.")
 BLOCKS = {"R50": 16, "swin_tiny": 12, "swin_small": 24, "swin_base_IN21k_384": 24}
 
 
@@ -75,7 +76,7 @@ def build():
     models = {}
 
     def once(cfg):
-        key = str(sorted((k, str(v)) for k, v in leaves(cfg.MODEL).items() if k not in ("WEIGHTS", "ECO.BETA")))
+        key = str(sorted((k, str(v)) for k, v in leaves(cfg.MODEL).items() if not k.startswith(NOT_OF_THE_MODEL)))
         if key not in models:
             with pytest.MonkeyPatch.context() as patch:
                 for name in ("uniform_", "normal_", "erfinv_"):
@@ -441,6 +442,7 @@ def test_each_key_is_read_by_what_trains_and_evaluates(tiny, monkeypatch):
                 tiny.config(), ["MODEL.ECO.POLICY", policy, "MODEL.ECO.GATE", "no", "MODEL.ECO.DERIVED", "no"]
             )
             engine.build_model(reads.watch(cfg))
+    engine.gate_settings(reads.watch(engine.load_cfg(tiny.config())))
     engine.evaluate(cfg := reads.watch(engine.load_cfg(tiny.config())), engine.build_model(cfg).eval())
     with monkeypatch.context() as patch:
         patch.setattr(engine, "load_cfg", lambda *_: cfg)
@@ -482,8 +484,19 @@ CHANGES = {  # key: what is set besides, its new value, and where the change sho
 
 @pytest.mark.parametrize("key", sorted(CHANGES))
 def test_changing_an_eco_key_changes_the_model(tiny, key):
-    """GATE, BETA and DERIVED need files: tests/modeling/test_exit_policy.py."""
+    """GATE, BETA and DERIVED need files: tests/modeling/test_exit_policy.py; LOSS and GATE_SOLVER are Step C's."""
     common, value, look = CHANGES[key]
     before = engine.build_model(engine.load_cfg(tiny.config(), list(common)))
     after = engine.build_model(engine.load_cfg(tiny.config(), [*common, f"MODEL.ECO.{key}", value]))
     assert look(before) != look(after)
+
+
+@pytest.mark.parametrize("name", [name for name in PAPER if "eco" in Path(name).name])
+def test_step_c_of_the_papers_configs_is_the_papers(name):
+    """Adam, for 2 epochs of COCO or 20k iterations of Cityscapes; hard-CE; beta by dataset; K is the last exit."""
+    cfg = engine.load_cfg(str(CONFIGS / name))
+    settings = engine.gate_settings(cfg)
+    coco = Path(name).parts[0] == "coco"
+    assert (settings["adam_epochs"], settings["adam_iterations"]) == ((2, 0) if coco else (0, 20000))
+    assert settings["optimizer"] == "adam" and settings["loss"] == ["hard_ce"]
+    assert settings["beta"] == [0.0005 if coco else 0.003] and settings["max_exit"] == [cfg.MODEL.ECO.EXITS[-1]]

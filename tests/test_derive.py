@@ -11,12 +11,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from minis import ROOT
 from panopticapi.evaluation import pq_compute_single_core
 from PIL import Image
 from predicted import Predicted
+from test_locking import other_run
 from tiny import here, is_running, tool, tool_environment, workers_of
 
 from eco_m2f import derive as step_b
@@ -32,8 +34,8 @@ KINDS = ("eco_maskformer2", "eco_detr")
 class Case(Predicted):
     """Step B on the images of `Predicted`."""
 
-    def derive(self, directory: Path, cfg=None, shard_size: int = SHARD_SIZE, workers: int = 0) -> None:
-        step_b.derive(cfg or self.cfg, self.model, self.dataset, str(directory), shard_size, workers)
+    def derive(self, directory: Path, cfg=None, shard_size: int = SHARD_SIZE, workers: int = 0, **options) -> None:
+        step_b.derive(cfg or self.cfg, self.model, self.dataset, str(directory), shard_size, workers, **options)
 
     def command(self, directory: Path, *more) -> list:
         config = ["--config-file", self.tiny.config(), "--dataset", self.dataset, "--output", directory]
@@ -257,6 +259,73 @@ def test_another_origin_is_refused(case, whole, tmp_path):
     with pytest.raises(DerivedDatasetError, match="shard_size: 2 there, 3 now"):
         case.derive(tmp_path / "derived", shard_size=3)
     assert contents(tmp_path / "derived") == before
+
+
+def rotated(content: dict) -> None:
+    """Each category becomes the next, in every segment."""
+    ids = [c["id"] for c in content["categories"]]
+    for annotation in content["annotations"]:
+        for segment in annotation["segments_info"]:
+            segment["category_id"] = ids[(ids.index(segment["category_id"]) + 1) % len(ids)]
+
+
+def reversed_order(content: dict) -> None:
+    content["images"].reverse()
+    content["annotations"].reverse()
+
+
+@pytest.mark.parametrize("change", [rotated, reversed_order])
+def test_another_annotation_is_refused(case, whole, tmp_path, change):
+    shutil.copytree(whole, tmp_path / "derived")
+    before, path = contents(tmp_path / "derived"), case.tiny.json("train")
+    text = path.read_text()
+    content = json.loads(text)
+    change(content)
+    path.write_text(json.dumps(content))
+    try:
+        with pytest.raises(DerivedDatasetError, match="another origin.*annotation_sha256: "):
+            case.derive(tmp_path / "derived")
+    finally:
+        path.write_text(text)
+    assert contents(tmp_path / "derived") == before
+
+
+def test_another_image_is_refused_by_size_or_by_content(case, whole, tmp_path):
+    folder, records = tmp_path / "derived", case.inputs()
+    shutil.copytree(whole, folder)
+    (folder / "shard-00003.parquet").unlink()
+    image = Path(case.inputs()[4]["file_name"])  # of shard 2, which is there
+    png = image.read_bytes()
+    try:
+        image.write_bytes(png + b"\0")
+        with pytest.raises(DerivedDatasetError, match=r"images of .*shard-00002.* have changed .*\(names and sizes\)"):
+            case.derive(folder)
+        image.write_bytes(png)
+        before = step_b.image_digests(records, contents=True)
+        image.write_bytes(png[:-1] + bytes([png[-1] ^ 1]))
+        after = step_b.image_digests(records, contents=True)
+    finally:
+        image.write_bytes(png)
+    assert {kind for kind in before if before[kind] != after[kind]} == {"contents"}
+    case.derive(folder, hash_images=True)
+    images = json.loads(pq.read_schema(folder / "shard-00003.parquet").metadata[b"images"])
+    assert images == step_b.image_digests(records[6:8], contents=True)
+
+
+def test_two_runs_in_one_folder_are_refused(case, tmp_path):
+    with other_run(tmp_path / "derived") as first:
+        (tmp_path / "derived" / ".shard-00000.parquet.1.tmp").write_bytes(b"half")
+        with pytest.raises(ValueError, match=f"process {first.pid} .*is at work"):
+            case.derive(tmp_path / "derived")
+        assert (tmp_path / "derived" / ".shard-00000.parquet.1.tmp").exists()
+        first.communicate("")
+
+
+def test_settings_that_step_b_does_not_read_may_change(case, whole):
+    options = ["MODEL.ECO.BETA", 0.1, "MODEL.ECO.LOSS", "soft_ce", "MODEL.ECO.GATE_SOLVER.OPTIMIZER", "adam"]
+    before = contents(whole)
+    case.derive(whole, engine.load_cfg(case.tiny.config(), [*case.options, *options]))
+    assert contents(whole) == before
 
 
 def test_a_negative_number_of_workers_is_refused(case, tmp_path):

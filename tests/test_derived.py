@@ -326,13 +326,13 @@ def test_rows_that_do_not_fit_are_refused(tmp_path):
     def broken(**changes):
         writer.write(4, [ROWS[20], ROWS[21], {**ROWS[22], **changes}])
 
-    with pytest.raises(ValueError, match="quality of image '122' is not finite"):
+    with pytest.raises(ValueError, match=r"row 2 \(image '122'\): quality is nan, which must be a number from 0 to 1"):
         broken(quality=[0.5, math.nan, 0.5])
-    with pytest.raises(ValueError, match=r"quality of image '122' has 2 values for the exits \[2, 3, 6\]"):
+    with pytest.raises(ValueError, match=r"\(image '122'\): quality has 2 values, which must be 3"):
         broken(quality=[0.5, 0.5])
     with pytest.raises(ValueError, match="build it with make_row"):
         broken(beta=0.1)
-    with pytest.raises(ValueError, match="statistics of image '122'"):
+    with pytest.raises(ValueError, match=r"\(image '122'\): stat_tp has 50 values"):
         broken(stat_tp=[1] * 50)
     assert writer.missing() == [0, 1, 2, 3, 4]
 

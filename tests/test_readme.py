@@ -85,7 +85,8 @@ def test_python_examples_run(tmp_path, monkeypatch, capsys):
     model = build_model(load_cfg("configs/toy/eco_maskformer2_toy.yaml"))
     torch.save({"model": model.state_dict()}, "eco.pth")
     categories = [{"id": 1, "name": "one", "isthing": 1}]
-    known = {"exits": [2, 6], "categories": categories}
+    known = {"exits": [2, 6], "categories": categories, "feature_source": "res5"}
+    known |= {"checkpoint_sha256": "0" * 64, "parent_sha256": "0" * 64}
     writer = ShardWriter("derived/val", {k: known.get(k, "-") for k in PROVENANCE_KEYS if k != "num_images"}, 2)
     one = [np.array([v]) for v in (1, 0.8, 1, 0, 0)]
     none = [np.array([v]) for v in (1, 0.0, 0, 0, 1)]

@@ -43,9 +43,9 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
 
 
 def test_a_full_disk_leaves_the_gate_before(tmp_path):
-    small = Gate(torch.zeros(2, 4), torch.zeros(2), (2, 6), 0.1, "hard_ce", "res5", "x")
+    small = Gate(torch.zeros(2, 4), torch.zeros(2), (2, 6), 0.1, "hard_ce", "res5", "f" * 64)
     small.save(tmp_path / "gate.pth")
-    large = Gate(torch.zeros(2, 4096), torch.zeros(2), (2, 6), 0.1, "hard_ce", "res5", "x")
+    large = Gate(torch.zeros(2, 4096), torch.zeros(2), (2, 6), 0.1, "hard_ce", "res5", "f" * 64)
     with pytest.raises((OSError, RuntimeError)), full_disk():
         large.save(tmp_path / "gate.pth")
     assert Gate.load(tmp_path / "gate.pth").weight.shape == (2, 4)

@@ -680,7 +680,7 @@ def pq_milliseconds(rounds: int = 20) -> float:
 def run_step_c(args: argparse.Namespace) -> None:
     """The subcommand `step_c`."""
     from eco_m2f.exits import GATE_LOSSES
-    from eco_m2f.gate import fit_gate, fit_gates
+    from eco_m2f.gate_fit import fit_gate, fit_gates
 
     _use_threads(args.threads)
     give_back_freed_memory()  # as train_gate.py does
@@ -689,7 +689,7 @@ def run_step_c(args: argparse.Namespace) -> None:
     need = torch.sigmoid(features[:, :1] + 0.5 * torch.randn(args.images, 1, generator=generator))
     quality = 0.6 - 0.004 * need * torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0])
     quality = (quality + 0.002 * torch.randn(quality.shape, generator=generator)).double().numpy()
-    rows, source = [], {"feature_source": "res5", "parent_sha256": ""}
+    rows, source = [], {"feature_source": "res5", "parent_sha256": "0" * 64}
 
     def record(what: str, seconds: float, gates: int) -> None:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

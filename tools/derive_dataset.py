@@ -6,7 +6,8 @@ The quality is PQ, or the AP of boxes, as the config's model has it.
     tools/derive_dataset.py --config-file configs/toy/eco_maskformer2_toy.yaml --dataset toy_panoptic_train \\
         --output output/derived/train MODEL.WEIGHTS output/toy/eco/model_final.pth
 
-Killed and started again, also with another --num-gpus, it goes on with the shards that are missing.
+Killed and started again, also with another --num-gpus, it goes on with the shards that are missing. It refuses to go
+on over changed data, and to work in a folder in which another run is at work.
 """
 
 import argparse
@@ -18,7 +19,13 @@ from eco_m2f import derive, engine
 def main(args) -> None:
     cfg = engine.setup(args)
     derive.derive(
-        cfg, engine.build_trained(cfg, with_gate=False), args.dataset, args.output, args.shard_size, args.workers
+        cfg,
+        engine.build_trained(cfg, with_gate=False),
+        args.dataset,
+        args.output,
+        args.shard_size,
+        args.workers,
+        args.hash_images,
     )
 
 
@@ -29,6 +36,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output", required=True, metavar="DIR", help="folder of the derived dataset")
     add("--shard-size", type=int, default=256, help="images per file, hence at most repeated")
     add("--workers", type=int, default=1, metavar="N", help="processes beside each model that compare; 0: none")
+    add(
+        "--hash-images",
+        action="store_true",
+        help="tell changed images by their bytes, not by name and size alone: reads all of them once more",
+    )
     return parser
 
 

@@ -176,9 +176,9 @@ def main(args: argparse.Namespace) -> None:
     eco = train("step_a", eco_config, "MODEL.WEIGHTS", parent)
     val, fit = derive("derived/val", eco, data.val), derive("derived/train", eco, data.train)
     words = (_tool("train_gate.py"), "--train", fit, "--val", val, "--beta", *map(str, data.betas))
-    gates = recipe.stage("gates", *words, "--output", "{}/gate.pth", "--frontier", "{}/frontier.csv")
+    gates = recipe.stage("gates", *words, "--output", "{}/gate.safetensors", "--frontier", "{}/frontier.csv")
     evaluate("eval/full", eco)
-    for gate in sorted(gates.glob("*.pth")):
+    for gate in sorted(gates.glob("*.safetensors")):
         evaluate(f"eval/{gate.stem}", eco, "MODEL.ECO.POLICY", "LinearGate", "MODEL.ECO.GATE", gate)
     words = [_tool("report.py"), str(args.output)]
     if subprocess.run([sys.executable, *words]).returncode:

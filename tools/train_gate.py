@@ -1,13 +1,18 @@
 """Step C: fit the gate of a budget on a derived dataset, measure it, and save it beside the parent.
 
     # one gate
-    tools/train_gate.py --train derived/train --val derived/val --beta 0.0005 --output gate.pth
-    # the frontier over beta and K: gate_beta0.0001_K6.pth, ... and a table
+    tools/train_gate.py --train derived/train --val derived/val --beta 0.0005 --output gate.safetensors
+    # the frontier over beta and K: gate_beta0.0001_K6.safetensors, ... and a table
     tools/train_gate.py --train derived/train --val derived/val --beta 0.0001 0.0005 0.002 --max-exit 6 5 \\
-        --output gate.pth --frontier frontier.csv
+        --output gate.safetensors --frontier frontier.csv
     # the best gate within a cost, or the cheapest within a loss of quality
-    tools/train_gate.py --train derived/train --val derived/val --target-gflops 120 --output gate.pth
+    tools/train_gate.py --train derived/train --val derived/val --target-gflops 120 --output gate.safetensors
+    # beta, K, loss and optimizer as a config has them under MODEL.ECO, those of the paper for COCO and Cityscapes;
+    # options that are given besides come first
+    tools/train_gate.py --train derived/train --val derived/val --output gate.safetensors \\
+        --config-file configs/coco/panoptic-segmentation/eco/eco_maskformer2_R50_bs16_50ep.yaml
 
+A gate is written as safetensors where its name ends so; any other name makes a file of PyTorch's.
 No images and no parent are needed. PQ and GFLOPs are exact for the images of --val: sums over the derived dataset.
 Of boxes the quality is the mean over the images of each one's AP, and takes the place of PQ.
 """
@@ -22,7 +27,7 @@ from eco_m2f.budget import HEADER, Row, format_row, frontier, search_budget, wri
 from eco_m2f.command_line import give_back_freed_memory, run
 from eco_m2f.derived import DerivedDataset
 from eco_m2f.exits import GATE_LOSSES
-from eco_m2f.gate import OPTIMIZERS
+from eco_m2f.gate_fit import OPTIMIZERS, AdamOptions
 
 HELD_OUT = 0.1  # of the training images, where there is no --val
 
@@ -32,14 +37,27 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--train", required=True, metavar="DIR", help="derived dataset to fit on, from tools/derive_dataset.py")
     add("--val", metavar="DIR", help="derived dataset to measure on; without it a tenth of --train is held out")
-    add("--output", required=True, metavar="gate.pth", help="the gate; of several, beta and K are put into the name")
+    add(
+        "--output",
+        required=True,
+        metavar="gate.safetensors",
+        help="the gate; of several, beta and K are put into the name",
+    )
+    add("--config-file", metavar="FILE", help="YAML file whose MODEL.ECO has beta, K, loss and optimizer, see configs/")
     add("--max-exit", type=int, nargs="+", metavar="K", help="largest exit a gate may choose (default: the last)")
-    add("--loss", nargs="+", choices=sorted(GATE_LOSSES), default=["hard_ce"], help="default: hard_ce, the paper's")
+    add("--loss", nargs="+", choices=sorted(GATE_LOSSES), help="default: hard_ce, the paper's")
     add("--frontier", metavar="frontier.csv", help="write the table of everything measured")
-    add("--optimizer", choices=OPTIMIZERS, default="lbfgs", help="lbfgs: to the optimum (default); adam: the paper's")
+    add("--optimizer", choices=OPTIMIZERS, help="lbfgs: to the optimum (default); adam: the paper's")
+    add("--adam-lr", type=float, metavar="LR", help="adam's learning rate (default: 0.003), which falls to 0")
+    add("--adam-batch", type=int, metavar="N", help="images a step of adam (default: 256)")
+    steps = parser.add_mutually_exclusive_group()
+    steps.add_argument(
+        "--adam-epochs", type=int, metavar="N", help="passes over --train (default: 10, 300 steps at least)"
+    )
+    steps.add_argument("--adam-iterations", type=int, metavar="N", help="steps of adam, in place of epochs")
     add("--l2", type=float, help="weight of the penalty on the gate's weights, lbfgs only (default: channels / images)")
     add("--seed", type=int, default=0)
-    budget = parser.add_mutually_exclusive_group(required=True)
+    budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--beta", type=float, nargs="+", help="what an encoder layer costs in quality (COCO: 0.0005)")
     budget.add_argument("--target-gflops", type=float, metavar="G", help="find beta: mean GFLOPs on --val at most G")
     budget.add_argument(
@@ -51,17 +69,26 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    if not args.beta and (len(args.max_exit or ()) > 1 or len(args.loss) > 1):
+    searched = args.target_gflops is not None or args.max_pq_drop is not None
+    if not (args.config_file or args.beta or searched):
+        parser.error("one of --beta, --target-gflops, --max-pq-drop and --config-file is needed")
+    adam_alone = [name for name in vars(args) if name.startswith("adam_") and getattr(args, name) is not None]
+    fill_in(args, searched)
+    if args.optimizer != "adam" and adam_alone:
+        parser.error(f"--{adam_alone[0].replace('_', '-')} is read by --optimizer adam alone")
+    if searched and (len(args.max_exit or ()) > 1 or len(args.loss) > 1):
         parser.error("a search takes one --max-exit and one --loss")
     give_back_freed_memory()
     train, val = load(args)
+    check_derived_with(args, train)
     max_exits = args.max_exit or [train.exits[-1]]
-    options = {"optimizer": args.optimizer, "l2": args.l2, "seed": args.seed}
+    adam = AdamOptions(args.adam_lr, args.adam_batch, args.adam_epochs, args.adam_iterations)
+    options = {"optimizer": args.optimizer, "l2": args.l2, "seed": args.seed, "adam": adam}
     about = (
         f"{len(train)} images to fit on, {len(val)} to measure on, exits {list(train.exits)}, quality {train.measure}"
     )
     print(f"{about}\n{HEADER}", flush=True)
-    if args.beta:
+    if not searched:
         rows = show(frontier(train, val, args.beta, max_exits, args.loss, **options))
         best = [row for row in rows if row.gate]
     else:
@@ -77,6 +104,34 @@ def main(argv: list[str] | None = None) -> None:
     if args.frontier:
         write_csv(rows, args.frontier)
         print(f"saved {args.frontier}")
+
+
+def fill_in(args: argparse.Namespace, searched: bool) -> None:
+    """Puts what --config-file says in the place of the options that are not given; without one, the defaults."""
+    adam = AdamOptions()
+    settings = {"loss": ["hard_ce"], "optimizer": "lbfgs", **{f"adam_{k}": v for k, v in vars(adam).items()}}
+    if args.config_file:
+        from eco_m2f.engine import gate_settings, load_cfg  # takes seconds, which Step C without a config must not
+
+        settings = gate_settings(load_cfg(args.config_file))
+    if args.adam_epochs or args.adam_iterations:  # either takes the place of both
+        settings |= {"adam_epochs": 0, "adam_iterations": 0}
+    for name, value in settings.items():
+        if getattr(args, name, None) is None and not (name == "beta" and searched):
+            setattr(args, name, value)
+    unknown = sorted(set(args.loss) - set(GATE_LOSSES))
+    if unknown:
+        raise ValueError(f"MODEL.ECO.LOSS is {unknown[0]!r}: choose one of {', '.join(sorted(GATE_LOSSES))}")
+
+
+def check_derived_with(args: argparse.Namespace, train: DerivedDataset) -> None:
+    """Raises ValueError where --config-file speaks of other exits or features than the derived dataset holds."""
+    for name, key in (("exits", "EXITS"), ("feature_source", "FEATURE")):
+        if args.config_file and getattr(args, name) != train.provenance[name]:
+            raise ValueError(
+                f"MODEL.ECO.{key} is {getattr(args, name)} in {args.config_file}, but {train.provenance[name]} in "
+                f"{args.train}: give the config that it was derived with"
+            )
 
 
 def load(args: argparse.Namespace) -> tuple[DerivedDataset, DerivedDataset]:

@@ -3,6 +3,11 @@
 `EarlyExits` stands before the parent among the bases of a meta-architecture: `EcoMaskFormer(EarlyExits, MaskFormer)`.
 Against the parent it overrides how losses are taken and how the exit is chosen, nothing else; with the last exit alone
 and linear weights it is bit-equal to the parent.
+
+What an image of a batch gets: its exit and its result do not depend on what the other images show, nor on where they
+leave. They do depend on the size that the batch is padded to, for a backbone's layers carry what they make of the
+padding into the image, as Mask2Former's do. So an image gets what it would get alone where the batch has the size that
+it would be padded to alone: images of one size. Tools and `load_predictor` take images one by one.
 """
 
 from collections.abc import Sequence
@@ -97,7 +102,10 @@ class EarlyExits(nn.Module):
         return results
 
     def predict(self, features: dict[str, Tensor], exits: list[int]) -> dict[str, Tensor]:
-        """Each image at its own exit: images are grouped by exit, and no image runs a layer that it does not need."""
+        """Each image at its own exit, as if alone with these features.
+
+        Images are grouped by exit, and no image runs a layer that it does not need.
+        """
         if len(set(exits)) == 1:
             return self.head(features, exits[0])
         merged = {}
@@ -128,7 +136,10 @@ class EarlyExits(nn.Module):
         return self._costs(tuple(padded_size), tuple(output_size))
 
     def load_gate(self, path: str) -> None:
-        """Loads the weights of a learned policy; the gate must have been fitted for exactly these parent weights."""
+        """Loads the weights of a learned policy; the gate must have been fitted for exactly these parent weights.
+
+        May be called while another thread predicts: each batch is told its exits by the old gate or by the new one.
+        """
         from ..derived import parent_sha256  # needs pyarrow, which a model without a gate does not
 
         self.exit_policy.load_gate(path, parent_sha256(self.state_dict()))

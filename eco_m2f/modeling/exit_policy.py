@@ -1,5 +1,6 @@
 """Inference: which exit each image takes. `FixedExit`, `LinearGate` (the paper's), `OracleExit` (the upper bound)."""
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -7,7 +8,7 @@ from detectron2.config import configurable
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
-from ..exits import check_exits, exit_targets, exits_up_to
+from ..exits import FEATURE_SOURCES, check_exits, exit_targets, exits_up_to
 from ..gate import Gate
 
 EXIT_POLICY_REGISTRY = Registry("EXIT_POLICY")
@@ -23,12 +24,11 @@ image_sizes: B pairs (height, width) in pixels, before padding;
 image_ids: B ids of the images, for policies that look them up; others ignore it.
 
 It returns the exits (layer numbers, all of them in `policy.exits`) as an int64 CPU tensor [B], since the host groups
-the images by exit. An image's exit does not depend on the other images of its batch. A learned policy also has
+the images by exit. An image's exit is a function of its own rows of the features and of its size, whatever else is in
+the batch. (These rows depend on how far the batch is padded, see `early_exits.py`.) A learned policy also has
 `logits(features, image_sizes) -> [B, len(policy.exits)]`, and raises RuntimeError as long as it has no weights.
 No policy adds anything to the state dict of its parent.
 """
-
-FEATURE_SOURCES = ("res5", "projected")
 
 
 def check_feature_source(source: str) -> None:
@@ -67,7 +67,7 @@ class LinearGate(nn.Module):
     """The learned policy: exit = argmax (W z + b), z being the mean of an image's valid tokens (Eq. 6).
 
     Its weights are not part of the parent's checkpoint: `load_gate` brings them in, and may be called again to switch
-    to another budget at run time.
+    to another budget at run time, also while another thread predicts: a call of `forward` uses one gate throughout.
     """
 
     @configurable
@@ -84,11 +84,9 @@ class LinearGate(nn.Module):
         check_feature_source(feature_source)
         self.in_channels, self.stride = in_channels, stride
         self.offered_exits = check_exits(exits)
-        self.exits = self.offered_exits
         self.feature_source = feature_source
-        self.loaded = False
-        self.register_buffer("weight", torch.full((len(exits), in_channels), torch.nan), persistent=False)
-        self.register_buffer("bias", torch.full((len(exits),), torch.nan), persistent=False)
+        # Replaced as a whole and never changed: whoever has taken it keeps weights and exits that belong together.
+        self._in_force: Gate | None = None
         if gate:
             self._check_fits(Gate.load(gate), gate)
 
@@ -122,28 +120,39 @@ class LinearGate(nn.Module):
                 f"the gate {path} was fitted for parent weights {gate.parent_sha256[:12]}..., but runs beside "
                 f"{parent_sha256[:12]}...: load that parent, or run steps B and C again for this one"
             )
-        self.weight = gate.weight.to(self.weight)
-        self.bias = gate.bias.to(self.bias)
-        self.exits = gate.exits
-        self.loaded = True
+        self._in_force = copy.deepcopy(gate)  # the caller may change the one that is returned
         return gate
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Those of the gate in force; without one, those that the parent offers."""
+        gate = self._in_force
+        return self.offered_exits if gate is None else gate.exits
 
     def logits(self, features: Mapping[str, Tensor], image_sizes: Sequence[tuple[int, int]]) -> Tensor:
         """-> [B, len(self.exits)], in float32 at least."""
-        if not self.loaded:
+        return self._logits(self._gate(), features, image_sizes)
+
+    def _gate(self) -> Gate:
+        gate = self._in_force
+        if gate is None:
             raise RuntimeError("LinearGate has no weights: set MODEL.ECO.GATE, or call load_gate(path, parent_sha256)")
+        return gate
+
+    def _logits(self, gate: Gate, features: Mapping[str, Tensor], image_sizes: Sequence[tuple[int, int]]) -> Tensor:
         if self.feature_source not in features:
             raise ValueError(f"the gate reads the map {self.feature_source!r}, but the features are {sorted(features)}")
         z = pool_valid(features[self.feature_source], image_sizes, self.stride)  # [B, C]
         with torch.autocast(z.device.type, enabled=False):
-            return nn.functional.linear(z, self.weight.to(z), self.bias.to(z))
+            return gate.logits(z)
 
     def forward(self, features: Mapping[str, Tensor], image_sizes, image_ids=None) -> Tensor:
-        logits = self.logits(features, image_sizes).cpu()
+        gate = self._gate()
+        logits = self._logits(gate, features, image_sizes).cpu()
         if not logits.isfinite().all():
             broken = (~logits.isfinite().all(dim=1)).nonzero().flatten().tolist()
             raise FloatingPointError(f"images {broken} of the batch have non-finite features: check their pixels")
-        return torch.tensor(self.exits)[logits.argmax(dim=1)]
+        return torch.tensor(gate.exits)[logits.argmax(dim=1)]
 
     def _check_fits(self, gate: Gate, path: str) -> None:
         if not set(gate.exits) <= set(self.offered_exits):

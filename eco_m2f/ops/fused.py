@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .flops import register_torch_formulas
-from .ms_deform_attn import BACKWARD, FORWARD, LIBRARY, flat_shapes
+from .ms_deform_attn import BACKWARD, FORWARD, LIBRARY, check_grad_output, check_tokens, flat_shapes
 
 LIBRARY.define(
     "ms_deform_attn_fused(Tensor value, SymInt[] spatial_shapes, Tensor sampling_offsets, Tensor attention_logits,"
@@ -79,6 +79,9 @@ def check_fused_arguments(
             f"sampling_offsets {tuple(offsets.shape)} must be [N, Lq, M, L, P, 2] and attention_logits "
             f"{tuple(logits.shape)} [N, Lq, M, L, P], with L for spatial_shapes {list(shapes)}"
         )
+    if value.dim() != 4:
+        raise ValueError(f"expected value [N,S,M,D], got {tuple(value.shape)}")
+    check_tokens(value, shapes)
     batch, queries, levels = offsets.shape[0], offsets.shape[1], offsets.shape[3]
     fits = reference.dim() == 4 and reference.shape[1] == queries and reference.shape[3] == 2
     if not fits or reference.shape[0] not in (1, batch) or reference.shape[2] not in (1, levels):
@@ -100,6 +103,7 @@ def _fake_forward(value, spatial_shapes, sampling_offsets, attention_logits, ref
 
 def _composed_backward(grad_output, value, spatial_shapes, sampling_offsets, attention_logits, reference_points):
     check_fused_arguments(value, spatial_shapes, sampling_offsets, attention_logits, reference_points)
+    check_grad_output(grad_output, value, sampling_offsets.shape[1])
     locations, weights = compose(spatial_shapes, sampling_offsets, attention_logits, reference_points)
     narrow = weights.to(value.dtype)
     grad_value, grad_locations, grad_weights = BACKWARD(grad_output, value, spatial_shapes, locations, narrow)
@@ -111,6 +115,7 @@ def _composed_backward(grad_output, value, spatial_shapes, sampling_offsets, att
 
 def _fake_backward(grad_output, value, spatial_shapes, sampling_offsets, attention_logits, reference_points):
     check_fused_arguments(value, spatial_shapes, sampling_offsets, attention_logits, reference_points)
+    check_grad_output(grad_output, value, sampling_offsets.shape[1])
     return tuple(t.new_empty(t.shape) for t in (value, sampling_offsets, attention_logits))
 
 

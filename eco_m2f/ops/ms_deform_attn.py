@@ -68,9 +68,7 @@ def check_arguments(value: Tensor, shapes: list[int], locations: Tensor, weights
         )
     if len(shapes) != 2 * locations.shape[3]:
         raise ValueError(f"sampling_locations have {locations.shape[3]} levels, but spatial_shapes is {list(shapes)}")
-    tokens = sum(h * w for h, w in zip(shapes[0::2], shapes[1::2]))
-    if value.shape[1] != tokens:
-        raise ValueError(f"value has {value.shape[1]} tokens, but spatial_shapes {list(shapes)} make {tokens}")
+    check_tokens(value, shapes)
     if tuple(locations.shape[:-1]) != tuple(weights.shape) or locations.shape[-1] != 2:
         raise ValueError(
             f"sampling_locations {tuple(locations.shape)} must be attention_weights {tuple(weights.shape)} + (2,)"
@@ -80,6 +78,26 @@ def check_arguments(value: Tensor, shapes: list[int], locations: Tensor, weights
             f"batch size and heads differ: value {tuple(value.shape)}, sampling_locations {tuple(locations.shape)}"
         )
     check_dtypes(value, locations, weights)
+
+
+def check_tokens(value: Tensor, shapes: Sequence[int]) -> None:
+    """Raises ValueError where value [N, S, M, D] is not made of maps of these sizes."""
+    if not all(size > 0 for size in shapes):
+        raise ValueError(f"spatial_shapes must be positive, got {list(shapes)}")
+    tokens = sum(h * w for h, w in zip(shapes[0::2], shapes[1::2]))
+    if value.shape[1] != tokens:
+        raise ValueError(f"value has {value.shape[1]} tokens, but spatial_shapes {list(shapes)} make {tokens}")
+
+
+def check_grad_output(grad_output: Tensor, value: Tensor, queries: int) -> None:
+    """Raises ValueError or TypeError for a gradient that is not that of the op's output [N, queries, M * D]."""
+    wanted = (value.shape[0], queries, value.shape[2] * value.shape[3])
+    if tuple(grad_output.shape) != wanted:
+        raise ValueError(f"grad_output must be [N, Lq, M*D] = {list(wanted)}, got {list(grad_output.shape)}")
+    if grad_output.dtype != value.dtype:
+        raise TypeError(f"grad_output must have value's dtype {value.dtype}, got {grad_output.dtype}")
+    if grad_output.device != value.device:
+        raise ValueError(f"arguments on {value.device} and {grad_output.device}: put them on one device")
 
 
 def check_dtypes(value: Tensor, locations: Tensor, weights: Tensor) -> None:
@@ -104,6 +122,7 @@ def _fake_forward(value, spatial_shapes, sampling_locations, attention_weights):
 
 def _fake_backward(grad_output, value, spatial_shapes, sampling_locations, attention_weights):
     check_arguments(value, spatial_shapes, sampling_locations, attention_weights)
+    check_grad_output(grad_output, value, sampling_locations.shape[1])
     return tuple(t.new_empty(t.shape) for t in (value, sampling_locations, attention_weights))
 
 
@@ -114,6 +133,7 @@ def _reference_forward(value, spatial_shapes, sampling_locations, attention_weig
 
 def _reference_backward(grad_output, value, spatial_shapes, sampling_locations, attention_weights):
     check_arguments(value, spatial_shapes, sampling_locations, attention_weights)
+    check_grad_output(grad_output, value, sampling_locations.shape[1])
     return reference_ms_deform_attn_backward(grad_output, value, spatial_shapes, sampling_locations, attention_weights)
 
 

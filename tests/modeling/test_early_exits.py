@@ -221,6 +221,47 @@ def test_results_tell_exit_and_cost(system):
             assert values == pytest.approx([values[0] + i * layer for i in range(len(values))])
 
 
+def sensitive(system: System, tmp_path):
+    """A gated model in float64 whose exits hang on small differences of the features."""
+    eco = system.twin("MODEL.ECO.POLICY", "LinearGate")
+    channels = eco.backbone.output_shape()["res5"].channels
+    weight = 10 * torch.randn(len(system.exits), channels, generator=torch.Generator().manual_seed(2))
+    path, sha = tmp_path / "gate.pth", parent_sha256(eco.state_dict())
+    Gate(weight, torch.zeros(len(system.exits)), system.exits, 0.0, "hard_ce", "res5", sha).save(path)
+    eco.load_gate(str(path))
+    eco.costs = lambda *sizes: dict.fromkeys(system.exits)  # counted in float32 alone
+    return eco.double()
+
+
+@pytest.mark.parametrize("system", [SYSTEMS[name] for name in ("m2f", "detr")], ids=("m2f", "detr"))
+@torch.no_grad()
+def test_what_an_image_gets_depends_on_the_size_of_its_batch_alone(system, tmp_path):
+    """What README and early_exits.py say: not on what else is in the batch, but on how far that is padded."""
+    eco = sensitive(system, tmp_path)
+    small, large = make_batch(((30, 70), (64, 96)))
+    other = {**large, "image": 255 - large["image"]}
+    first, second = eco([small, large])[0], eco([small, other])[0]
+    assert first["exit"] == second["exit"]
+    assert_all_close(numbers_of(first), numbers_of(second), 1e-9)
+
+    def pooled(batch):
+        images = eco.preprocess(batch)
+        return eco.pooled_feature(eco.extract(images), images.image_sizes, "res5")
+
+    torch.testing.assert_close(pooled([small, large])[0], pooled([small, other])[0], atol=1e-12, rtol=1e-9)
+    assert not torch.allclose(pooled([small, large])[0], pooled([small])[0], atol=1e-6)  # padding reaches the features
+    blank = {**small, "image": torch.zeros(3, 30, 70, dtype=torch.uint8)}
+    for alone, mate in ((small, blank), (large, {**other, "image": other["image"][:, :40, :90]})):
+        together = eco([alone, mate])[0]  # padded as each would be alone
+        assert together["exit"] == eco([alone])[0]["exit"]
+        assert_all_close(numbers_of(together), numbers_of(eco([alone])[0]), 1e-9)
+
+
+def numbers_of(result: dict) -> dict:
+    found = {"scores": result["instances"].scores, "boxes": result["instances"].pred_boxes.tensor}
+    return {**found, "sem_seg": result["sem_seg"]} if "sem_seg" in result else found
+
+
 # --- Step A ----------------------------------------------------------------------------------------------------------
 
 

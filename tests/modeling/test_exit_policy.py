@@ -1,5 +1,7 @@
 """Exit policies: a contract test over the registry, and each policy's own behaviour."""
 
+import threading
+
 import pytest
 import torch
 from detectron2.config import CfgNode
@@ -207,6 +209,62 @@ def test_gates_are_switched_at_run_time(tmp_path):
     assert policy.exits == (2, 3, 4) and policy.logits(make_features(), SIZES).shape == (3, 3)
     policy.load_gate(str(tmp_path / "six.pth"), PARENT)
     assert torch.equal(policy(make_features(), SIZES), before)
+
+
+class SwitchingFeatures(dict):
+    """Maps at whose first reading another thread has put another gate into force."""
+
+    def __init__(self, features, switch):
+        super().__init__(features)
+        self.switch = switch
+
+    def __getitem__(self, name):
+        switch, self.switch = self.switch, lambda: None
+        switch()
+        return super().__getitem__(name)
+
+
+@pytest.mark.parametrize("moment", ["before the features are read", "once the logits are there"])
+def test_a_gate_that_is_switched_in_the_middle_of_a_choice_does_not_mix_with_the_new_one(tmp_path, monkeypatch, moment):
+    """The old one chooses the last of five exits, of which the new one has two."""
+    deep, shallow = make_gate(tmp_path / "deep.pth"), make_gate(tmp_path / "shallow.pth", exits=(2, 3))
+    for gate, path, bias in ((deep, "deep.pth", [0, 0, 0, 0, 1.0]), (shallow, "shallow.pth", [0, 1.0])):
+        gate.weight.zero_()
+        gate.bias = torch.tensor(bias)
+        gate.save(tmp_path / path)
+    policy, switched = build(POLICY="LinearGate"), []
+    policy.load_gate(str(tmp_path / "deep.pth"), PARENT)
+
+    def switch():
+        if not switched:
+            switched.append(True)
+            other = threading.Thread(target=policy.load_gate, args=(str(tmp_path / "shallow.pth"), PARENT))
+            other.start()
+            other.join()
+
+    features = make_features()
+    if moment == "before the features are read":
+        features = SwitchingFeatures(features, switch)
+    else:
+        linear = torch.nn.functional.linear
+
+        def then_switch(*args):
+            result = linear(*args)
+            switch()
+            return result
+
+        monkeypatch.setattr(torch.nn.functional, "linear", then_switch)
+    assert policy(features, SIZES).tolist() == [6, 6, 6] and switched
+    assert policy(features, SIZES).tolist() == [3, 3, 3] and policy.exits == (2, 3)
+
+
+def test_changing_the_gate_that_was_loaded_does_not_change_the_policy(tmp_path):
+    make_gate(tmp_path / "gate.pth")
+    policy = build(POLICY="LinearGate")
+    gate = policy.load_gate(str(tmp_path / "gate.pth"), PARENT)
+    before = policy.logits(make_features(), SIZES)
+    gate.weight.zero_()
+    assert torch.equal(policy.logits(make_features(), SIZES), before)
 
 
 def test_gate_of_another_parent_is_refused(tmp_path):

@@ -263,3 +263,23 @@ def test_errors_name_what_does_not_fit(kind, message, change, device):
     value, *rest = (t.to(device) for t in change(*small(torch.float32)))
     with pytest.raises(kind, match=message):
         ms_deform_attn_fused(value, [(3, 4), (2, 5)], *rest)
+
+
+@pytest.mark.parametrize("device", ("cpu", "meta"))
+@pytest.mark.parametrize("shapes", ([(2**32, 2**32), (2, 11)], [(3, 4 + 2**62), (2, 5)], [(-3, -4), (2, 5)]), ids=str)
+def test_sizes_that_wrap_round_to_the_number_of_tokens_are_refused(shapes, device):
+    value, *rest = (t.to(device) for t in small(torch.float32))
+    grad = value.new_zeros(value.shape[0], rest[0].shape[1], value.shape[2] * value.shape[3])
+    flat = [size for pair in shapes for size in pair]
+    for call in (lambda: FUSED(value, flat, *rest), lambda: FUSED_BACKWARD(grad, value, flat, *rest)):
+        with pytest.raises(ValueError, match="positive|22 tokens, but spatial_shapes"):
+            call()
+
+
+def test_the_backward_checks_the_gradient_that_it_gets():
+    value, *rest = small(torch.float32)
+    grad = value.new_zeros(value.shape[0], rest[0].shape[1], value.shape[2] * value.shape[3])
+    for wrong in (grad[:, 1:], grad.double(), grad.to("meta")):
+        for backward in (FUSED_BACKWARD, _composed_backward):
+            with pytest.raises((ValueError, TypeError), match="grad_output|on one device"):
+                backward(wrong, value, [3, 4, 2, 5], *rest)

@@ -19,7 +19,7 @@ from eco_m2f.ops import (
     ms_deform_attn,
     ms_deform_attn_flop_jit,
 )
-from eco_m2f.ops.ms_deform_attn import BACKWARD, FORWARD
+from eco_m2f.ops.ms_deform_attn import BACKWARD, FORWARD, _reference_backward, _reference_forward
 
 SHAPES = [(3, 4), (2, 5)]
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -216,6 +216,55 @@ def test_negative_sizes_are_refused():
     case = small()
     with pytest.raises(ValueError, match="positive|\\[-3, -4"):
         ms_deform_attn(case.value, [(-3, -4), (2, 5)], case.locations, case.weights)
+
+
+WRAPPED = [  # sizes whose product in 64 bits is that of SHAPES, 22 in all, or whose sum is
+    [(3, 4 + 2**62), (2, 5)],
+    [(2**32, 2**32), (2, 11)],
+    [(2**63 - 1, 2), (4, 6)],
+    [(2**33, 2**31), (1, 22)],
+    [(-(2**32), -(2**32)), (2, 11)],
+    [(3, -4), (2, 17)],
+    [(0, 5), (2, 11)],
+]
+
+
+@pytest.mark.parametrize("mode", ("real", "fake", "reference"))
+@pytest.mark.parametrize("shapes", WRAPPED, ids=str)
+def test_sizes_that_wrap_round_to_the_number_of_tokens_are_refused(shapes, mode):
+    case, flat = small(), [size for pair in shapes for size in pair]
+    tensors = [t.to("meta") if mode == "fake" else t for t in (case.value, case.locations, case.weights, case.grad)]
+    value, locations, weights, grad = tensors
+    forward, backward = (_reference_forward, _reference_backward) if mode == "reference" else (FORWARD, BACKWARD)
+    for call in (
+        lambda: forward(value, flat, locations, weights),
+        lambda: backward(grad, value, flat, locations, weights),
+    ):
+        with pytest.raises(ValueError, match="positive|22 tokens, but spatial_shapes"):
+            call()
+
+
+def test_sizes_beyond_64_bits_are_refused():
+    case = small()
+    with pytest.raises((ValueError, TypeError, RuntimeError), match="spatial_shapes|[Oo]verflow|int"):
+        ms_deform_attn(case.value, [(2**70, 1), (2, 5)], case.locations, case.weights)
+
+
+GRADIENTS = {
+    "grad_output must be .N, Lq, M.D.": lambda g: g[:, 1:],
+    "grad_output must have value's dtype": lambda g: g.double(),
+    "arguments on (cpu and meta|meta and cpu).* on one device": lambda g: g.to("meta"),
+}
+
+
+@pytest.mark.parametrize("mode", ("real", "reference"))
+@pytest.mark.parametrize("message", GRADIENTS)
+def test_the_backward_checks_the_gradient_that_it_gets(message, mode):
+    """A gradient on another device included, of which PyTorch's dispatcher would not say anything."""
+    case = small()
+    backward = BACKWARD if mode == "real" else _reference_backward
+    with pytest.raises((ValueError, TypeError), match=message):
+        backward(GRADIENTS[message](case.grad), case.value, case.flat_shapes, case.locations, case.weights)
 
 
 def test_disabled_extension_leaves_the_reference():

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,84 @@ def test_max_pq_drop(derived, tmp_path):
     assert results["pq"] >= 70 - 1.5 and results["total_gflops"] < 140
 
 
+# --- settings from a config ------------------------------------------------------------------------------------------
+
+ECO = """
+_BASE_: {base}
+MODEL:
+  ECO:
+    EXITS: [2, 4, 6]
+    EXITS_PER_STEP: 3
+    BETA: 0.02
+    MAX_EXIT: 4
+    LOSS: "soft_ce"
+    GATE_SOLVER: {{OPTIMIZER: "adam", ADAM_LR: 0.5, ADAM_BATCH: 75, ADAM_ITERATIONS: 3}}
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Its options, as the command line has them; and a way to add to it."""
+
+    def make(*lines: str) -> tuple[str, str]:
+        base = Path(__file__).resolve().parents[2] / "configs" / "toy" / "eco_maskformer2_toy.yaml"
+        (tmp_path / "eco.yaml").write_text(ECO.format(base=base) + "".join(f"    {line}\n" for line in lines))
+        return "--config-file", str(tmp_path / "eco.yaml")
+
+    return make
+
+
+def test_a_config_gives_beta_k_loss_and_optimizer(derived, tmp_path, config):
+    run(derived, tmp_path, *config())
+    gate = Gate.load(tmp_path / "gate.pth")
+    assert (gate.beta, gate.exits, gate.loss) == (0.02, (2, 4), "soft_ce")
+    expected = {"optimizer": "adam", "lr": 0.5, "batch": 75, "iterations": 3, "seed": 0}
+    assert {key: gate.fit[key] for key in expected} == expected
+
+
+def test_options_come_before_the_config(derived, tmp_path, config):
+    options = ["--beta", "0.01", "--max-exit", "6", "--loss", "hard_ce"]
+    adam = ["--adam-lr", "0.1", "--adam-batch", "50", "--adam-epochs", "2"]
+    run(derived, tmp_path, *config(), *options, *adam)
+    gate = Gate.load(tmp_path / "gate.pth")
+    assert (gate.beta, gate.exits, gate.loss) == (0.01, (2, 4, 6), "hard_ce")
+    assert (gate.fit["lr"], gate.fit["batch"], gate.fit["iterations"]) == (0.1, 50, 2 * 3)
+    run(derived, tmp_path, *config(), "--optimizer", "lbfgs", "--target-gflops", "118")
+    found = Gate.load(tmp_path / "gate.pth")
+    assert found.fit["optimizer"] == "lbfgs" and found.results["total_gflops"] <= 118 and found.loss == "soft_ce"
+
+
+def test_a_config_of_other_exits_or_features_is_refused(derived, tmp_path, config):
+    with pytest.raises(ValueError, match=r"FEATURE is projected in .*eco.yaml, but res5 in .*: give the config"):
+        run(derived, tmp_path, *config('FEATURE: "projected"'))
+    toy = Path(__file__).resolve().parents[2] / "configs" / "toy" / "eco_maskformer2_toy.yaml"
+    with pytest.raises(ValueError, match=r"EXITS is \[2, 3, 4, 5, 6\] in .*, but \[2, 4, 6\] in "):
+        run(derived, tmp_path, "--config-file", str(toy))
+    (tmp_path / "eco.yaml").write_text((tmp_path / "eco.yaml").read_text().replace("soft_ce", "mse"))
+    with pytest.raises(ValueError, match="MODEL.ECO.LOSS is 'mse': choose one of"):
+        run(derived, tmp_path, "--config-file", str(tmp_path / "eco.yaml"))
+
+
+def test_without_a_config_no_model_code_is_imported(derived, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "eco_m2f.engine", None)  # makes its import fail
+    run(derived, tmp_path, "--beta", "0.01")
+
+
+def test_a_gate_is_a_safetensors_file_where_its_name_says_so(derived, tmp_path):
+    run(derived, tmp_path, "--beta", "0.01", "0.02", "--output", str(tmp_path / "gate.safetensors"))
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["gate_beta0.01_K6.safetensors", "gate_beta0.02_K6.safetensors"]
+    assert Gate.load(tmp_path / names[0]).beta == 0.01
+
+
+def test_a_search_with_a_loss_that_has_no_minimum_at_every_beta_keeps_to_those_that_have(derived, tmp_path):
+    run(derived, tmp_path, "--target-gflops", "130", "--loss", "u_ce")
+    gate = Gate.load(tmp_path / "gate.pth")
+    assert gate.loss == "u_ce" and gate.results["total_gflops"] <= 130 and gate.beta < 0.2
+    with pytest.raises(ValueError, match="the loss u_ce has no minimum at beta 0.5"):
+        run(derived, tmp_path, "--beta", "0.001", "0.5", "--loss", "u_ce")
+
+
 def test_without_val_a_tenth_is_held_out(derived, tmp_path, capsys):
     run(derived, tmp_path, "--beta", "0.01", val=False)
     assert "135 images to fit on, 15 to measure on" in capsys.readouterr().out
@@ -121,6 +200,8 @@ def test_adam_and_seed_are_recorded(derived, tmp_path):
         (),
         ("--beta", "0.1", "--target-gflops", "118"),
         ("--beta", "0.1", "--loss", "mse"),
+        ("--beta", "0.1", "--adam-lr", "0.1"),
+        ("--beta", "0.1", "--optimizer", "adam", "--adam-epochs", "2", "--adam-iterations", "3"),
         ("--target-gflops", "118", "--max-exit", "4", "6"),
     ],
 )

@@ -21,14 +21,18 @@ inline Problem make_problem(const at::Tensor& value, at::IntArrayRef shapes, con
                     "batch size and heads differ: value ", value.sizes(), ", sampling_locations ", locations.sizes());
   Problem problem{value.size(0),     value.size(1),     value.size(2),    value.size(3),
                   locations.size(1), locations.size(3), locations.size(4)};
-  int64_t start = 0;
+  int64_t rest = problem.tokens;
   for (int64_t i = 0; i < problem.levels; ++i) {
-    TORCH_CHECK_VALUE(shapes[2 * i] > 0 && shapes[2 * i + 1] > 0, "spatial_shapes must be positive, got ", shapes);
-    problem.level[i] = {shapes[2 * i], shapes[2 * i + 1], start};
-    start += shapes[2 * i] * shapes[2 * i + 1];
+    const int64_t height = shapes[2 * i], width = shapes[2 * i + 1];
+    TORCH_CHECK_VALUE(height > 0 && width > 0, "spatial_shapes must be positive, got ", shapes);
+    // By division, since a product that wraps round could pass for the number of tokens.
+    TORCH_CHECK_VALUE(height <= rest / width, "value has ", problem.tokens, " tokens, but spatial_shapes ", shapes,
+                      " make more");
+    problem.level[i] = {height, width, problem.tokens - rest};
+    rest -= height * width;
   }
-  TORCH_CHECK_VALUE(start == problem.tokens, "value has ", problem.tokens, " tokens, but spatial_shapes ", shapes,
-                    " make ", start);
+  TORCH_CHECK_VALUE(rest == 0, "value has ", problem.tokens, " tokens, but spatial_shapes ", shapes, " make ",
+                    problem.tokens - rest);
   return problem;
 }
 
@@ -78,6 +82,7 @@ inline void check_grad_output(const Problem& p, const at::Tensor& grad_output, c
                     "], got ", grad_output.sizes());
   TORCH_CHECK_TYPE(grad_output.scalar_type() == value.scalar_type(), "grad_output must have value's dtype ",
                    value.scalar_type(), ", got ", grad_output.scalar_type());
+  check_devices(value, grad_output);
 }
 
 }  // namespace eco_m2f

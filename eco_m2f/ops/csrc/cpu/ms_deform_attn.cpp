@@ -241,8 +241,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
                             empty_large(w.sizes(), w.options())};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, v.scalar_type(), "ms_deform_attn_backward", [&] {
     using T = at::opmath_type<scalar_t>;
-    const Sampler<T>* sampler = sampler_for<T>(p);
-    if (sampler && g.numel() > 0) {
+    const Sampler<T>* sampler = g.numel() > 0 ? sampler_for<T>(p) : nullptr;
+    if (sampler) {
       staged_backward<scalar_t, T>(p, *sampler, g, v, at::Tensor(), l, w, gradients);
     } else {
       portable_backward<scalar_t, T>(p, g, v, l, w, gradients);
@@ -263,8 +263,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fused_backward(const at::Tensor& 
                       empty_large(l.sizes(), l.options())};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, v.scalar_type(), "ms_deform_attn_fused_backward", [&] {
     using T = at::opmath_type<scalar_t>;
-    const Sampler<T>* sampler = sampler_for<T>(p);
-    if (sampler && g.numel() > 0) {
+    const Sampler<T>* sampler = g.numel() > 0 ? sampler_for<T>(p) : nullptr;
+    if (sampler) {
       staged_backward<scalar_t, T>(p, *sampler, g, v, r, o, l, gradients);
     } else {
       const auto [locations, weights, sizes] = materialise(p, o, l, r);
