@@ -60,7 +60,9 @@ FAULTS = {
     "area off": lambda t: _paint(t.panoptic(1), 0, (0, 0)),
     "unknown category": lambda t: _segments(t)[0].update(category_id=5),
     "duplicate segment id": lambda t: _segments(t).append(dict(_segments(t)[0])),
-    "segment id out of range": lambda t: _segments(t).append({"id": 0, "category_id": 3}),
+    "malformed annotation entry": lambda t: _segments(t).append({"id": 0, "category_id": 3}),
+    "malformed image entry": lambda t: t.content["images"][0].update(width="60"),
+    "file outside its folder": lambda t: t.content["images"][0].update(file_name="../images/1.png"),
     "duplicate image id": lambda t: t.content["images"].append(t.content["images"][0]),
     "image annotated twice": lambda t: t.content["annotations"].append(
         {**t.content["annotations"][0], "file_name": "2.png"}
@@ -70,7 +72,6 @@ FAULTS = {
     "annotation without image": lambda t: t.content["images"].pop(0),
     "incomplete image entry": lambda t: t.content["images"][0].pop("file_name"),
     "incomplete annotation entry": lambda t: t.content["annotations"][0].pop("segments_info"),
-    "empty annotation": lambda t: _segments(t).clear(),
     "crowd-only annotation": lambda t: [s.update(iscrowd=1) for s in _segments(t)],
     "duplicate category name": lambda t: t.content.update(
         categories=[t.content["categories"][0], *({**c, "name": "x"} for c in t.content["categories"][1:])]
@@ -103,14 +104,19 @@ def test_one_pixel_thin_image(tree, found):
 BOX_FAULTS = {  # what the JSON says; the fixture's images and boxes are good
     "missing image": lambda c: c["images"].append({"id": 2, "file_name": "2.png", "height": 40, "width": 60}),
     "image size differs from JSON": lambda c: c["images"][0].update(width=61),
-    "incomplete image entry": lambda c: c["images"][0].pop("height"),
+    "incomplete image entry": lambda c: c["images"][0].pop("file_name"),
+    "malformed image entry": lambda c: c["images"][0].update(height="40"),
     "duplicate image id": lambda c: c["images"].append(c["images"][0]),
     "incomplete annotation entry": lambda c: c["annotations"][0].pop("category_id"),
     "duplicate annotation id": lambda c: c["annotations"][0].update(id=2),
     "annotation without image": lambda c: c["annotations"][0].update(image_id=5),
     "unknown category": lambda c: c["annotations"][0].update(category_id=5),
-    "box that is not four numbers": lambda c: c["annotations"][0].update(bbox=[1, 2, None, 4]),
-    "empty box": lambda c: c["annotations"][0]["bbox"].__setitem__(3, 0),
+    "malformed annotation entry": lambda c: c["annotations"][0].update(bbox=[1, 2, None, 4]),
+    "empty box": lambda c: (c["annotations"][0]["bbox"].__setitem__(3, 0), c["annotations"][0].pop("area")),
+    "area off": lambda c: c["annotations"][0].update(area=1000),
+    "no object": lambda c: c["annotations"].clear(),
+    "no image": lambda c: (c["images"].clear(), c["annotations"].clear()),
+    "image file used twice": lambda c: c["images"].append({"id": 2, "file_name": "1.png"}),
     "box outside its image": lambda c: c["annotations"][0]["bbox"].__setitem__(2, 51.5),
     "duplicate category name": lambda c: c["categories"].append({"id": 5, "name": "four"}),
 }

@@ -152,5 +152,5 @@ def test_what_is_missing_is_named(dataset):
     with pytest.raises(ValueError, match="'toy_panoptic_val' has no json_file"):
         BoxGroundTruth("toy_panoptic_val")
     dataset[0].unlink()
-    with pytest.raises(ValueError, match="boxes.json of dataset .* does not exist"):
+    with pytest.raises(ValueError, match="boxes.json: detection JSON not found"):
         BoxEvaluator(BoxGroundTruth(NAME))
