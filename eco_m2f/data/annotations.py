@@ -7,6 +7,7 @@ What the schema (`schema.py`) says of single fields is checked first, then what 
 are there twice, images without an entry, categories that nobody declares, files outside their folder.
 """
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -112,16 +113,16 @@ def read_registered(metadata) -> Any:
 def image_file(metadata, image) -> str:
     """The path of an image of a registered dataset. Cityscapes keeps images in a folder per city, named by their id."""
     if getattr(metadata, "evaluator_type", None) == CITYSCAPES:
-        return str(Path(metadata.image_root) / str(image.id).split("_")[0] / f"{image.id}_leftImg8bit.png")
-    return str(Path(metadata.image_root) / image.file_name)
+        return os.path.join(metadata.image_root, str(image.id).split("_")[0], f"{image.id}_leftImg8bit.png")
+    return os.path.join(metadata.image_root, image.file_name)
 
 
 def class_map_file(metadata, image, annotation: PanopticAnnotation) -> str | None:
     """The path of an image's class map, where the dataset has one."""
     if getattr(metadata, "evaluator_type", None) == CITYSCAPES:
-        return str(Path(metadata.gt_dir) / str(image.id).split("_")[0] / f"{image.id}_gtFine_labelTrainIds.png")
+        return os.path.join(metadata.gt_dir, str(image.id).split("_")[0], f"{image.id}_gtFine_labelTrainIds.png")
     root = getattr(metadata, "sem_seg_root", None)
-    return str(Path(root) / annotation.file_name) if root else None
+    return os.path.join(root, annotation.file_name) if root else None
 
 
 def leaves_folder(file_name: str) -> bool:

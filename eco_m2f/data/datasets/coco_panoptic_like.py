@@ -5,6 +5,7 @@ segments_info) and categories (id, name, isthing, color). See https://cocodatase
 """
 
 import colorsys
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,15 +111,15 @@ def _record(
         "file_name": image_file(metadata, image),
         "image_id": image.id,
         **size_of(image),
-        "pan_seg_file_name": str(Path(metadata.panoptic_root) / annotation.file_name),
+        "pan_seg_file_name": os.path.join(metadata.panoptic_root, annotation.file_name),
         "segments_info": [_contiguous(s, classes, things) for s in annotation.segments_info],
         **({"sem_seg_file_name": class_map} if class_map else {}),
     }
 
 
 def _contiguous(segment: Segment, classes: dict[int, int], things: set[int]) -> dict:
-    category = segment.category_id
-    return {**segment.as_dict(), "category_id": classes[category], "isthing": category in things}
+    contiguous = {"category_id": classes[segment.category_id], "isthing": segment.category_id in things}
+    return {"id": segment.id, "iscrowd": int(segment.iscrowd or 0), **contiguous}
 
 
 def size_of(image: Image) -> dict[str, int]:
