@@ -220,7 +220,8 @@ def _explained(error: msgspec.ValidationError, section: str, i: int, entry: Any)
         return Finding(f"incomplete {singular} entry", told, _remedy(field, path))
     field = (re.findall(r"\w*[a-z_]\w*", path) or [""])[-1]
     told = f"{name}: {path or 'it'} is {_value(entry, path)}; {reason[:1].lower()}{reason[1:]}"
-    return Finding(f"malformed {singular} entry", told, _remedy(field, path))
+    remedy = _remedy(field, path if re.search("[<>]=", reason) else "")
+    return Finding(f"malformed {singular} entry", told, remedy)
 
 
 def _identity(entry: Any) -> str:
@@ -235,6 +236,7 @@ def _of_segment(entry: Any, path: str) -> str:
 
 
 def _remedy(field: str, path: str) -> str:
+    """What to write; path: of the field in its entry where its value is out of range or missing."""
     inner = field == "id" and path.startswith("segments_info")
     return REMEDIES.get("id of a segment" if inner else field, REMEDY)
 
@@ -266,7 +268,7 @@ def _contradictions(content: Content, kind: Kind, outside: bool, lost: set) -> I
     images, annotations = [image.id for image in content.images], content.annotations
     if not images and not lost:
         yield Finding("no image", "`images` is empty", "list the images, with their annotation")
-    yield from _check_categories(content.categories)
+    yield from _check_categories(content.categories, any(section == "categories" for section, _ in lost))
     yield from repeated([c.name for c in content.categories], "duplicate category name", "give each its own name")
     texts = sum(isinstance(i, str) for i in images)
     if 0 < texts < len(images):
@@ -291,8 +293,8 @@ def _used(content: Content, kind: Kind) -> set[int]:
     return {o.category_id for a in annotations for o in (a.segments_info if kind is PANOPTIC else (a,))}
 
 
-def _check_categories(categories: list[Category]) -> Iterator[Finding]:
-    if not categories:
+def _check_categories(categories: list[Category], lost: bool = False) -> Iterator[Finding]:
+    if not categories and not lost:
         yield Finding("no category", "`categories` is empty", "list every category with its id and name")
     yield from repeated([c.id for c in categories], "duplicate category id", "ids of categories must be unique")
 

@@ -24,9 +24,9 @@ def check_same_categories(
     more = [_told(o) for o in other if not any(_equal(c, o) for c in reference)]
     raise ValueError(
         f"the categories of {of_other} are not those of {of_reference}: only the latter has {_some(only)}, only the "
-        f"former {_some(more)}. Id, name and isthing of each must be the same, their order is free. "
-        f"{of_reference} has {_some([_told(c) for c in reference], 200)}; "
-        f"{of_other} has {_some([_told(c) for c in other], 200)}. Make both annotations from one list of categories"
+        f"former {_some(more)}. Make both annotations from one list of categories: id, name and isthing of each "
+        f"must be the same, their order is free. In all, {of_reference} has {_some([_told(c) for c in reference], 200)}, and "
+        f"{of_other} has {_some([_told(c) for c in other], 200)}"
     )
 
 

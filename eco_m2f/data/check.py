@@ -113,9 +113,7 @@ def check_dataset(
     content, found = examine_file(meta.json_file if boxes else meta.panoptic_json, kind_of(meta), _outside(meta))
     if content is None:
         return [*findings, *found]
-    findings += found + list(check_box_json(content, meta) if boxes else check_json(content, meta))
-    if boxes and content.images and not content.annotations and not found:
-        findings.append(Finding("no object", f"{meta.json_file}: `annotations` is empty", "annotate some image"))
+    findings += found + list((check_box_json if boxes else check_json)(content, meta, not found))
     files = list(_box_files(content.images, meta) if boxes else _panoptic_files(content, meta))
     if sample is not None and sample < len(files):
         files = random.Random(seed).sample(files, sample)
@@ -140,12 +138,16 @@ def examine_file(json_file: str | Path, kind: Kind, outside: bool = False) -> tu
         return None, [Finding("unusable JSON", str(error), "datasets/README.md tells the format")]
 
 
-def check_json(content: PanopticContent, meta) -> Iterator[Finding]:
-    """What a panoptic JSON reveals beside plain mistakes: other categories, and images without a usable mask."""
+def check_json(content: PanopticContent, meta, whole: bool = True) -> Iterator[Finding]:
+    """What a panoptic JSON reveals beside plain mistakes: other categories, and images without a usable mask.
+
+    whole: whether the content is the whole file; else what it lacks may be among what is wrong.
+    """
     yield from _check_categories(content, meta, {s.category_id for a in content.annotations for s in a.segments_info})
     yield from _check_images(content.images)
     annotated = {a.image_id for a in content.annotations}
-    for i in sorted({image.id for image in content.images} - annotated, key=str):
+    missing = {image.id for image in content.images} - annotated if whole else set()
+    for i in sorted(missing, key=str):
         yield Finding("image without annotation", f"image id {i}", "annotate it, or remove it from `images`")
     for a in content.annotations:
         if a.segments_info and all(s.iscrowd for s in a.segments_info):
@@ -158,10 +160,12 @@ def check_json(content: PanopticContent, meta) -> Iterator[Finding]:
             yield from _check_instances(content, instances, meta, counts=True)
 
 
-def check_box_json(content: DetectionContent, meta) -> Iterator[Finding]:
+def check_box_json(content: DetectionContent, meta, whole: bool = True) -> Iterator[Finding]:
     """The same for a detection JSON. Images without boxes are no finding: COCO has a thousand."""
     yield from _check_categories(content, meta, {o.category_id for o in content.annotations})
     yield from _check_images(content.images)
+    if whole and content.images and not content.annotations:
+        yield Finding("no object", f"{meta.json_file}: `annotations` is empty", "annotate some image")
     ids = [o.id for o in content.annotations if o.id is not None]
     yield from repeated(ids, "duplicate annotation id", "number the annotations anew; here their ids are not used")
     by_id = {image.id: image for image in content.images}

@@ -114,7 +114,7 @@ def _raise_unless_equal(
     if VOID in segment_ids:
         raise DataError(f"{source}: segments_info lists the id 0, which is void; {RENUMBER}, and {ADVICE}")
     stray = np.unique(values[values != matched])
-    absent = np.setdiff1d(np.arange(len(segment_ids)), position)
+    absent = np.setdiff1d(np.arange(len(segment_ids)), position[values == matched])
     if stray.size and absent.size and len(absent) == len(segment_ids):
         raise DataError(
             f"{source}: none of the ids in segments_info ({_some(np.asarray(segment_ids))}) is in the PNG, which holds "

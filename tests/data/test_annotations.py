@@ -101,7 +101,7 @@ def test_image_ids_may_all_be_texts(written):
 
 
 REFUSED = [  # the field, the value as it is told, and part of the remedy
-    (PANOPTIC, first("segments", id="7"), ("segments_info[0].id is '7'", "renumber")),
+    (PANOPTIC, first("segments", id="7"), ("segments_info[0].id is '7'", "not in quotes")),
     (PANOPTIC, first("segments", id=0), ("segments_info[0].id is 0", "renumber it in the JSON and in the pixels")),
     (PANOPTIC, first("segments", id=1 << 24), ("is 16777216", "1 to 16777215")),
     (PANOPTIC, first("segments", id=2**70), ("segments_info[0].id is 11805916207", "1 to 16777215")),
