@@ -303,7 +303,8 @@ def _check_names(content: Content, kind: Kind) -> Iterator[Finding]:
     entries = [*content.images, *(content.annotations if kind is PANOPTIC else ())]
     for name in sorted({e.file_name for e in entries if leaves_folder(e.file_name) or "\0" in e.file_name}):
         told = f"file_name {_short(name)} is absolute, leads through .., or is no name of a file"
-        yield Finding("file outside its folder", told, "name files by their paths below the folder that is registered")
+        remedy = "name files by their paths below the folder that is registered, or allow it there"
+        yield Finding("file outside its folder", told, remedy)
 
 
 def _check_segments(content: PanopticContent, known: set[int]) -> Iterator[Finding]:

@@ -29,6 +29,7 @@ from .annotations import (
 from .categories import SEMANTIC_TYPES, check_same_categories, registered_categories, same_categories
 from .check_files import ImageFiles, check_files, compare_class_map, missing_files
 from .datasets.coco_boxes import EVALUATOR_TYPE
+from .datasets.coco_panoptic_like import EVALUATOR_TYPE as OWN
 from .panoptic_map import DataError, read_ids
 from .parallel import each
 from .schema import (
@@ -153,7 +154,8 @@ def check_json(content: PanopticContent, meta, whole: bool = True) -> Iterator[F
         if a.segments_info and all(s.iscrowd for s in a.segments_info):
             remedy = "nothing can be learned from it: remove it from a training set"
             yield Finding("crowd-only annotation", a.file_name, remedy)
-    if getattr(meta, "json_file", None):
+    # COCO's own instance JSON is a download of its own, which only AP needs
+    if getattr(meta, "json_file", None) and (Path(meta.json_file).is_file() or meta.evaluator_type == OWN):
         instances, found = examine_file(meta.json_file, INSTANCES, _outside(meta))
         yield from found
         if instances is not None:

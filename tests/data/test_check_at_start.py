@@ -48,6 +48,13 @@ def test_classes_follow_the_first_where_no_training_set_is_named(two):
     assert MetadataCatalog.get("val").stuff_classes == ["car", "sky", "dog"]
 
 
+def test_registering_again_keeps_the_order(two):
+    train, val = two(reverse)
+    register_from_config([train, val], ["train"])
+    register_from_config([val])
+    assert MetadataCatalog.get("val").stuff_classes == ["car", "sky", "dog"]
+
+
 def test_registered_apart_in_other_orders_is_refused(two):
     train, val = two(reverse)
     register_from_config([train])

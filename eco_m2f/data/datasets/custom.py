@@ -64,7 +64,8 @@ def register_from_config(specs: Iterable[str], training: Sequence[str] = ()) -> 
         if "boxes" in fields:
             register_coco_boxes(fields["name"], fields["images"], fields["boxes"])
             continue
-        categories = _categories(fields["json"], known)
+        again = [registered_categories(MetadataCatalog.get(n)) for n in DatasetCatalog.list() if n == fields["name"]]
+        categories = _categories(fields["json"], again + known)
         register_coco_panoptic_like(
             fields["name"],
             fields["images"],
