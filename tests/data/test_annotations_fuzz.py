@@ -12,14 +12,16 @@ import random
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from pycocotools import mask as rle
 
 from eco_m2f.data import check_dataset, register_from_config
 from eco_m2f.data.check import examine_file
 from eco_m2f.data.panoptic_map import DataError
-from eco_m2f.data.schema import DETECTION, PANOPTIC
+from eco_m2f.data.schema import DETECTION, INSTANCES, PANOPTIC
 from eco_m2f.data.toy import ToySpec, make_toy_dataset
 from eco_m2f.evaluation import BoxGroundTruth, BoxTarget, PanopticTarget
 from eco_m2f.evaluation.ground_truth import PanopticGroundTruth
+from eco_m2f.evaluation.instance import GivenInstances
 
 TRIES = int(150 * float(os.environ.get("ECO_M2F_FUZZ", 1)))  # of each kind of file and of change
 VALUES = [
@@ -100,6 +102,41 @@ def use_boxes(name: str) -> None:
         assert math.isfinite(BoxTarget(objects).ap(found))
         assert all(np.isfinite(a["bbox"]).all() for a in record["annotations"])
     truth.coco()
+
+
+def instance_content(toy) -> dict:
+    """The toy set's boxes with masks: polygons, and run lengths in both forms."""
+    content = json.loads((toy / "annotations" / "detection_train.json").read_text())
+    for o in content["annotations"]:
+        x, y, w, h = o.pop("bbox")
+        mask = np.zeros((48, 48), np.uint8)
+        mask[y : y + h, x : x + w] = 1
+        text = rle.encode(np.asfortranarray(mask))["counts"].decode()
+        counts = [48 * x + y, *[h, 48 - h] * (w - 1), h, 48 * 48 - 48 * (x + w - 1) - y - h]
+        polygon = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+        o["segmentation"] = ({"size": [48, 48], "counts": text}, {"size": [48, 48], "counts": counts}, polygon)[
+            o["id"] % 3
+        ]
+    return content
+
+
+@pytest.mark.parametrize("change", [structural, flipped])
+def test_spoilt_instance_files_are_taken_or_named(toy, tmp_path, change):
+    rng = random.Random(f"instances {change.__name__}")
+    content, path, taken = instance_content(toy), tmp_path / "spoilt.json", 0
+    for _ in range(TRIES):
+        path.write_bytes(change(content, rng))
+        examine_file(path, INSTANCES)
+        try:
+            given = GivenInstances(str(path), content["categories"])
+            for o in (o for image in content["images"] for o in given.objects(image["id"], (48, 48))):
+                assert 0 <= rle.decode(o["segmentation"]).sum() <= 48 * 48
+                assert o["area"] <= 2 * 48 * 48
+            taken += 1
+        except ValueError as error:
+            assert "spoilt.json" in str(error)
+            str(error).encode()
+    assert 0 < taken < TRIES
 
 
 @pytest.mark.parametrize("change", [structural, flipped])

@@ -160,6 +160,25 @@ def test_annotation_ids_do_not_matter(dataset, change):
     assert perfect() == pytest.approx(expected, nan_ok=True) and expected["AP"] == pytest.approx(100)
 
 
+def test_a_dataset_without_any_object(dataset):
+    json_file, _, outputs = dataset
+    content = json.loads(json_file.read_text())
+    json_file.write_text(json.dumps({**content, "annotations": []}))
+    evaluator = BoxEvaluator(BoxGroundTruth(NAME))
+    evaluator.process([{"image_id": i} for i in outputs], [{"instances": o} for o in outputs.values()])
+    result = evaluator.evaluate()["bbox"]
+    assert np.isnan(result["AP"]) and result["AP_image"] == 0
+
+
+def test_a_file_of_other_categories_is_refused(dataset):
+    json_file = dataset[0]
+    content = json.loads(json_file.read_text())
+    content["categories"][0]["name"] = "lion"
+    json_file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="boxes.json are not those of dataset.*7 cat.*7 lion"):
+        BoxGroundTruth(NAME)
+
+
 def test_detections_are_in_the_ids_of_the_file(dataset):
     _, _, outputs = dataset
     found = BoxGroundTruth(NAME).detections(100, outputs[100])
