@@ -27,7 +27,7 @@ from .checkpoint import Checkpointer
 from .command_line import HelpFormatter, argument_parser, hide_training_trace, launch, run  # noqa: F401, for the tools
 from .config import add_eco_config
 from .config_file import read_config
-from .data import PanopticTestMapper, build_train_loader, check_class_count, register_from_config
+from .data import PanopticTestMapper, build_train_loader, check_at_start, check_class_count, register_from_config
 from .evaluation import evaluators_for
 from .modeling import DoViT, EarlyExits
 from .modeling.encoders.hybrid import fuse_for_deployment
@@ -58,7 +58,7 @@ def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     for part in (cfg.MODEL.RESNETS, cfg.MODEL.HYBRID, cfg.MODEL.DOVIT):
         if cfg.MODEL.DEVICE == "cpu" and part.NORM == "SyncBN":
             part.NORM = "BN"  # SyncBN's kernels exist on GPUs alone; the parameters are the same
-    register_from_config(cfg.DATASETS.CUSTOM)
+    register_from_config(cfg.DATASETS.CUSTOM, cfg.DATASETS.TRAIN)
     cfg.freeze()
     return cfg
 
@@ -383,12 +383,15 @@ def distributed(model: nn.Module, unused: bool) -> nn.Module:
 
 
 def check_datasets(cfg: CfgNode, names: Sequence[str]) -> None:
-    """Stops early on a dataset without the annotation that the model needs, or of another number of classes."""
+    """Stops early on a dataset without the annotation that the model needs, of other classes, or with a faulty JSON."""
     known = cfg.MODEL.META_ARCHITECTURE in META_ARCH_REGISTRY  # else building the model says what is wrong
     parent = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE) if known else None
     annotation = getattr(parent, "annotation", "panoptic")
     for name in dict.fromkeys(names):
         check_class_count(name, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, annotation)
+    training = [name for name in cfg.DATASETS.TRAIN if name in DatasetCatalog.list()]
+    evaluated = cfg.DATASETS.TEST if cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON else ()
+    check_at_start(names, training[0] if training else None, evaluated)
 
 
 def check_oracle(model: nn.Module, dataset_name: str) -> None:
