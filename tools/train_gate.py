@@ -66,18 +66,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options, with what --config-file says in the place of those that are not given."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    searched = args.target_gflops is not None or args.max_pq_drop is not None
-    if not (args.config_file or args.beta or searched):
+    args.searched = args.target_gflops is not None or args.max_pq_drop is not None
+    if not (args.config_file or args.beta or args.searched):
         parser.error("one of --beta, --target-gflops, --max-pq-drop and --config-file is needed")
     adam_alone = [name for name in vars(args) if name.startswith("adam_") and getattr(args, name) is not None]
-    fill_in(args, searched)
+    fill_in(args)
     if args.optimizer != "adam" and adam_alone:
         parser.error(f"--{adam_alone[0].replace('_', '-')} is read by --optimizer adam alone")
-    if searched and (len(args.max_exit or ()) > 1 or len(args.loss) > 1):
+    if args.searched and (len(args.max_exit or ()) > 1 or len(args.loss) > 1):
         parser.error("a search takes one --max-exit and one --loss")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     give_back_freed_memory()
     train, val = load(args)
     check_derived_with(args, train)
@@ -88,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{len(train)} images to fit on, {len(val)} to measure on, exits {list(train.exits)}, quality {train.measure}"
     )
     print(f"{about}\n{HEADER}", flush=True)
-    if not searched:
+    if not args.searched:
         rows = show(frontier(train, val, args.beta, max_exits, args.loss, **options))
         best = [row for row in rows if row.gate]
     else:
@@ -106,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"saved {args.frontier}")
 
 
-def fill_in(args: argparse.Namespace, searched: bool) -> None:
+def fill_in(args: argparse.Namespace) -> None:
     """Puts what --config-file says in the place of the options that are not given; without one, the defaults."""
     adam = AdamOptions()
     settings = {"loss": ["hard_ce"], "optimizer": "lbfgs", **{f"adam_{k}": v for k, v in vars(adam).items()}}
@@ -117,7 +123,7 @@ def fill_in(args: argparse.Namespace, searched: bool) -> None:
     if args.adam_epochs or args.adam_iterations:  # either takes the place of both
         settings |= {"adam_epochs": 0, "adam_iterations": 0}
     for name, value in settings.items():
-        if getattr(args, name, None) is None and not (name == "beta" and searched):
+        if getattr(args, name, None) is None and not (name == "beta" and args.searched):
             setattr(args, name, value)
     unknown = sorted(set(args.loss) - set(GATE_LOSSES))
     if unknown:
