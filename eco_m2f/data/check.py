@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import read_image
 
 from .datasets.coco_boxes import EVALUATOR_TYPE, read_box_json
 from .datasets.coco_panoptic_like import read_coco_json
-from .panoptic_map import VOID, DataError, read_ids
+from .images import DataError, open_image, remarks, to_rgb
+from .panoptic_map import VOID, read_ids
 from .parallel import each
 
 CITYSCAPES = "cityscapes_panoptic_seg"  # detectron2's evaluator_type
@@ -174,9 +174,9 @@ def check_files(job: _Job) -> list[Finding]:
     if job.panoptic is None or not Path(job.panoptic).is_file():
         return found
     try:
-        ids = read_ids(job.panoptic)
+        ids = read_ids(job.panoptic, job.areas)
     except DataError as error:
-        return [*found, Finding("unreadable panoptic PNG", str(error), "restore it")]
+        return [*found, Finding("unreadable panoptic PNG", str(error), "make it again")]
     if image is not None and ids.shape != image:
         told = f"{job.panoptic} is {_by(ids.shape)} pixels, its image {_by(image)}"
         found.append(Finding("PNG size differs from image", told, "make the PNG again at the image's size"))
@@ -339,10 +339,13 @@ def _image_size(path: str, found: list[Finding]) -> tuple[int, int] | None:
         found.append(Finding("missing image", path, "restore it, or remove it from the JSON"))
         return None
     try:
-        return read_image(path, format="RGB").shape[:2]  # the very call the mappers make
-    except (OSError, SyntaxError, ValueError) as error:
-        found.append(Finding("unreadable image", f"{path} ({error})", "restore it, or remove it from the JSON"))
+        opened = open_image(path)
+        rgb = to_rgb(opened, path)
+    except DataError as error:
+        found.append(Finding("unreadable image", str(error), "restore it, or remove it from the JSON"))
         return None
+    found += [Finding(about, path, remedy) for about, remedy in remarks(opened, rgb)]
+    return rgb.shape[:2]
 
 
 def _compare(job: _Job, ids: np.ndarray) -> Iterator[Finding]:

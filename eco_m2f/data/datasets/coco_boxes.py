@@ -11,16 +11,23 @@ from detectron2.data.datasets import load_coco_json
 
 from ..panoptic_map import DataError
 from .coco_panoptic_like import category_colors, check_categories, raise_unless_same, read_coco_json
+from .paths import inside
 
 EVALUATOR_TYPE = "coco"  # detectron2's name of the format
 
 
 def register_coco_boxes(
-    name: str, image_root: str | Path, json_file: str | Path, *, categories: list[dict] | None = None
+    name: str,
+    image_root: str | Path,
+    json_file: str | Path,
+    *,
+    categories: list[dict] | None = None,
+    outside: bool = False,
 ) -> None:
     """Registers a dataset and its metadata with detectron2's catalogs; registering the same again does nothing.
 
-    categories: those of the JSON, read from it if None (then it must exist now). Contiguous class ids 0..C-1 follow
+    categories: those of the JSON, read from it if None (then it must exist now). outside: file names may lead out of
+    image_root. Contiguous class ids 0..C-1 follow
     the categories' ids, as detectron2 has them. Raises DataError if the JSON is missing or malformed, ValueError if
     the name is taken by other data.
     """
@@ -32,21 +39,25 @@ def register_coco_boxes(
         "image_root": str(image_root),
         "json_file": str(json_file),
         "evaluator_type": EVALUATOR_TYPE,
+        "outside": outside,
     }
     if name in DatasetCatalog.list():
         raise_unless_same(name, meta)
         return
-    DatasetCatalog.register(name, lambda: load_coco_boxes(name, image_root, json_file))
+    DatasetCatalog.register(name, lambda: load_coco_boxes(name, image_root, json_file, outside))
     MetadataCatalog.get(name).set(**meta)
 
 
-def load_coco_boxes(name: str, image_root: str | Path, json_file: str | Path) -> list[dict]:
+def load_coco_boxes(name: str, image_root: str | Path, json_file: str | Path, outside: bool = False) -> list[dict]:
     """detectron2's dataset dicts: file_name, image_id, height, width (pixels), annotations (contiguous category_id).
 
-    Raises DataError if the JSON is missing, malformed or without images.
+    Raises DataError if the JSON is missing, malformed or without images, or names files out of image_root.
     """
-    if not read_box_json(json_file)["images"]:
+    images = read_box_json(json_file)["images"]
+    if not images:
         raise DataError(f"{json_file}: it lists no image")
+    for image in images:
+        inside(image_root, image["file_name"], outside)
     return load_coco_json(str(json_file), str(image_root), name)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..panoptic_map import DataError
+from .paths import inside
 
 EVALUATOR_TYPE = "panoptic_like"  # PQ, mIoU and AP, all from the panoptic ground truth
 
@@ -25,12 +26,13 @@ def register_coco_panoptic_like(
     sem_seg_root: str | Path | None = None,
     instances_json: str | Path | None = None,
     evaluator_type: str = EVALUATOR_TYPE,
+    outside: bool = False,
 ) -> None:
     """Registers a dataset and its metadata with detectron2's catalogs; registering the same again does nothing.
 
     Args: categories: those of the JSON, read from it if None (then the JSON must exist now); sem_seg_root: a folder
     of class-map PNGs named as the panoptic ones, for evaluators that want them; instances_json: COCO instance
-    annotations for AP, where the dataset has them.
+    annotations for AP, where the dataset has them; outside: file names may lead out of their folders.
     Contiguous class ids 0..C-1 follow the order of the categories, things and stuff alike.
     Raises DataError if the JSON is missing or malformed, ValueError if the name is taken by other data.
     """
@@ -46,6 +48,7 @@ def register_coco_panoptic_like(
         "evaluator_type": evaluator_type,
         "ignore_label": 255,
         "label_divisor": 1000,
+        "outside": outside,
     }
     if name in DatasetCatalog.list():
         raise_unless_same(name, meta)
@@ -124,8 +127,10 @@ def load_coco_panoptic_like(
 
     Each has file_name, image_id, height, width (pixels), pan_seg_file_name, segments_info (contiguous category_id,
     isthing, id, iscrowd and what else the JSON holds) and, with meta["sem_seg_root"], sem_seg_file_name.
-    Raises DataError where an annotation has no image, or a category nobody declared.
+    Raises DataError where an annotation has no image, or a category nobody declared, or a file name leads out of its
+    folder and meta["outside"] does not allow it.
     """
+    outside = meta.get("outside", False)
     content = read_coco_json(panoptic_json)
     images = {image["id"]: image for image in content["images"]}
     records = []
@@ -134,15 +139,15 @@ def load_coco_panoptic_like(
         if image is None:
             raise DataError(f"{panoptic_json}: image_id {annotation['image_id']!r} is annotated but not in `images`")
         record = {
-            "file_name": str(Path(image_root) / image["file_name"]),
+            "file_name": inside(image_root, image["file_name"], outside),
             "image_id": annotation["image_id"],
             "height": image["height"],
             "width": image["width"],
-            "pan_seg_file_name": str(Path(panoptic_root) / annotation["file_name"]),
+            "pan_seg_file_name": inside(panoptic_root, annotation["file_name"], outside),
             "segments_info": [_contiguous(s, meta, panoptic_json) for s in annotation["segments_info"]],
         }
         if meta.get("sem_seg_root"):
-            record["sem_seg_file_name"] = str(Path(meta["sem_seg_root"]) / annotation["file_name"])
+            record["sem_seg_file_name"] = inside(meta["sem_seg_root"], annotation["file_name"], outside)
         records.append(record)
     if not records:
         raise DataError(f"{panoptic_json}: it annotates no image")
