@@ -27,16 +27,23 @@ from .checkpoint import Checkpointer
 from .command_line import HelpFormatter, argument_parser, hide_training_trace, launch, run  # noqa: F401, for the tools
 from .config import add_eco_config
 from .data import PanopticTestMapper, build_train_loader, check_class_count, register_from_config
+from .data.categories import SEMANTIC_TYPES, check_same_categories
+from .data.classes import dataset_classes
+from .data.present import check_present, loading
 from .evaluation import evaluators_for
 from .modeling import DoViT, EarlyExits
 from .modeling.encoders.hybrid import fuse_for_deployment
 from .modeling.exit_policy import OracleExit
+from .modeling.parent import Classified
+from .predictor import Predictor
 
 logger = logging.getLogger(__name__)
 
 
-def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+def load_cfg(config_file: str, opts: Sequence[str] = (), absent_ok: bool = False) -> CfgNode:
     """A frozen config from a YAML file and KEY VALUE pairs; its custom datasets are registered.
+
+    absent_ok: leave out custom datasets whose annotation does not exist, as prediction can do without.
 
     Without a GPU a MODEL.DEVICE of cuda becomes cpu. Raises FileNotFoundError, or ValueError for what does not fit.
     """
@@ -53,7 +60,7 @@ def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     for part in (cfg.MODEL.RESNETS, cfg.MODEL.HYBRID, cfg.MODEL.DOVIT):
         if cfg.MODEL.DEVICE == "cpu" and part.NORM == "SyncBN":
             part.NORM = "BN"  # SyncBN's kernels exist on GPUs alone; the parameters are the same
-    register_from_config(cfg.DATASETS.CUSTOM)
+    register_from_config(cfg.DATASETS.CUSTOM, absent_ok)
     cfg.freeze()
     return cfg
 
@@ -84,15 +91,23 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 
 def build_model(cfg: CfgNode) -> nn.Module:
-    """The model of a config, on its device. Raises ValueError where the config names a part that does not exist."""
+    """The model of a config, on its device, with the classes of its dataset where that is registered.
+
+    Raises ValueError where the config names a part that does not exist.
+    """
     try:
-        return build_detectron2_model(cfg)
+        model = build_detectron2_model(cfg)
     except KeyError as error:
         if "registry" not in str(error):
             raise
         raise ValueError(
             f"the config names an unknown part: {error.args[0]} Correct the name, or import its module"
         ) from error
+    names = cfg.DATASETS.TRAIN or cfg.DATASETS.TEST
+    classes = dataset_classes(names[0]) if names else []
+    if len(classes) == cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES and isinstance(model, Classified):
+        model.set_classes(classes)
+    return model
 
 
 # --- optimisation ----------------------------------------------------------------------------------------------------
@@ -216,7 +231,7 @@ class Step(SimpleTrainer):
         self.scaler.update()
 
     def _backward(self, batch: list[dict]) -> dict[str, Tensor]:
-        with self.precision:
+        with self.precision, enough_values(batch):
             losses = self.model(batch)
             loss = sum(losses.values())
         check_finite(losses, self.iter, batch)
@@ -230,6 +245,26 @@ class Step(SimpleTrainer):
         super().load_state_dict(state)
         self.scaler.load_state_dict(state.get("grad_scaler", {}))
         self.seed = state.get("seed", self.seed)
+
+
+@contextlib.contextmanager
+def enough_values(batch: list[dict]) -> Iterator[None]:
+    """Says what to do where BatchNorm finds a single value per channel, of which it cannot take the variance."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        images = ", ".join(f"{_name(x)} ({x['image'].shape[-1]}x{x['image'].shape[-2]})" for x in batch)
+        raise ValueError(
+            f"BatchNorm in training needs more than one value per channel, but the images {images} leave a map of one "
+            "pixel: raise SOLVER.IMS_PER_BATCH or the size (INPUT.MIN_SIZE_TRAIN, INPUT.MAX_SIZE_TRAIN, "
+            "INPUT.IMAGE_SIZE), or keep its statistics with MODEL.RESNETS.NORM FrozenBN (MODEL.TIMM.FREEZE_BN True)"
+        ) from error
+
+
+def _name(x: dict) -> str:
+    return str(x.get("file_name", x.get("image_id", "?")))
 
 
 def check_finite(losses: dict[str, Tensor], iteration: int, batch: list[dict]) -> None:
@@ -280,6 +315,20 @@ class Trainer(DefaultTrainer):
         batches.seed = self._trainer.seed
         batches.start = self.start_iter * self._trainer.accumulation_steps
 
+    def after_train(self) -> None:
+        """After a step that failed nothing is evaluated, and no other error takes the place of the first."""
+        if self.iter >= self.max_iter:
+            super().after_train()
+            return
+        self.storage.iter = self.iter
+        for hook in self._hooks:
+            if isinstance(hook, hooks.EvalHook):
+                continue
+            try:
+                hook.after_train()
+            except Exception:
+                logger.exception("after a failed step, %s failed too", type(hook).__name__)
+
     def build_hooks(self) -> list:
         return [h for h in super().build_hooks() if not isinstance(h, hooks.PreciseBN)]
 
@@ -301,7 +350,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode, seed: int = 0):
-        return build_train_loader(cfg, seed)
+        with loading(", ".join(cfg.DATASETS.TRAIN)):
+            return build_train_loader(cfg, seed)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
@@ -348,6 +398,7 @@ def check_datasets(cfg: CfgNode, names: Sequence[str]) -> None:
     annotation = getattr(parent, "annotation", "panoptic")
     for name in dict.fromkeys(names):
         check_class_count(name, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, annotation)
+        check_present(name)
 
 
 def check_oracle(model: nn.Module, dataset_name: str) -> None:
@@ -377,16 +428,30 @@ def _annotation(dataset_name: str) -> str:
 
 def build_test_loader(cfg: CfgNode, dataset_name: str):
     """Images one by one at test size, each rank its share."""
-    return build_detection_test_loader(cfg, dataset_name, mapper=PanopticTestMapper(cfg))
+    with loading(dataset_name):
+        return build_detection_test_loader(cfg, dataset_name, mapper=PanopticTestMapper(cfg))
 
 
 def build_trained(cfg: CfgNode, with_gate: bool = True) -> nn.Module:
     """The model of a config in eval mode, MODEL.WEIGHTS loaded strictly; with its gate where the policy is learned."""
     model = build_model(cfg)
     Checkpointer(model).load_for_evaluation(cfg.MODEL.WEIGHTS)
+    check_things_known(model, cfg.MODEL.WEIGHTS)
     if with_gate and isinstance(model, EarlyExits) and cfg.MODEL.ECO.POLICY == "LinearGate":
         model.load_gate(cfg.MODEL.ECO.GATE)
     return model.eval()
+
+
+def check_things_known(model: nn.Module, weights: str) -> None:
+    """Raises ValueError for a panoptic model whose classes neither a dataset nor its checkpoint tells."""
+    postprocessor = getattr(model, "postprocessor", None)
+    if getattr(postprocessor, "panoptic_on", False) and getattr(model, "classes", None) is None:
+        raise ValueError(
+            f"which of the model's classes are things is not known: the checkpoint {weights} does not hold its "
+            "classes, and DATASETS.TRAIN names no registered dataset with MODEL.SEM_SEG_HEAD.NUM_CLASSES "
+            f"{postprocessor.num_classes} categories. Name the dataset that it was trained on; the JSON of the "
+            "annotation is enough (DATASETS.CUSTOM). Or save the checkpoint anew by train_net.py --resume beside it"
+        )
 
 
 def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
@@ -399,7 +464,10 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
     check_datasets(cfg, cfg.DATASETS.TEST)
     results = {}
     test = cfg.MODEL.MASK_FORMER.TEST
+    trained = getattr(getattr(model, "module", model), "classes", None)
     for name in cfg.DATASETS.TEST:
+        if trained and MetadataCatalog.get(name).get("evaluator_type") not in SEMANTIC_TYPES:  # they have no ids
+            check_same_categories(trained, dataset_classes(name), "the model", f"dataset {name!r}")
         check_oracle(model, name)
         evaluator = evaluators_for(
             name,
@@ -417,24 +485,17 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
     return next(iter(results.values())) if len(results) == 1 else results
 
 
-def load_predictor(config_file: str, opts: Sequence[str] = ()) -> Callable:
-    """A function from an image (uint8 RGB, [H, W, 3]) to the model's result for it, at the image's size.
+def load_predictor(config_file: str, opts: Sequence[str] = ()) -> Predictor:
+    """A function from an image (a path, a PIL image, an array or a tensor) to the model's result, at the image's size.
 
-    TEST.AMP and TEST.COMPILE hold here too. Example:
-    `load_predictor("configs/toy/eco.yaml", ["MODEL.WEIGHTS", "model.pth"])(image)["panoptic_seg"]`.
+    The datasets of the config need not be there: the checkpoint holds the classes. TEST.AMP and TEST.COMPILE hold here
+    too. Example: `load_predictor("configs/toy/eco.yaml", ["MODEL.WEIGHTS", "model.pth"])(image)["panoptic_seg"]`.
     """
-    cfg = load_cfg(config_file, opts)
+    cfg = load_cfg(config_file, opts, absent_ok=True)
     model = fuse_for_deployment(build_trained(cfg))
     if cfg.TEST.COMPILE:
         compile_for_deployment(model)
-    mapper = PanopticTestMapper(cfg)
-
-    def predict(image) -> dict:
-        height, width = image.shape[:2]
-        with torch.no_grad(), autocast(cfg, model.device.type, cfg.TEST.AMP):
-            return model([{"image": mapper.to_tensor(image), "height": height, "width": width}])[0]
-
-    return predict
+    return Predictor(model, PanopticTestMapper(cfg), lambda: autocast(cfg, model.device.type, cfg.TEST.AMP))
 
 
 def compile_for_deployment(model: nn.Module) -> None:

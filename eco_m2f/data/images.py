@@ -141,7 +141,9 @@ def read_rgb(file_name: str | Path) -> np.ndarray:
     for about, remedy in remarks(opened, rgb):
         if about not in _warned:
             _warned.add(about)
-            logger.warning("%s: %s; %s. Others may be alike: tools/check_dataset.py lists them", file_name, about, remedy)
+            logger.warning(
+                "%s: %s; %s. Others may be alike: tools/check_dataset.py lists them", file_name, about, remedy
+            )
     return rgb
 
 

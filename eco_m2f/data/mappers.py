@@ -10,13 +10,12 @@ import copy
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from .images import ADVICE, DataError, read_rgb
 from .panoptic_map import decode, index_map, masks_of, read_classes, read_ids
-from .transforms import ColorAugSSD, JitterScale
+from .transforms import ColorAugSSD, JitterScale, ShortestEdge
 
 IMAGE_PAD = 128  # grey
 SEG_PAD = 255  # void
@@ -92,7 +91,7 @@ class MaskFormerPanopticMapper(PanopticTrainMapper):
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
         augmentations = [
-            T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING)
+            ShortestEdge(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING)
         ]
         constrained = cfg.INPUT.CROP.ENABLED and cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA < 1.0
         if cfg.INPUT.CROP.ENABLED:
@@ -175,10 +174,10 @@ class DetrMapper:
         crop = cfg.INPUT.CROP
         augmentations = _flip(cfg)
         if crop.ENABLED:
-            zoom = [T.ResizeShortestEdge(cls.BEFORE_CROP, sample_style="choice"), T.RandomCrop(crop.TYPE, crop.SIZE)]
+            zoom = [ShortestEdge(cls.BEFORE_CROP, sample_style="choice"), T.RandomCrop(crop.TYPE, crop.SIZE)]
             augmentations.append(T.RandomApply(T.AugmentationList(zoom), prob=0.5))
         augmentations.append(
-            T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING)
+            ShortestEdge(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING)
         )
         return {"is_train": is_train, "augmentations": augmentations, "image_format": cfg.INPUT.FORMAT}
 
@@ -244,7 +243,7 @@ class PanopticTestMapper:
     def from_config(cls, cfg: CfgNode, is_train: bool = False) -> dict:
         return {
             "is_train": is_train,
-            "augmentations": detection_utils.build_augmentation(cfg, is_train=False),
+            "augmentations": [ShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice")],
             "image_format": cfg.INPUT.FORMAT,
         }
 
@@ -293,8 +292,8 @@ def _other_size(record: dict, height: int, width: int) -> str:
     hint = "correct width and height, or restore the file"
     if told == (height, width):
         hint = (
-            "if its EXIF orientation turns it, the annotation belongs to the image as viewers show it: draw it on that, "
-            "or save the image without the tag"
+            "if its EXIF orientation turns it, the annotation belongs to the image as viewers show it: draw it on "
+            "that, or save the image without the tag"
         )
     return (
         f"{record['file_name']}: the image has {width}x{height} pixels, but its annotation says width {told[0]!r} and "
