@@ -278,6 +278,12 @@ class Checkpointer(DetectionCheckpointer):
             stored = check_stored(classes, source)
             if self.model.classes:
                 check_same_classes(stored, self.model.classes, f"the checkpoint {source}", "the dataset of the config")
+            count = architecture(self.model.state_dict()).get("classes", len(stored))
+            if count != len(stored):
+                raise ValueError(
+                    f"{source} holds {len(stored)} classes and the model has {count}: set "
+                    f"MODEL.SEM_SEG_HEAD.NUM_CLASSES to {len(stored)}"
+                )
         except ValueError as error:
             if strict:
                 raise CheckpointError(

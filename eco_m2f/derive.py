@@ -24,6 +24,7 @@ from tqdm import tqdm
 from . import __version__
 from .data import PanopticTestMapper
 from .data.parallel import alongside
+from .data.present import check_present, loading
 from .derived import DEFAULT_MEASURE, ShardWriter, make_row, parent_sha256
 from .engine import check_datasets
 from .evaluation.quality import BoxMeasure, PanopticMeasure
@@ -51,7 +52,9 @@ def derive(
     if workers < 0:
         raise ValueError(f"--workers must be 0 or more, got {workers}")
     check_datasets(cfg, [dataset_name])
-    records = DatasetCatalog.get(dataset_name)
+    check_present(dataset_name)
+    with loading(dataset_name):
+        records = DatasetCatalog.get(dataset_name)
     measure = model.measure.of(dataset_name)
     provenance = provenance_of(cfg, model, dataset_name, measure, len(records))
     writer = open_writer(directory, provenance, len(records), shard_size)

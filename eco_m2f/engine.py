@@ -287,6 +287,7 @@ class Trainer(DefaultTrainer):
         super(DefaultTrainer, self).__init__()
         check_training(cfg, comm.get_world_size())
         check_datasets(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+        check_present(*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -398,7 +399,6 @@ def check_datasets(cfg: CfgNode, names: Sequence[str]) -> None:
     annotation = getattr(parent, "annotation", "panoptic")
     for name in dict.fromkeys(names):
         check_class_count(name, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, annotation)
-        check_present(name)
 
 
 def check_oracle(model: nn.Module, dataset_name: str) -> None:
@@ -462,6 +462,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
     if not cfg.DATASETS.TEST:
         raise ValueError("DATASETS.TEST is empty: name a dataset to evaluate on")
     check_datasets(cfg, cfg.DATASETS.TEST)
+    check_present(*cfg.DATASETS.TEST)
     results = {}
     test = cfg.MODEL.MASK_FORMER.TEST
     trained = getattr(getattr(model, "module", model), "classes", None)

@@ -61,6 +61,23 @@ def test_thin_and_tiny_images_give_a_result_at_their_size(predict, shape):
     assert result["sem_seg"].isfinite().all()
 
 
+def test_an_image_whose_masks_do_not_fit_into_the_memory_is_refused(predict, monkeypatch):
+    """12 queries and 9 classes in float32, 64 x 64."""
+    monkeypatch.setattr("eco_m2f.predictor.available_memory", lambda: 4 * 21 * 64 * 64)
+    predict(np.zeros((64, 64, 3), np.uint8))
+    with pytest.raises(ValueError, match="65x64 pixels is too large.*tiles"):
+        predict(np.zeros((64, 65, 3), np.uint8))
+
+
+def test_memory_that_runs_out_ends_in_one_message(predict, monkeypatch):
+    def forward(batch):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(predict.model, "forward", forward)
+    with pytest.raises(ValueError, match="64x64 pixels is too large.*allocate 9 bytes"):
+        predict(np.zeros((64, 64, 3), np.uint8))
+
+
 def test_channels_are_given_in_the_order_of_the_config(trained, predict, monkeypatch):
     seen = []
     monkeypatch.setattr(predict.model, "forward", lambda batch: seen.append(batch[0]["image"]) or [{}])
@@ -73,7 +90,7 @@ def test_channels_are_given_in_the_order_of_the_config(trained, predict, monkeyp
     assert [x.amax((1, 2)).tolist() for x in seen] == [[200, 0, 0], [0, 0, 200]]
 
 
-# --- without the dataset ---------------------------------------------------------------------------------------------
+# --- away from the dataset -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -130,6 +147,16 @@ def test_classes_of_another_dataset_are_refused_with_both_lists(trained, tmp_pat
         with pytest.raises(CheckpointError, match="other.pth") as caught:
             engine.load_predictor(config, ["MODEL.WEIGHTS", str(tmp_path / "other.pth")])
         assert told in str(caught.value)
+
+
+def test_classes_of_another_number_are_refused_without_a_dataset_too(trained, gone, tmp_path):
+    stored = torch.load(trained[0].base / "model.pth", weights_only=False)
+    stored["classes"].pop()
+    torch.save(stored, tmp_path / "other.pth")
+    with pytest.raises(
+        CheckpointError, match="other.pth holds 8 classes and the model has 9: set MODEL.SEM_SEG_HEAD.NUM_CLASSES to 8"
+    ):
+        engine.load_predictor(trained[1], ["MODEL.WEIGHTS", str(tmp_path / "other.pth"), *gone])
 
 
 def test_weights_of_other_classes_may_be_trained_on(trained, tmp_path, caplog):

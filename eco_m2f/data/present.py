@@ -15,15 +15,18 @@ BOXES = ("json_file", "image_root")
 SEMANTIC = ("image_root", "image_dir", "sem_seg_root", "gt_dir")
 
 
-def check_present(name: str) -> None:
-    """Raises DataError naming the first file or folder of a registered dataset that does not exist."""
-    metadata = MetadataCatalog.get(name)
-    keys = PANOPTIC if getattr(metadata, "panoptic_json", None) else BOXES
-    if getattr(metadata, "evaluator_type", None) in SEMANTIC_TYPES:
-        keys = SEMANTIC
-    for path in (getattr(metadata, key, None) for key in keys):
-        if path and not os.path.exists(path):
-            raise DataError(f"dataset {name!r} is not complete: {os.path.abspath(path)} does not exist; {_layout()}")
+def check_present(*names: str) -> None:
+    """Raises DataError naming the first file or folder of registered datasets that does not exist."""
+    for name in dict.fromkeys(names):
+        metadata = MetadataCatalog.get(name)
+        keys = PANOPTIC if getattr(metadata, "panoptic_json", None) else BOXES
+        if getattr(metadata, "evaluator_type", None) in SEMANTIC_TYPES:
+            keys = SEMANTIC
+        for path in (getattr(metadata, key, None) for key in keys):
+            if path and not os.path.exists(path):
+                raise DataError(
+                    f"dataset {name!r} is not complete: {os.path.abspath(path)} does not exist; {_layout()}"
+                )
 
 
 @contextlib.contextmanager

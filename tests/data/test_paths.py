@@ -92,7 +92,9 @@ def test_a_json_in_the_working_directory_is_pointed_at(root, tree, monkeypatch):
     (root / "below").mkdir()
     (root / "below" / "pan.json").write_text("{}")
     monkeypatch.chdir(root / "below")
-    with pytest.raises(DataError, match=rf"{root}/pan.json .*DETECTRON2_DATASETS.*write {root}/below/pan.json"):
+    with pytest.raises(
+        DataError, match=rf"{root}/pan.json: panoptic JSON.*DETECTRON2_DATASETS.*write {root}/below/pan.json"
+    ):
         register_from_config(["name=own,images=a,panoptic=b,json=pan.json"])
 
 

@@ -78,10 +78,10 @@ def register_from_config(specs: Iterable[str | Mapping[str, str]], absent_ok: bo
     registered = []
     for written in [parse_custom(spec) for spec in specs]:
         fields = {k: v if k in ("name", "outside") else resolve(v) for k, v in written.items()}
-        annotation = "boxes" if "boxes" in fields else "json"
+        annotation, kind = ("boxes", "detection") if "boxes" in fields else ("json", "panoptic")
         if absent_ok and not os.path.exists(fields[annotation]):
             continue
-        check_there(fields[annotation], written[annotation])
+        check_there(fields[annotation], written[annotation], kind)
         _register(fields)
         registered.append(fields["name"])
     return registered

@@ -28,14 +28,14 @@ def resolve(path: str) -> str:
     return str(datasets_root() / os.path.expanduser(template.safe_substitute(values)))
 
 
-def check_there(path: str, written: str) -> None:
-    """Raises DataError where nothing is at a path that the user wrote so; it says whether the file is elsewhere."""
+def check_there(path: str, written: str, kind: str) -> None:
+    """Raises DataError where no JSON is at a path that the user wrote so; it says whether the file is elsewhere."""
     if os.path.exists(path):
         return
-    hint = "correct the path or make the file"
+    hint = "correct the path, or make the file as datasets/README.md tells"
     if os.path.exists(written):
         hint = f"there is one in the working directory: write {os.path.abspath(written)}"
-    raise DataError(f"{os.path.abspath(path)} (written as {written!r}) not found; {RULE}; {hint}")
+    raise DataError(f"{os.path.abspath(path)}: {kind} JSON not found, written as {written!r}; {RULE}; {hint}")
 
 
 def inside(root: str | Path, name: str, outside: bool = False) -> str:
