@@ -29,6 +29,7 @@ from .config import add_eco_config
 from .data import PanopticTestMapper, build_train_loader, check_class_count, register_from_config
 from .data.categories import SEMANTIC_TYPES, check_same_categories
 from .data.classes import dataset_classes
+from .data.datasets import parse_custom
 from .data.present import check_present, loading
 from .evaluation import evaluators_for
 from .modeling import DoViT, EarlyExits
@@ -40,11 +41,10 @@ from .predictor import Predictor
 logger = logging.getLogger(__name__)
 
 
-def load_cfg(config_file: str, opts: Sequence[str] = (), absent_ok: bool = False) -> CfgNode:
+def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """A frozen config from a YAML file and KEY VALUE pairs; its custom datasets are registered.
 
-    absent_ok: leave out custom datasets whose annotation does not exist, as prediction can do without.
-
+    Those whose annotation does not exist are left out: prediction can do without, and `check_datasets` asks for them.
     Without a GPU a MODEL.DEVICE of cuda becomes cpu. Raises FileNotFoundError, or ValueError for what does not fit.
     """
     if not os.path.isfile(config_file):
@@ -60,7 +60,7 @@ def load_cfg(config_file: str, opts: Sequence[str] = (), absent_ok: bool = False
     for part in (cfg.MODEL.RESNETS, cfg.MODEL.HYBRID, cfg.MODEL.DOVIT):
         if cfg.MODEL.DEVICE == "cpu" and part.NORM == "SyncBN":
             part.NORM = "BN"  # SyncBN's kernels exist on GPUs alone; the parameters are the same
-    register_from_config(cfg.DATASETS.CUSTOM, absent_ok)
+    register_from_config(cfg.DATASETS.CUSTOM, absent_ok=True)
     cfg.freeze()
     return cfg
 
@@ -394,6 +394,7 @@ def distributed(model: nn.Module, unused: bool) -> nn.Module:
 
 def check_datasets(cfg: CfgNode, names: Sequence[str]) -> None:
     """Stops early on a dataset without the annotation that the model needs, or of another number of classes."""
+    register_from_config([entry for entry in cfg.DATASETS.CUSTOM if parse_custom(entry)["name"] in names])
     known = cfg.MODEL.META_ARCHITECTURE in META_ARCH_REGISTRY  # else building the model says what is wrong
     parent = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE) if known else None
     annotation = getattr(parent, "annotation", "panoptic")
@@ -492,7 +493,7 @@ def load_predictor(config_file: str, opts: Sequence[str] = ()) -> Predictor:
     The datasets of the config need not be there: the checkpoint holds the classes. TEST.AMP and TEST.COMPILE hold here
     too. Example: `load_predictor("configs/toy/eco.yaml", ["MODEL.WEIGHTS", "model.pth"])(image)["panoptic_seg"]`.
     """
-    cfg = load_cfg(config_file, opts, absent_ok=True)
+    cfg = load_cfg(config_file, opts)
     model = fuse_for_deployment(build_trained(cfg))
     if cfg.TEST.COMPILE:
         compile_for_deployment(model)

@@ -49,6 +49,7 @@ def _datasets(args: argparse.Namespace) -> tuple[list[str], int | None]:
         from eco_m2f.engine import load_cfg  # only here: it pulls in the models
 
         cfg = load_cfg(args.config_file)
+        register_from_config(cfg.DATASETS.CUSTOM)  # all of them, or a message about what is missing
         names = names or [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
         num_classes = num_classes or cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     return list(dict.fromkeys(names)), num_classes

@@ -22,6 +22,8 @@ EIGHT_BITS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "Y
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 ORIENTATION = 0x0112  # EXIF's tag
 DIM = 16  # of 256 levels: an image of 12 bits in 16 has no more
+DIM_IMAGE = f"image of more than 8 bits that uses fewer than {DIM} of the 256 levels the model sees"
+BRIGHTEN = "multiply the values of all images by one number, so that they fill the range, or save them as 8 bits"
 ADVICE = "run tools/check_dataset.py on the dataset to list every such file"
 
 logger = logging.getLogger(__name__)
@@ -49,7 +51,8 @@ class Opened:
     def sixteen_bits(self) -> bool:
         """Whether the file has 16 bits per channel."""
         kind, _, bits = self.raw.partition(";")
-        return (bits.startswith("16") and kind != "BGR") or (self.format == "PPM" and self.image.mode == "I")
+        stored = bits.startswith("16") and kind != "BGR"  # where it is the 16 bits of all three channels
+        return stored or self.image.mode in SIXTEEN_BITS or (self.format == "PPM" and self.image.mode == "I")
 
     @property
     def turned(self) -> bool:
@@ -131,7 +134,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def read_rgb(file_name: str | Path) -> np.ndarray:
-    """An image file as uint8 RGB [H, W, 3], turned upright. Raises DataError.
+    """An image file of a dataset as uint8 RGB [H, W, 3], turned upright. Raises DataError.
 
     Warns, once per process, of the first image whose annotation may be drawn on the image that was not turned, and of
     the first of more than 8 bits that is nearly black.
@@ -139,12 +142,14 @@ def read_rgb(file_name: str | Path) -> np.ndarray:
     opened = open_image(file_name)
     rgb = to_rgb(opened, file_name)
     for about, remedy in remarks(opened, rgb):
-        if about not in _warned:
-            _warned.add(about)
-            logger.warning(
-                "%s: %s; %s. Others may be alike: tools/check_dataset.py lists them", file_name, about, remedy
-            )
+        _warn_once(file_name, about, f"{remedy}. Others may be alike: tools/check_dataset.py lists them")
     return rgb
+
+
+def _warn_once(source: str | Path, about: str, remedy: str) -> None:
+    if about not in _warned:
+        _warned.add(about)
+        logger.warning("%s: %s; %s", source, about, remedy)
 
 
 def remarks(opened: Opened, rgb: np.ndarray) -> list[tuple[str, str]]:
@@ -160,12 +165,7 @@ def remarks(opened: Opened, rgb: np.ndarray) -> list[tuple[str, str]]:
         )
     deep = opened.sixteen_bits or opened.image.mode == "F"
     if deep and 0 < np.max(np.asarray(opened.image)) and rgb.max() < DIM:
-        found.append(
-            (
-                f"image of more than 8 bits that uses fewer than {DIM} of the 256 levels the model sees",
-                "multiply the values of all images by one number, so that they fill the range, or save them as 8 bits",
-            )
-        )
+        found.append((DIM_IMAGE, BRIGHTEN))
     return found
 
 
@@ -209,13 +209,13 @@ def _from_float(values: np.ndarray, source: str | Path) -> np.ndarray:
 def rgb_from(image: str | os.PathLike | Image.Image | np.ndarray | torch.Tensor) -> np.ndarray:
     """An image of any of these kinds as uint8 RGB [H, W, 3].
 
-    A path is read as `read_rgb` does; a PIL image likewise, its EXIF orientation applied. An array is [H, W],
+    A file is read as `read_rgb` does; a PIL image likewise, its EXIF orientation applied. An array is [H, W],
     [H, W, 1], [H, W, 3] RGB or [H, W, 4] with transparency, which is dropped; a tensor has the channels first. Values
     are uint8, uint16 (the upper 8 bits count), bool, or float in [0, 1].
     Raises ValueError saying what the image is and what it should be.
     """
     if isinstance(image, (str, os.PathLike)):
-        return read_rgb(os.fspath(image))
+        return _warned_of_dim(open_image(os.fspath(image)), os.fspath(image))
     if isinstance(image, Image.Image):
         return _from_pil(image)
     if isinstance(image, torch.Tensor):
@@ -237,7 +237,15 @@ def _from_pil(image: Image.Image) -> np.ndarray:
         upright = image if orientation == 1 else ImageOps.exif_transpose(image)
     except Exception as error:  # it may still have to be read from its file
         raise DataError(f"{name}: image cannot be read ({str(error) or type(error).__name__}); restore it") from error
-    return to_rgb(Opened(upright, raw, kind, orientation), name)
+    return _warned_of_dim(Opened(upright, raw, kind, orientation), name)
+
+
+def _warned_of_dim(opened: Opened, name: str) -> np.ndarray:
+    """`to_rgb`; there is no annotation that the orientation could contradict."""
+    rgb = to_rgb(opened, name)
+    if (DIM_IMAGE, BRIGHTEN) in remarks(opened, rgb):
+        _warn_once(name, DIM_IMAGE, BRIGHTEN)
+    return rgb
 
 
 def _channels_last(tensor: torch.Tensor) -> np.ndarray:
@@ -258,7 +266,9 @@ def _from_array(array: np.ndarray) -> np.ndarray:
         )
     check_pixels(*array.shape[:2])
     planes = array[..., None] if array.ndim == 2 else array
-    planes = _to_bytes(planes[..., :3])
+    values, planes = planes, _to_bytes(planes[..., :3])
+    if values.dtype.itemsize > 1 and values.max() > 0 and planes.max() < DIM:
+        _warn_once("image from memory", DIM_IMAGE, BRIGHTEN)
     return np.repeat(planes, 3, axis=2) if planes.shape[2] == 1 else planes
 
 

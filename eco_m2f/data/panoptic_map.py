@@ -66,7 +66,24 @@ def read_classes(file_name: str | Path) -> np.ndarray:
             f"{file_name}: a semantic PNG must hold one channel of 8 bits, the class, got mode {png.image.mode} "
             f"({png.raw}); datasets/README.md tells how it is made"
         )
-    return np.asarray(png.image)
+    classes = np.asarray(png.image)
+    if png.image.mode == "P":
+        _check_grey_palette(classes, png.image, file_name)
+    return classes
+
+
+def _check_grey_palette(indices: np.ndarray, image: Image.Image, file_name: str | Path) -> None:
+    """Raises DataError where a palette of greys says other classes than the indices, as tools that shrink PNGs do."""
+    used = np.unique(indices)
+    colors = np.zeros((256, 3), dtype=np.uint8)
+    palette = np.asarray(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
+    colors[: len(palette)] = palette
+    greys = colors[used]
+    if (greys == greys[:, :1]).all() and (greys[:, 0] != used).any():
+        raise DataError(
+            f"{file_name}: a semantic PNG with a palette of greys, {greys[:, 0].tolist()[:5]} for the indices "
+            f"{used.tolist()[:5]}: which are the classes, nobody knows; save it as 8-bit grey, the value the class"
+        )
 
 
 def _open_labels(file_name: str | Path, kind: str) -> Opened:

@@ -201,13 +201,22 @@ def test_the_remedy_for_a_palette_png_works(tmp_path):
 
 def test_classes_in_few_bits_are_indices_or_refused(tmp_path):
     classes = np.array([[0, 1, 2], [2, 3, 1]], np.uint8)
-    palette = save(_palette(classes, [(9, 9, 9)] * 4), tmp_path / "palette.png", bits=2)
+    palette = save(_palette(classes, [(9, 9, 8)] * 4), tmp_path / "palette.png", bits=2)
     np.testing.assert_array_equal(read_classes(palette), classes)
     rows = b"".join(b"\0" + bytes([(a << 4) + b, c << 4]) for a, b, c in classes.tolist())
     chunks = (b"IHDR", struct.pack(">IIBBBBB", 3, 2, 4, 0, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
     (tmp_path / "grey.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*c) for c in chunks))
     with pytest.raises(DataError, match="grey.png.*one channel of 8 bits.*L;4"):
         read_classes(tmp_path / "grey.png")
+
+
+def test_a_palette_of_greys_must_agree_with_its_indices(tmp_path):
+    classes = np.array([[0, 1, 2]], np.uint8)
+    same = save(_palette(classes, [(i, i, i) for i in range(3)]), tmp_path / "same.png")
+    np.testing.assert_array_equal(read_classes(same), classes)
+    other = save(_palette(classes, [(i, i, i) for i in (0, 7, 255)]), tmp_path / "other.png")
+    with pytest.raises(DataError, match=r"other.png.*palette of greys, \[0, 7, 255\] for the indices \[0, 1, 2\]"):
+        read_classes(other)
 
 
 # --- from memory -----------------------------------------------------------------------------------------------------
@@ -235,6 +244,16 @@ MEMORY = {
 def test_images_from_memory(case):
     given, wanted = MEMORY[case]
     np.testing.assert_array_equal(rgb_from(given), wanted)
+
+
+@pytest.mark.parametrize("kind", ["array", "file", "PIL"])
+def test_a_nearly_black_image_from_memory_is_told(tmp_path, caplog, monkeypatch, kind):
+    monkeypatch.setattr(images, "_warned", set())
+    values = GREY.astype(np.uint16) * 16
+    path = save(grey16(values), tmp_path / "a.png")
+    with caplog.at_level(logging.WARNING):
+        assert rgb_from({"array": values, "file": path, "PIL": Image.fromarray(values)}[kind]).max() < 16
+    assert "fewer than 16 of the 256 levels" in caplog.text
 
 
 def test_paths_are_images_too(tmp_path):

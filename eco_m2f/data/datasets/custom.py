@@ -5,6 +5,7 @@ instead: {name: cells, images: a, panoptic: b, json: c.json}. Paths follow the r
 """
 
 import csv
+import logging
 import os
 from collections.abc import Iterable, Mapping
 
@@ -12,6 +13,7 @@ from .coco_boxes import register_coco_boxes
 from .coco_panoptic_like import register_coco_panoptic_like
 from .paths import check_there, resolve
 
+logger = logging.getLogger(__name__)
 REQUIRED = ("name", "images", "panoptic", "json")
 OPTIONAL = ("instances", "sem_seg", "outside")
 BOXES = ("name", "images", "boxes")  # what a dataset of boxes needs
@@ -80,6 +82,7 @@ def register_from_config(specs: Iterable[str | Mapping[str, str]], absent_ok: bo
         fields = {k: v if k in ("name", "outside") else resolve(v) for k, v in written.items()}
         annotation, kind = ("boxes", "detection") if "boxes" in fields else ("json", "panoptic")
         if absent_ok and not os.path.exists(fields[annotation]):
+            logger.info("dataset %s is left out: %s does not exist", fields["name"], fields[annotation])
             continue
         check_there(fields[annotation], written[annotation], kind)
         _register(fields)
