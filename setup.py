@@ -110,6 +110,7 @@ setup(
         "scipy>=1.9",
         "fvcore>=0.1.5.post20221221",
         "iopath>=0.1.9",
+        "msgspec>=0.18",
         "pycocotools>=2.0.6",
         "opencv-python>=4.6",
         "pillow>=9.2",

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from eco_m2f.data.annotations import read
 from eco_m2f.data.datasets.builtin import datasets_root
-from eco_m2f.data.datasets.coco_panoptic_like import read_categories, read_coco_json
 from eco_m2f.data.panoptic_map import DataError, decode, index_map, read_ids
 from eco_m2f.data.parallel import each
+from eco_m2f.data.schema import PANOPTIC, PanopticAnnotation
 from eco_m2f.data.writing import whole_folder
 
 VOID_CLASS = 255
@@ -24,11 +25,11 @@ VOID_CLASS = 255
 
 def prepare(panoptic_json: Path, panoptic_root: Path, output: Path, workers: int = 1, overwrite: bool = False) -> bool:
     """Writes one PNG per annotation; False, doing nothing, if all are there. Raises DataError, FileExistsError."""
-    categories = read_categories(panoptic_json)
-    if len(categories) > VOID_CLASS:
-        raise DataError(f"{panoptic_json}: {len(categories)} classes do not fit the 8 bits of a class map")
-    classes = {category["id"]: i for i, category in enumerate(categories)}
-    annotations = read_coco_json(panoptic_json)["annotations"]
+    content = read(panoptic_json, PANOPTIC)
+    if len(content.categories) > VOID_CLASS:
+        raise DataError(f"{panoptic_json}: {len(content.categories)} classes do not fit the 8 bits of a class map")
+    classes = {category.id: i for i, category in enumerate(content.categories)}
+    annotations = content.annotations
     if _complete(output, annotations) and not overwrite:
         return False
     if output.exists() and any(output.iterdir()) and not overwrite:
@@ -50,15 +51,15 @@ def class_map(ids: np.ndarray, segments: list[dict], classes: dict[int, int], so
     return table[np.minimum(positions, len(segments))]
 
 
-def _complete(output: Path, annotations: list[dict]) -> bool:
-    return bool(annotations) and all((output / a["file_name"]).is_file() for a in annotations)
+def _complete(output: Path, annotations: list[PanopticAnnotation]) -> bool:
+    return bool(annotations) and all((output / a.file_name).is_file() for a in annotations)
 
 
-def _convert(annotation: dict, panoptic_root: Path, output: Path, classes: dict[int, int]) -> None:
-    path = panoptic_root / annotation["file_name"]
-    segments = annotation["segments_info"]
+def _convert(annotation: PanopticAnnotation, panoptic_root: Path, output: Path, classes: dict[int, int]) -> None:
+    path = panoptic_root / annotation.file_name
+    segments = [s.as_dict() for s in annotation.segments_info]
     semantic = class_map(read_ids(path, [s["id"] for s in segments]), segments, classes, path)
-    Image.fromarray(semantic).save(output / annotation["file_name"])
+    Image.fromarray(semantic).save(output / annotation.file_name)
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from .data import PanopticTestMapper
 from .data.parallel import alongside
 from .data.present import check_present, loading
 from .derived import DEFAULT_MEASURE, ShardWriter, make_row, parent_sha256
-from .engine import check_datasets
+from .engine import check_datasets, check_model_classes
 from .evaluation.quality import BoxMeasure, PanopticMeasure
 from .files import file_sha256
 from .modeling import EarlyExits
@@ -51,8 +51,9 @@ def derive(
         )
     if workers < 0:
         raise ValueError(f"--workers must be 0 or more, got {workers}")
-    check_datasets(cfg, [dataset_name])
     check_present(dataset_name)
+    check_datasets(cfg, [dataset_name])
+    check_model_classes(model, dataset_name)
     with loading(dataset_name):
         records = DatasetCatalog.get(dataset_name)
     measure = model.measure.of(dataset_name)

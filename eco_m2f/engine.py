@@ -26,9 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 from .checkpoint import Checkpointer
 from .command_line import HelpFormatter, argument_parser, hide_training_trace, launch, run  # noqa: F401, for the tools
 from .config import add_eco_config
-from .data import PanopticTestMapper, build_train_loader, check_class_count, register_from_config
-from .data.categories import SEMANTIC_TYPES, check_same_categories
-from .data.classes import dataset_classes
+from .data import PanopticTestMapper, build_train_loader, check_at_start, check_class_count, register_from_config
+from .data.categories import SEMANTIC_TYPES
+from .data.classes import check_same_classes, dataset_classes
 from .data.datasets import parse_custom
 from .data.present import check_present, loading
 from .evaluation import evaluators_for
@@ -60,7 +60,7 @@ def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     for part in (cfg.MODEL.RESNETS, cfg.MODEL.HYBRID, cfg.MODEL.DOVIT):
         if cfg.MODEL.DEVICE == "cpu" and part.NORM == "SyncBN":
             part.NORM = "BN"  # SyncBN's kernels exist on GPUs alone; the parameters are the same
-    register_from_config(cfg.DATASETS.CUSTOM, absent_ok=True)
+    register_from_config(cfg.DATASETS.CUSTOM, cfg.DATASETS.TRAIN, absent_ok=True)
     cfg.freeze()
     return cfg
 
@@ -286,8 +286,8 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode):
         super(DefaultTrainer, self).__init__()
         check_training(cfg, comm.get_world_size())
-        check_datasets(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
         check_present(*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+        check_datasets(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -393,13 +393,28 @@ def distributed(model: nn.Module, unused: bool) -> nn.Module:
 
 
 def check_datasets(cfg: CfgNode, names: Sequence[str]) -> None:
-    """Stops early on a dataset without the annotation that the model needs, or of another number of classes."""
-    register_from_config([entry for entry in cfg.DATASETS.CUSTOM if parse_custom(entry)["name"] in names])
+    """Stops early on a dataset without the annotation that the model needs, of other classes, or with a faulty JSON."""
+    wanted = [entry for entry in cfg.DATASETS.CUSTOM if parse_custom(entry)["name"] in names]
+    register_from_config(wanted, cfg.DATASETS.TRAIN)  # those that are absent end here
     known = cfg.MODEL.META_ARCHITECTURE in META_ARCH_REGISTRY  # else building the model says what is wrong
     parent = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE) if known else None
     annotation = getattr(parent, "annotation", "panoptic")
     for name in dict.fromkeys(names):
         check_class_count(name, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, annotation)
+    training = [name for name in cfg.DATASETS.TRAIN if name in DatasetCatalog.list()]
+    evaluated = cfg.DATASETS.TEST if cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON else ()
+    check_at_start(names, training[0] if training else None, evaluated)
+
+
+def check_model_classes(model: nn.Module, dataset_name: str) -> None:
+    """Raises ValueError, with both lists, unless a dataset has the classes of the model, numbered alike."""
+    trained = getattr(getattr(model, "module", model), "classes", None)
+    if not trained:
+        return
+    classes = dataset_classes(dataset_name)
+    if MetadataCatalog.get(dataset_name).get("evaluator_type") in SEMANTIC_TYPES:  # names in their order: no ids
+        trained, classes = ([{"id": i, "name": c["name"]} for i, c in enumerate(of)] for of in (trained, classes))
+    check_same_classes(trained, classes, "the model", f"dataset {dataset_name!r}")
 
 
 def check_oracle(model: nn.Module, dataset_name: str) -> None:
@@ -462,14 +477,12 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
     """
     if not cfg.DATASETS.TEST:
         raise ValueError("DATASETS.TEST is empty: name a dataset to evaluate on")
-    check_datasets(cfg, cfg.DATASETS.TEST)
     check_present(*cfg.DATASETS.TEST)
+    check_datasets(cfg, cfg.DATASETS.TEST)
     results = {}
     test = cfg.MODEL.MASK_FORMER.TEST
-    trained = getattr(getattr(model, "module", model), "classes", None)
     for name in cfg.DATASETS.TEST:
-        if trained and MetadataCatalog.get(name).get("evaluator_type") not in SEMANTIC_TYPES:  # they have no ids
-            check_same_categories(trained, dataset_classes(name), "the model", f"dataset {name!r}")
+        check_model_classes(model, name)
         check_oracle(model, name)
         evaluator = evaluators_for(
             name,

@@ -455,9 +455,9 @@ class Spy:
     def __init__(self, function):
         self.function, self.called = function, False
 
-    def __call__(self, specs, absent_ok=False):
+    def __call__(self, specs, *options, **more):
         self.called = bool(specs)
-        return self.function(specs, absent_ok)
+        return self.function(specs, *options, **more)
 
 
 def drawn(model) -> list:

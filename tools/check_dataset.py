@@ -1,17 +1,25 @@
-"""Lists what is wrong with a panoptic dataset, or one of boxes (COCO's detection format); exit code 1 if anything is.
+"""Lists what is wrong with a panoptic dataset, or one of boxes (COCO's detection format).
+
+The exit status is 0 where nothing was found, 1 where something was, and 2 where the command cannot be understood.
 
 tools/check_dataset.py toy_panoptic_train
 tools/check_dataset.py --config-file configs/toy/maskformer2_toy.yaml --sample 50
 tools/check_dataset.py cells --custom name=cells,images=cells/img,panoptic=cells/pan,json=cells/pan.json
 tools/check_dataset.py coco_2017_val --config-file configs/coco/object-detection/detr_R50_bs16_500ep.yaml
+tools/check_dataset.py --custom name=a,images=a,panoptic=ap,json=a.json --custom name=b,... --train a
 """
 
 import argparse
 import os
 import sys
+from pathlib import Path
 
-from eco_m2f.data.check import check_dataset, summary
-from eco_m2f.data.datasets import register_from_config
+from eco_m2f.data.annotations import Finding
+from eco_m2f.data.check import check_dataset, examine_file, summary
+from eco_m2f.data.datasets import parse_custom, register_from_config
+from eco_m2f.data.datasets.paths import resolve
+from eco_m2f.data.panoptic_map import DataError
+from eco_m2f.data.schema import DETECTION, PANOPTIC
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -19,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("names", nargs="*", help="registered datasets (default: those of --config-file and --custom)")
     parser.add_argument("--config-file", help="take datasets, DATASETS.CUSTOM and the number of classes from here")
     parser.add_argument("--custom", action="append", default=[], help="a DATASETS.CUSTOM entry; may be repeated")
+    parser.add_argument("--train", help="the training set, whose categories all must have (default: the config's)")
     parser.add_argument("--num-classes", type=int, help="what the model has (default: that of --config-file)")
     parser.add_argument("--sample", type=int, help="look into the files of this many images only (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
@@ -31,10 +40,12 @@ def main() -> int:
     parser = build_parser()
     args = parser.parse_args()
     try:
-        names, num_classes = _datasets(args)
-        if not names:
-            parser.error("no dataset: give a name, --config-file or --custom")
-        results = {n: check_dataset(n, num_classes, args.sample, args.seed, args.workers) for n in names}
+        results = _check(args, parser)
+    except DataError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            parser.error(str(error))
+        print(f"a dataset that cannot be registered: 1 finding(s)\n  {error}")
+        return 1
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     for name, findings in results.items():
@@ -42,17 +53,46 @@ def main() -> int:
     return int(any(results.values()))
 
 
-def _datasets(args: argparse.Namespace) -> tuple[list[str], int | None]:
-    """The names to check, each once, and the model's number of classes."""
-    names, num_classes = [*args.names, *register_from_config(args.custom)], args.num_classes
+def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, list[Finding]]:
+    """The findings of each dataset."""
+    custom, results = _register(args.custom, args.train)
+    names, num_classes, reference = [*args.names, *custom], args.num_classes, args.train
     if args.config_file:
         from eco_m2f.engine import load_cfg  # only here: it pulls in the models
 
         cfg = load_cfg(args.config_file)
-        register_from_config(cfg.DATASETS.CUSTOM)  # all of them, or a message about what is missing
+        register_from_config(cfg.DATASETS.CUSTOM, cfg.DATASETS.TRAIN)  # all of them, or a message about what is missing
         names = names or [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
         num_classes = num_classes or cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-    return list(dict.fromkeys(names)), num_classes
+        reference = reference or next(iter(cfg.DATASETS.TRAIN), None)
+    if not names and not results:
+        parser.error("no dataset: give a name, --config-file or --custom")
+    for name in dict.fromkeys(names):
+        if name not in results:
+            results[name] = check_dataset(
+                name, num_classes, args.sample, args.seed, args.workers, reference=reference, tell=print
+            )
+    return results
+
+
+def _register(specs: list[str], training: str | None) -> tuple[list[str], dict[str, list[Finding]]]:
+    """The names of --custom entries that can be registered; and the findings on those whose JSON does not allow it."""
+    try:
+        return register_from_config(specs, [training] if training else []), {}
+    except DataError:
+        pass
+    names, results = [], {}
+    for spec in specs:
+        try:
+            names += register_from_config([spec])
+        except DataError:
+            fields = parse_custom(spec)
+            kind = DETECTION if "boxes" in fields else PANOPTIC
+            json_file = resolve(fields["boxes"] if kind is DETECTION else fields["json"])
+            if not Path(json_file).exists():
+                raise
+            results[fields["name"]] = examine_file(json_file, kind)[1]
+    return names, results
 
 
 if __name__ == "__main__":

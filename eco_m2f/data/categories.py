@@ -22,11 +22,12 @@ def check_same_categories(
         return
     only = [_told(c) for c in reference if not any(_equal(c, o) for o in other)]
     more = [_told(o) for o in other if not any(_equal(c, o) for c in reference)]
+    all_of_reference, all_of_other = ([_told(c) for c in categories] for categories in (reference, other))
     raise ValueError(
         f"the categories of {of_other} are not those of {of_reference}: only the latter has {_some(only)}, only the "
-        f"former {_some(more)}. Id, name and isthing of each must be the same, their order is free. "
-        f"{of_reference} has {_some([_told(c) for c in reference], 200)}; "
-        f"{of_other} has {_some([_told(c) for c in other], 200)}. Make both annotations from one list of categories"
+        f"former {_some(more)}. Make both annotations from one list of categories: id, name and isthing of each "
+        f"must be the same, their order is free. In all, {of_reference} has {_some(all_of_reference, 200)}, "
+        f"and {of_other} has {_some(all_of_other, 200)}"
     )
 
 

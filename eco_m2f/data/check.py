@@ -1,40 +1,52 @@
 """Finds what is wrong with a registered panoptic dataset, or one of boxes, before a training run does.
 
 Works on any dataset whose metadata names a panoptic_json (COCO, Cityscapes, and all that this project registers), and
-on any in COCO's detection format.
+on any in COCO's detection format. `check_dataset` looks at everything; `check_at_start`, which every tool calls, at
+what takes seconds.
 """
 
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from .datasets.coco_boxes import EVALUATOR_TYPE, read_box_json
-from .datasets.coco_panoptic_like import read_coco_json
-from .images import DataError, open_image, remarks, to_rgb
-from .panoptic_map import VOID, read_ids
+from .annotations import (
+    ADVICE,
+    Finding,
+    class_map_file,
+    examine,
+    image_file,
+    kind_of,
+    leaves_folder,
+    read,
+    read_registered,
+    repeated,
+)
+from .categories import SEMANTIC_TYPES, check_same_categories, registered_categories, same_categories
+from .check_files import ImageFiles, check_files, compare_class_map, missing_files
+from .datasets.coco_boxes import EVALUATOR_TYPE
+from .datasets.coco_panoptic_like import EVALUATOR_TYPE as OWN
+from .panoptic_map import DataError, read_ids
 from .parallel import each
+from .schema import (
+    INSTANCES,
+    PANOPTIC,
+    Content,
+    DetectionContent,
+    Image,
+    InstanceContent,
+    Kind,
+    Object,
+    PanopticContent,
+)
 
-CITYSCAPES = "cityscapes_panoptic_seg"  # detectron2's evaluator_type
 BOX_SLACK = 1.0  # pixels that a box may lie outside its image
-SEMANTIC_TYPES = ("sem_seg", "cityscapes_sem_seg")  # those of datasets that have class maps alone
-
-
-@dataclass(frozen=True, order=True)
-class Finding:
-    """One thing wrong: its kind (a short constant phrase), the file or id it concerns, and what to do."""
-
-    kind: str
-    where: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.kind}: {self.where}; {self.remedy}"
+MOSTLY = 0.5  # the share of void pixels from which on PQ says little
+LOOKED_AT = 3  # images whose files are looked for when a tool starts
 
 
 def check_class_count(dataset_name: str, num_classes: int, annotation: str = "panoptic") -> None:
@@ -56,131 +68,111 @@ def check_class_count(dataset_name: str, num_classes: int, annotation: str = "pa
         )
 
 
+def check_at_start(names: Sequence[str], reference: str | None = None, evaluated: Sequence[str] = ()) -> None:
+    """What every tool checks of its datasets before it begins: JSON, categories, and that files are where they belong.
+
+    Args: reference: the dataset that the model is or was trained on, whose categories the others must have; evaluated:
+    those whose instance JSON, if they have one, will be read. Raises ValueError, of a file DataError, which names it.
+    """
+    for name in dict.fromkeys(names):
+        meta = MetadataCatalog.get(name)
+        if reference is not None and name != reference:
+            check_same_classes(reference, name, meta)
+        if _is_semantic(name):
+            continue
+        content, panoptic = read_registered(meta), kind_of(meta) is PANOPTIC
+        registered, listed = registered_categories(meta), [c.as_dict() for c in content.categories]
+        json_file = meta.panoptic_json if panoptic else meta.json_file
+        check_same_categories(registered, listed, f"dataset {name!r} as it is registered", str(json_file))
+        few = _panoptic_files if panoptic else _box_files
+        _check_some_files(few(content if panoptic else content.images, meta, LOOKED_AT))
+        if panoptic and name in evaluated and getattr(meta, "json_file", None):
+            for finding in _check_instances(content, read(meta.json_file, INSTANCES, _outside(meta)), meta, False):
+                raise DataError(f"{meta.json_file}: {finding}")
+
+
 def check_dataset(
-    name: str, num_classes: int | None = None, sample: int | None = None, seed: int = 0, workers: int = 1
+    name: str,
+    num_classes: int | None = None,
+    sample: int | None = None,
+    seed: int = 0,
+    workers: int = 1,
+    reference: str | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> list[Finding]:
     """Lists what is wrong with a dataset, sorted; an empty list means nothing was found.
 
     Args: num_classes: the model's, compared if given; sample: look into the files of that many images drawn with
-    `seed` (None: all; the JSON is always checked whole); workers: processes that read files.
+    `seed` (None: all; the JSON is always checked whole); workers: processes that read files; reference: the training
+    set, whose categories this one must have; tell: gets what is worth knowing and not wrong, line by line.
     Raises ValueError if the name is not registered, or has neither panoptic annotation nor boxes.
     """
     boxes = _has_boxes(name)
     meta = _box_metadata(name) if boxes else _metadata(name)
     findings = [] if num_classes is None else list(_check_classes(name, num_classes, "boxes" if boxes else "panoptic"))
-    try:
-        content = read_box_json(meta.json_file) if boxes else read_coco_json(meta.panoptic_json)
-    except DataError as error:
-        return [*findings, Finding("unusable JSON", str(error), "restore it")]
-    findings += check_box_json(content, meta) if boxes else check_json(content, meta)
-    jobs = list(_box_jobs(content, meta) if boxes else _jobs(content, meta))
-    if sample is not None and sample < len(jobs):
-        jobs = random.Random(seed).sample(jobs, sample)
-    for found in each(check_files, jobs, workers, title=name):
-        findings += found
+    findings += _check_reference(reference, name, meta)
+    content, found = examine_file(meta.json_file if boxes else meta.panoptic_json, kind_of(meta), _outside(meta))
+    if content is None:
+        return [*findings, *found]
+    findings += found + list((check_box_json if boxes else check_json)(content, meta, not found))
+    files = list(_box_files(content.images, meta) if boxes else _panoptic_files(content, meta))
+    if sample is not None and sample < len(files):
+        files = random.Random(seed).sample(files, sample)
+    pixels = void = 0
+    for checked in each(check_files, files, workers, title=name):
+        findings += checked.findings
+        pixels, void = pixels + checked.pixels, void + checked.void
+    if pixels:
+        tell(
+            f"{name}: {void / pixels:.0%} of the pixels are void, where a prediction counts neither as right nor wrong"
+        )
+    if void > MOSTLY * pixels:
+        findings.append(_mostly_void(void / pixels))
     return sorted(findings)
 
 
-def check_json(content: dict, meta) -> list[Finding]:
-    """What a panoptic JSON alone reveals: ids declared twice or never, categories, and images without a usable mask."""
-    findings = list(_check_categories(content["categories"], meta))
-    content = {**content, **_complete(content, findings)}
-    images = [image["id"] for image in content["images"]]
-    annotated = [annotation["image_id"] for annotation in content["annotations"]]
-    findings += _repeated(images, "duplicate image id", "keep one of the `images` entries")
-    findings += _repeated(annotated, "image annotated twice", "merge or delete one annotation")
-    findings += _repeated(
-        [a["file_name"] for a in content["annotations"]], "panoptic PNG used twice", "give each image its own PNG"
-    )
-    for i in sorted(set(images) - set(annotated), key=str):
-        findings.append(Finding("image without annotation", f"image id {i}", "annotate it, or remove it from `images`"))
-    findings += _without_image(annotated, images)
-    known = {category["id"] for category in content["categories"]}
-    for annotation in content["annotations"]:
-        findings += _check_segments(annotation, known)
-    return findings
-
-
-def _complete(content: dict, findings: list[Finding] | None = None) -> dict[str, list[dict]]:
-    """The images and annotations of a panoptic JSON that have what the reader needs; findings on the others."""
-    needed = {
-        "images": {"id", "file_name"},
-        "annotations": {"image_id", "file_name", "segments_info"},
-    }
-    kept: dict[str, list[dict]] = {}
-    for kind, keys in needed.items():
-        kept[kind] = []
-        for entry in content[kind]:
-            missing = keys - entry.keys()
-            parts = entry.get("segments_info") or ()
-            missing |= {f"{key} of a segment" for s in parts for key in {"id", "category_id"} - s.keys()}
-            if not missing:
-                kept[kind].append(entry)
-            elif findings is not None:
-                told = f"{_brief(entry)} lacks {', '.join(sorted(missing))}"
-                findings.append(Finding(f"incomplete {kind[:-1]} entry", told, "complete it, or delete it"))
-    return kept
-
-
-def _brief(entry: dict) -> str:
-    return str({k: v for k, v in entry.items() if not isinstance(v, list)})
-
-
-def check_box_json(content: dict, meta) -> list[Finding]:
-    """What a detection JSON alone reveals. Images without boxes are no finding: COCO has a thousand."""
-    registered = set(meta.thing_dataset_id_to_contiguous_id)
-    findings = list(_check_registered(content["categories"], lambda category: registered, registered))
-    images, annotations = content["images"], content["annotations"]
-    needed = {"image": ("id", "file_name", "height", "width"), "annotation": ("id", "image_id", "category_id")}
-    for kind, entries in (("image", images), ("annotation", annotations)):
-        for entry in entries:
-            if missing := [key for key in needed[kind] if key not in entry]:
-                told = f"{entry} lacks {', '.join(missing)}"
-                findings.append(Finding(f"incomplete {kind} entry", told, "complete it, or delete it"))
-        ids = [entry["id"] for entry in entries if "id" in entry]
-        findings += _repeated(ids, f"duplicate {kind} id", f"keep one of the `{kind}s` entries, or number them anew")
-    by_id = {image.get("id"): image for image in images}
-    annotations = [a for a in annotations if all(key in a for key in needed["annotation"])]
-    findings += _without_image([a["image_id"] for a in annotations], by_id)
-    known = {category["id"] for category in content["categories"]}
-    for annotation in annotations:
-        findings += _check_box(annotation, by_id.get(annotation["image_id"], {}), known)
-    return findings
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One image's files and what the JSON says of them."""
-
-    image: str
-    panoptic: str | None
-    sem_seg: str | None
-    size: tuple[int, int] | None  # (height, width) in the JSON
-    areas: dict[int, int | None]  # segment id -> area in the JSON
-
-
-def check_files(job: _Job) -> list[Finding]:
-    """What one image's files reveal: missing, unreadable, thin, of unequal sizes, or drawn otherwise than listed."""
-    found: list[Finding] = []
-    image = _image_size(job.image, found)
-    if image is not None and job.size is not None and image != job.size:
-        told = f"{job.image} is {_by(image)} pixels, the JSON says {_by(job.size)}"
-        found.append(Finding("image size differs from JSON", told, "correct width and height in the JSON"))
-    if image is not None and min(image) < 2:
-        found.append(Finding("image one pixel thin", f"{job.image} ({_by(image)})", "remove it from the dataset"))
-    for path, kind in ((job.panoptic, "panoptic PNG"), (job.sem_seg, "semantic PNG")):
-        if path is not None and not Path(path).is_file():
-            found.append(Finding(f"missing {kind}", path, "restore it; datasets/README.md tells how it is made"))
-    if job.panoptic is None or not Path(job.panoptic).is_file():
-        return found
+def examine_file(json_file: str | Path, kind: Kind, outside: bool = False) -> tuple[Any, list[Finding]]:
+    """As `examine`; a file that cannot be used at all is a finding too, and there is None for its content."""
     try:
-        ids = read_ids(job.panoptic, job.areas)
+        return examine(json_file, kind, outside)
     except DataError as error:
-        return [*found, Finding("unreadable panoptic PNG", str(error), "make it again")]
-    if image is not None and ids.shape != image:
-        told = f"{job.panoptic} is {_by(ids.shape)} pixels, its image {_by(image)}"
-        found.append(Finding("PNG size differs from image", told, "make the PNG again at the image's size"))
-    return found + list(_compare(job, ids))
+        return None, [Finding("unusable JSON", str(error), "datasets/README.md tells the format")]
+
+
+def check_json(content: PanopticContent, meta, whole: bool = True) -> Iterator[Finding]:
+    """What a panoptic JSON reveals beside plain mistakes: other categories, and images without a usable mask.
+
+    whole: whether the content is the whole file; else what it lacks may be among what is wrong.
+    """
+    yield from _check_categories(content, meta, {s.category_id for a in content.annotations for s in a.segments_info})
+    yield from _check_images(content.images)
+    annotated = {a.image_id for a in content.annotations}
+    missing = {image.id for image in content.images} - annotated if whole else set()
+    for i in sorted(missing, key=str):
+        yield Finding("image without annotation", f"image id {i}", "annotate it, or remove it from `images`")
+    for a in content.annotations:
+        if a.segments_info and all(s.iscrowd for s in a.segments_info):
+            remedy = "nothing can be learned from it: remove it from a training set"
+            yield Finding("crowd-only annotation", a.file_name, remedy)
+    # COCO's own instance JSON is a download of its own, which only AP needs
+    if getattr(meta, "json_file", None) and (Path(meta.json_file).is_file() or meta.evaluator_type == OWN):
+        instances, found = examine_file(meta.json_file, INSTANCES, _outside(meta))
+        yield from found
+        if instances is not None:
+            yield from _check_instances(content, instances, meta, counts=True)
+
+
+def check_box_json(content: DetectionContent, meta, whole: bool = True) -> Iterator[Finding]:
+    """The same for a detection JSON. Images without boxes are no finding: COCO has a thousand."""
+    yield from _check_categories(content, meta, {o.category_id for o in content.annotations})
+    yield from _check_images(content.images)
+    if whole and content.images and not content.annotations:
+        yield Finding("no object", f"{meta.json_file}: `annotations` is empty", "annotate some image")
+    ids = [o.id for o in content.annotations if o.id is not None]
+    yield from repeated(ids, "duplicate annotation id", "number the annotations anew; here their ids are not used")
+    by_id = {image.id: image for image in content.images}
+    for i, o in enumerate(content.annotations):
+        yield from _check_box(f"annotations[{i}] of image {o.image_id!r}", o, by_id.get(o.image_id))
 
 
 def summary(findings: Iterable[Finding], limit: int = 10) -> str:
@@ -194,6 +186,9 @@ def summary(findings: Iterable[Finding], limit: int = 10) -> str:
         if count > limit:
             lines.append(f"  ... and {count - limit} more")
     return "\n".join(lines)
+
+
+# --- which dataset, and its categories -------------------------------------------------------------------------------
 
 
 def _is_semantic(name: str) -> bool:
@@ -233,6 +228,10 @@ def _metadata(name: str):
     return meta
 
 
+def _outside(meta) -> bool:
+    return getattr(meta, "outside", False)
+
+
 def _check_classes(name: str, num_classes: int, annotation: str) -> Iterator[Finding]:
     try:
         check_class_count(name, num_classes, annotation)
@@ -240,126 +239,144 @@ def _check_classes(name: str, num_classes: int, annotation: str) -> Iterator[Fin
         yield Finding("class count", str(error), "the model and the dataset must agree")
 
 
-def _check_categories(categories: list[dict], meta) -> Iterator[Finding]:
-    things, stuff = set(meta.thing_dataset_id_to_contiguous_id), set(meta.stuff_dataset_id_to_contiguous_id)
-    yield from _check_registered(categories, lambda c: things if c["isthing"] else stuff, things | stuff)
-
-
-def _check_registered(
-    categories: list[dict], expected: Callable[[dict], set[int]], all_ids: set[int]
-) -> Iterator[Finding]:
-    """Findings on the JSON's categories, each of which must be registered among the `expected` ids of its kind."""
-    yield from _repeated([c["id"] for c in categories], "duplicate category id", "ids must be unique")
-    yield from _repeated([c["name"] for c in categories], "duplicate category name", "names must be unique")
-    for category in categories:
-        if category["id"] not in expected(category):
-            told = f"category {category['id']} ({category['name']}) of the JSON"
-            yield Finding("category not registered as such", told, "register the dataset from this JSON")
-    for i in sorted(all_ids - {c["id"] for c in categories}):
-        yield Finding("category missing in JSON", f"category {i}", "add it to the JSON's categories")
-
-
-def _without_image(annotated: Iterable, images: Iterable) -> Iterator[Finding]:
-    for i in sorted(set(annotated) - set(images), key=str):
-        yield Finding("annotation without image", f"image id {i}", "add it to `images`, or delete it")
-
-
-def _check_box(annotation: dict, image: dict, known: set[int]) -> Iterator[Finding]:
-    """image: the entry of its image, as far as it is known."""
-    name = f"annotation {annotation['id']} of image {annotation['image_id']}"
-    if annotation["category_id"] not in known:
-        yield Finding("unknown category", f"{name}: {annotation['category_id']}", "declare it in `categories`")
-    box = annotation["bbox"]
-    if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in box):
-        yield Finding("box that is not four numbers", f"{name}: {box}", "correct or delete it")
+def _check_reference(reference: str | None, name: str, meta) -> Iterator[Finding]:
+    if reference is None or name == reference:
         return
-    x, y, width, height = box
-    if width <= 0 or height <= 0:
-        yield Finding("empty box", f"{name}: {box}", "width and height must be above 0: correct or delete it")
-    right, bottom = image.get("width", math.inf), image.get("height", math.inf)
-    if min(x, y) < -BOX_SLACK or x + width > right + BOX_SLACK or y + height > bottom + BOX_SLACK:
-        told = f"{name}: {box} in an image of {right}x{bottom} pixels"
-        yield Finding("box outside its image", told, "boxes are [x, y, width, height] in pixels: correct it")
-
-
-def _check_segments(annotation: dict, known: set[int]) -> Iterator[Finding]:
-    name, segments = annotation["file_name"], annotation["segments_info"]
-    yield from _repeated([s["id"] for s in segments], "duplicate segment id", "give each its own id", f"{name}: ")
-    for segment in segments:
-        if segment["category_id"] not in known:
-            told = f"{name}: segment {segment['id']} has category {segment['category_id']}"
-            yield Finding("unknown category", told, "declare it in `categories`")
-        if not 0 < segment["id"] < 1 << 24:
-            yield Finding("segment id out of range", f"{name}: {segment['id']}", "ids are 1..16777215; 0 is void")
-    if not segments:
-        yield Finding("empty annotation", name, "annotate the image, or remove it")
-    elif all(s.get("iscrowd", 0) for s in segments):
-        yield Finding("crowd-only annotation", name, "nothing can be learned from it: remove it from a training set")
-
-
-def _repeated(values: list, kind: str, remedy: str, prefix: str = "") -> list[Finding]:
-    return [Finding(kind, f"{prefix}{v} ({n} times)", remedy) for v, n in Counter(values).items() if n > 1]
-
-
-def _jobs(content: dict, meta) -> Iterator[_Job]:
-    content = _complete(content)
-    images = {image["id"]: image for image in content["images"]}
-    for annotation in content["annotations"]:
-        image = images.get(annotation["image_id"])
-        if image is None:
-            continue  # check_json reports it
-        path, sem_seg = _image_paths(image, annotation, meta)
-        size = (image["height"], image["width"]) if {"height", "width"} <= image.keys() else None
-        areas = {s["id"]: s.get("area") for s in annotation["segments_info"]}
-        yield _Job(path, str(Path(meta.panoptic_root) / annotation["file_name"]), sem_seg, size, areas)
-
-
-def _box_jobs(content: dict, meta) -> Iterator[_Job]:
-    for image in content["images"]:
-        if {"file_name", "height", "width"} <= image.keys():  # check_box_json reports the others
-            yield _Job(
-                str(Path(meta.image_root) / image["file_name"]), None, None, (image["height"], image["width"]), {}
-            )
-
-
-def _image_paths(image: dict, annotation: dict, meta) -> tuple[str, str | None]:
-    """The image's file and its class-map PNG, if the dataset has one. Cityscapes keeps both in a folder per city."""
-    if meta.evaluator_type == CITYSCAPES:
-        city = image["id"].split("_")[0]
-        labels = Path(meta.gt_dir) / city / f"{image['id']}_gtFine_labelTrainIds.png"
-        return str(Path(meta.image_root) / city / f"{image['id']}_leftImg8bit.png"), str(labels)
-    sem_seg_root = getattr(meta, "sem_seg_root", None)
-    sem_seg = str(Path(sem_seg_root) / annotation["file_name"]) if sem_seg_root else None
-    return str(Path(meta.image_root) / image["file_name"]), sem_seg
-
-
-def _image_size(path: str, found: list[Finding]) -> tuple[int, int] | None:
-    """(height, width) of an image that can be decoded whole; else None, and a finding."""
-    if not Path(path).is_file():
-        found.append(Finding("missing image", path, "restore it, or remove it from the JSON"))
-        return None
+    _registered(reference, lambda n: "panoptic" in n)
     try:
-        opened = open_image(path)
-        rgb = to_rgb(opened, path)
-    except DataError as error:
-        found.append(Finding("unreadable image", str(error), "restore it, or remove it from the JSON"))
-        return None
-    found += [Finding(about, path, remedy) for about, remedy in remarks(opened, rgb)]
-    return rgb.shape[:2]
+        check_same_classes(reference, name, meta)
+    except ValueError as error:
+        yield Finding("categories other than the training set's", str(error), "both must list the same categories")
 
 
-def _compare(job: _Job, ids: np.ndarray) -> Iterator[Finding]:
-    """The PNG's segments against the JSON's."""
-    drawn = {int(i): int(n) for i, n in zip(*np.unique(ids, return_counts=True), strict=True) if i != VOID}
-    for i in sorted(drawn.keys() - job.areas.keys()):
-        yield Finding("segment in PNG, not in JSON", f"{job.panoptic}: id {i}", "list it, or set its pixels to 0")
-    for i in sorted(job.areas.keys() - drawn.keys()):
-        yield Finding("segment in JSON, not in PNG", f"{job.panoptic}: id {i}", "delete it from the JSON")
-    for i, area in job.areas.items():
-        if i in drawn and area is not None and area != drawn[i]:
-            told = f"{job.panoptic}: id {i} owns {drawn[i]} pixels, the JSON says {area}"
-            yield Finding("area off", told, "correct the area in the JSON")
+def check_same_classes(reference: str, name: str, meta) -> None:
+    """Raises ValueError unless a dataset has the classes of the training set `reference`, numbered alike."""
+    training = MetadataCatalog.get(reference)
+    ours, theirs = registered_categories(meta), registered_categories(training)
+    whose = f"the training set {reference!r} (the first of DATASETS.TRAIN)", f"dataset {name!r}"
+    if _is_semantic(name) or _is_semantic(reference):  # class maps know no ids: names in their order
+        ours, theirs = ([{"id": i, "name": c["name"]} for i, c in enumerate(of)] for of in (ours, theirs))
+    check_same_categories(theirs, ours, *whose)
+    if [c["id"] for c in ours] != [c["id"] for c in theirs]:
+        raise ValueError(
+            f"{whose[1]} and {whose[0]} are registered with the same categories in different orders: "
+            "register both by one list DATASETS.CUSTOM, or give register_coco_panoptic_like the same `categories`"
+        )
 
 
-def _by(size: tuple[int, ...]) -> str:
-    return f"{size[1]}x{size[0]}"
+def _check_categories(content: Content, meta, used: set[int]) -> Iterator[Finding]:
+    """Against those registered; and categories that nothing has and that only group others."""
+    listed, registered = [c.as_dict() for c in content.categories], registered_categories(meta)
+    for c in listed:
+        if not any(same_categories([c], [r]) for r in registered if r["id"] == c["id"]):
+            told = f"category {c['id']} ({c['name']}) of the JSON"
+            yield Finding("category not registered as such", told, "register the dataset from this JSON")
+    for i in sorted({r["id"] for r in registered} - {c["id"] for c in listed}):
+        yield Finding("category missing in JSON", f"category {i}", "add it to the JSON's categories")
+    for c in content.categories:
+        if c.id not in used and any(c.name == o.supercategory for o in content.categories if o is not c):
+            told = f"category {c.id} ({c.name}) has no annotation and is the supercategory of others"
+            remedy = "delete it from `categories` and lower MODEL.SEM_SEG_HEAD.NUM_CLASSES by one, in all splits"
+            yield Finding("category that only groups others", told, remedy)
+
+
+def _check_images(images: Sequence[Image]) -> Iterator[Finding]:
+    names = {image.id: image.file_name for image in images}
+    yield from repeated(names.values(), "image file used twice", "keep one of the `images` entries")
+
+
+# --- boxes, side files, pixels ---------------------------------------------------------------------------------------
+
+
+def _check_box(name: str, o: Object, image: Image | None) -> Iterator[Finding]:
+    """image: the entry of its image, if there is one."""
+    x, y, width, height = o.bbox
+    told = f"{name}: {[x, y, width, height]}"
+    if width <= 0 or height <= 0:
+        yield Finding("empty box", told, "width and height must be above 0: correct or delete it")
+    right, bottom = (image and image.width) or math.inf, (image and image.height) or math.inf
+    if min(x, y) < -BOX_SLACK or x + width > right + BOX_SLACK or y + height > bottom + BOX_SLACK:
+        told = f"{told} in an image of {right:g}x{bottom:g} pixels"
+        yield Finding("box outside its image", told, "boxes are [x, y, width, height] in pixels: correct it")
+    if o.area is not None and o.area != o.as_dict()["area"]:
+        told = f"{name}: {o.area:g}, in a box of {width * height:g} pixels"
+        yield Finding("area off", told, "correct the area or leave it out; here the box's is used")
+
+
+def _check_instances(content: PanopticContent, instances: InstanceContent, meta, counts: bool) -> Iterator[Finding]:
+    """The instance JSON beside a panoptic one. counts: compare how many objects of each category there are."""
+    things = [c.as_dict() for c in content.categories if c.isthing]
+    try:
+        listed = [c.as_dict() for c in instances.categories]
+        check_same_categories(things, listed, "the things of the panoptic JSON", str(meta.json_file))
+    except ValueError as error:
+        yield Finding("instances of other categories", str(error), "make both files from one list of categories")
+        return
+    missing = sorted({a.image_id for a in content.annotations} - {i.id for i in instances.images}, key=str)
+    if missing:
+        told = f"{len(missing)} annotated images are not in {meta.json_file}, such as {missing[0]!r}"
+        yield Finding("image missing in the instance JSON", told, "add them to its `images`, with their objects")
+    if not counts:
+        return
+    drawn = Counter(s.category_id for a in content.annotations for s in a.segments_info)
+    given = Counter(o.category_id for o in instances.annotations)
+    for c in things:
+        a, b = drawn[c["id"]], given[c["id"]]
+        if abs(a - b) > max(a, b) / 2:
+            told = (
+                f"category {c['id']} ({c['name']}): {b} objects in {meta.json_file}, {a} segments in the panoptic JSON"
+            )
+            yield Finding("instances contradict panoptic JSON", told, "make both from the same annotation")
+
+
+def _mostly_void(share: float) -> Finding:
+    return Finding(
+        "mostly void",
+        f"{share:.0%} of the pixels belong to no segment",
+        "PQ ignores predictions that lie mostly on void: false objects there cost nothing, and PQ 100 says little. "
+        "Where these pixels show background, add it as a category with isthing 0, and its segments",
+    )
+
+
+def _panoptic_files(content: PanopticContent, meta, most: int | None = None) -> Iterator[ImageFiles]:
+    """What there is to look at of every annotated image whose entries are right; of `most` of them, evenly spread."""
+    images = {image.id: image for image in content.images}
+    classes = {**meta.stuff_dataset_id_to_contiguous_id, **meta.thing_dataset_id_to_contiguous_id}
+    for a in _spread(content.annotations, most):
+        image = images.get(a.image_id)
+        if image is None or not _outside(meta) and (leaves_folder(image.file_name) or leaves_folder(a.file_name)):
+            continue  # the reader reports it
+        yield ImageFiles(
+            image=image_file(meta, image),
+            panoptic=str(Path(meta.panoptic_root) / a.file_name),
+            class_map=class_map_file(meta, image, a),
+            size=_size(image),
+            areas={s.id: s.area for s in a.segments_info},
+            classes={s.id: classes.get(s.category_id, 255) for s in a.segments_info},
+            ignore=getattr(meta, "ignore_label", 255),
+            num_classes=len(classes),
+        )
+
+
+def _box_files(images: Sequence[Image], meta, most: int | None = None) -> Iterator[ImageFiles]:
+    for image in _spread(images, most):
+        if _outside(meta) or not leaves_folder(image.file_name):
+            yield ImageFiles(image_file(meta, image), size=_size(image))
+
+
+def _spread(entries: Sequence, most: int | None) -> Sequence:
+    return entries if most is None else entries[:: max(len(entries) // most, 1)][:most]
+
+
+def _size(image: Image) -> tuple[int, int] | None:
+    return None if image.height is None or image.width is None else (image.height, image.width)
+
+
+def _check_some_files(files: Iterable[ImageFiles]) -> None:
+    """Raises DataError where a file is missing, or a class map contradicts its panoptic PNG."""
+    for one in files:
+        found = list(missing_files(one))
+        if not found and one.class_map is not None:
+            found = list(compare_class_map(one, read_ids(one.panoptic, one.areas)))
+        for finding in found:
+            raise DataError(f"{finding}. datasets/README.md shows the layout of each dataset; {ADVICE}")

@@ -14,6 +14,12 @@ from .images import ADVICE, DataError, Opened, open_image
 
 VOID = 0  # segment id of an unlabelled pixel, in the PNG
 
+RENUMBER = "a real segment needs another id, from 1 on: renumber it in the JSON and in the pixels of the PNG alike"
+NOT_ITS_IDS = (
+    "the PNG belongs to another image, or its pixels do not store ids as R + 256 G + 65536 B; do not delete anything, "
+    "but write the PNG anew, as panopticapi.utils.id2rgb does"
+)
+
 
 def read_ids(file_name: str | Path, segment_ids: Iterable[int] | None = None) -> np.ndarray:
     """Reads a panoptic PNG into segment ids, int32 [H, W].
@@ -115,9 +121,8 @@ def index_map(ids: np.ndarray, segment_ids: list[int], source: str | Path = "pan
     known = np.asarray([VOID, *segment_ids], dtype=np.int64)
     order = np.argsort(known)
     place = np.searchsorted(known[order], values).clip(max=len(known) - 1)
-    _raise_unless_listed(values, known[order][place], source)
     position = order[place] - 1  # -1: void
-    _raise_unless_drawn(segment_ids, position, source)
+    _raise_unless_equal(values, known[order][place], segment_ids, position, source)
     index = np.repeat(position, lengths).reshape(ids.shape)
     if len(segment_ids) < 255:
         return np.where(index < 0, 255, index).astype(np.uint8)
@@ -149,21 +154,28 @@ def _runs(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return flat[starts], np.diff(starts, append=flat.size)
 
 
-def _raise_unless_listed(values: np.ndarray, matched: np.ndarray, source: str | Path) -> None:
+def _raise_unless_equal(
+    values: np.ndarray, matched: np.ndarray, segment_ids: list[int], position: np.ndarray, source: str | Path
+) -> None:
+    """position: of each value in `segment_ids`; matched: the id there. No remedy gives away what may be annotation."""
+    if VOID in segment_ids:
+        raise DataError(f"{source}: segments_info lists the id 0, which is void; {RENUMBER}, and {ADVICE}")
     stray = np.unique(values[values != matched])
+    absent = np.setdiff1d(np.arange(len(segment_ids)), position[values == matched])
+    if stray.size and absent.size and len(absent) == len(segment_ids):
+        raise DataError(
+            f"{source}: none of the ids in segments_info ({_some(np.asarray(segment_ids))}) is in the PNG, which holds "
+            f"{_some(stray)}: {NOT_ITS_IDS}, and {ADVICE}"
+        )
     if stray.size:
         raise DataError(
             f"{source}: the PNG holds segment id(s) {_some(stray)} that its segments_info does not list; "
-            f"correct the JSON or set those pixels to 0 (void), and {ADVICE}"
+            f"list them there with their categories, and {ADVICE}"
         )
-
-
-def _raise_unless_drawn(segment_ids: list[int], position: np.ndarray, source: str | Path) -> None:
-    absent = np.setdiff1d(np.arange(len(segment_ids)), position)
     if absent.size:
         raise DataError(
             f"{source}: segments_info lists id(s) {_some(np.asarray(segment_ids)[absent])} that own no pixel of the "
-            f"PNG; delete them from the JSON, and {ADVICE}"
+            f"PNG; compare the PNG with its source, delete from the JSON what is not to be seen there, and {ADVICE}"
         )
 
 

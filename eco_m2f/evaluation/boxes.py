@@ -2,9 +2,7 @@
 
 import contextlib
 import io
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from detectron2.data import MetadataCatalog
@@ -12,37 +10,44 @@ from detectron2.structures import Instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from ..data.annotations import read_registered
+from ..data.categories import check_same_categories, registered_categories
 from .collect import RowEvaluator
-from .instance import average_precision, mean_precision, result_set
+from .instance import average_precision, coco_of, mean_precision, result_set
 
 
 class BoxGroundTruth:
     """COCO's box annotation by image id, in the category ids of the dataset's own file.
 
-    Raises ValueError where the metadata names no `json_file`, or the file is missing.
+    Raises ValueError where the metadata names no `json_file`, or the file is missing, wrong or of other categories.
     """
 
     def __init__(self, dataset_name: str):
         self.name = dataset_name
         self.metadata = MetadataCatalog.get(dataset_name)
         self.json_file = getattr(self.metadata, "json_file", None)
-        if not self.json_file:
-            raise ValueError(f"dataset {dataset_name!r} has no json_file in its metadata: is it a detection dataset?")
-        if not Path(self.json_file).is_file():
-            raise ValueError(f"{self.json_file} of dataset {dataset_name!r} does not exist: see datasets/README.md")
-        content = json.loads(Path(self.json_file).read_text())
-        self.categories = sorted(content["categories"], key=lambda c: c["id"])
+        if not self.json_file or getattr(self.metadata, "panoptic_json", None):
+            raise ValueError(f"dataset {dataset_name!r} has no json_file of boxes: is it a detection dataset?")
+        content = read_registered(self.metadata)
+        self.categories = sorted((c.as_dict() for c in content.categories), key=lambda c: c["id"])
+        registered = registered_categories(self.metadata)
+        check_same_categories(registered, self.categories, f"dataset {self.name!r}", self.json_file)
         # the order of detectron2's contiguous ids
         self.dataset_id = dict(enumerate(c["id"] for c in self.categories))
-        self._objects: dict = {image["id"]: [] for image in content["images"]}
-        for annotation in content["annotations"]:
-            self._objects[annotation["image_id"]].append(annotation)
+        self._objects: dict = {image.id: [] for image in content.images}
+        for annotation in content.annotations:
+            self._objects[annotation.image_id].append(annotation)
 
     def objects(self, image_id) -> list[dict]:
         """COCO's annotations (bbox x y w h, category_id, area, iscrowd) of an image."""
         if image_id not in self._objects:
             raise ValueError(f"image {image_id!r} is not in {self.json_file}: is the dataset the right one?")
-        return self._objects[image_id]
+        return [annotation.as_dict() for annotation in self._objects[image_id]]
+
+    def coco(self) -> COCO:
+        """All images and objects for pycocotools."""
+        objects = [{"image_id": i, **o.as_dict()} for i, of_image in self._objects.items() for o in of_image]
+        return coco_of([{"id": i} for i in self._objects], self.categories, objects)
 
     def detections(self, image_id, instances: Instances) -> list[dict]:
         """Predictions in COCO's result format."""
@@ -65,19 +70,9 @@ class BoxTarget:
     def __init__(self, objects: Sequence[Mapping], max_detections: int = 100):
         self._categories = sorted({o["category_id"] for o in objects if not o.get("iscrowd", 0)})
         self._max_detections = max_detections
-        # ids from 1: to pycocotools an object of id 0 is never found
-        kept = [
-            {"id": i, "image_id": 0, "iscrowd": 0, "area": o["bbox"][2] * o["bbox"][3], **_shape(o)}
-            for i, o in enumerate(objects, start=1)
-        ]
-        self._truth = COCO()
-        self._truth.dataset = {
-            "images": [{"id": 0}],
-            "categories": [{"id": c} for c in sorted({o["category_id"] for o in objects})],
-            "annotations": kept,
-        }
+        categories = [{"id": c} for c in sorted({o["category_id"] for o in objects})]
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-            self._truth.createIndex()
+            self._truth = coco_of([{"id": 0}], categories, [_shape(o) for o in objects])
 
     def ap(self, detections: Sequence[Mapping]) -> float:
         """AP@[.5:.95] of this image alone, in [0, 1]: the mean over the categories it has objects of.
@@ -100,8 +95,11 @@ class BoxTarget:
         return mean_precision(evaluation.eval["precision"])
 
 
-def _shape(annotation: Mapping) -> dict:
-    return {k: annotation[k] for k in ("category_id", "bbox", "area", "iscrowd") if k in annotation}
+def _shape(o: Mapping) -> dict:
+    """An object of an image of id 0."""
+    area = o["bbox"][2] * o["bbox"][3]
+    kept = {k: o[k] for k in ("category_id", "bbox", "area", "iscrowd") if k in o}
+    return {"image_id": 0, "iscrowd": 0, "area": area, **kept}
 
 
 class BoxEvaluator(RowEvaluator):
@@ -125,7 +123,7 @@ class BoxEvaluator(RowEvaluator):
         detections = [d for found, _ in rows.values() for d in found]
         per_image = {str(image_id): ap for image_id, (_, ap) in rows.items()}
         with contextlib.redirect_stdout(io.StringIO()):
-            truth = COCO(self._ground_truth.json_file)
+            truth = self._ground_truth.coco()
             result = average_precision(truth, detections, list(rows), self._max_detections, "bbox")
         result["AP_image"] = 100 * float(np.mean(list(per_image.values()))) if per_image else float("nan")
         summary = {key: None if np.isnan(value) else value / 100 for key, value in result.items()}

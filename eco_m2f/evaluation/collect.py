@@ -54,4 +54,5 @@ def gather_rows(rows: Mapping) -> dict | None:
     if not comm.is_main_process():
         return None
     merged = {image_id: row for part in gathered for image_id, row in part.items()}
-    return {image_id: merged[image_id] for image_id in sorted(merged)}
+    # numbers before texts: ids of both types do not compare
+    return {i: merged[i] for i in sorted(merged, key=lambda i: (isinstance(i, str), i))}

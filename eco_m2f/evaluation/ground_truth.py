@@ -1,6 +1,5 @@
 """The annotation of a registered dataset: one JSON and a folder of PNGs, as COCO defines them, or class maps."""
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from detectron2.data import MetadataCatalog
 
+from ..data.annotations import read_registered
+from ..data.categories import check_same_categories, registered_categories
 from ..data.panoptic_map import index_map, read_classes, read_ids
 from .panoptic_quality import contiguous_to_dataset_id
 
@@ -17,7 +18,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PanopticImage:
-    """The annotation of one image: COCO's `segments_info`, and a PNG that is read when asked for. It can be pickled."""
+    """The annotation of one image: its segments, and a PNG that is read when asked for. It can be pickled.
+
+    segments: id, category_id (the file's) and iscrowd (0 or 1) of each.
+    """
 
     path: Path
     segments: list[dict]
@@ -34,7 +38,7 @@ class PanopticGroundTruth:
     """Annotation by image id, in the category ids of the dataset's own files.
 
     Reads `panoptic_json` of the dataset's metadata at once, a PNG of `panoptic_root` when it is asked for. Raises
-    ValueError where the metadata or a file is missing.
+    ValueError where the metadata lack something, the file is missing or wrong, or it has other categories.
     """
 
     def __init__(self, dataset_name: str):
@@ -43,16 +47,13 @@ class PanopticGroundTruth:
         for key in ("panoptic_json", "panoptic_root"):
             if not hasattr(self.metadata, key):
                 raise ValueError(f"dataset {dataset_name!r} has no {key} in its metadata: is it a panoptic dataset?")
-        if not Path(self.metadata.panoptic_json).is_file():
-            raise ValueError(
-                f"{self.metadata.panoptic_json} of dataset {dataset_name!r} does not exist: see datasets/README.md"
-            )
-        content = json.loads(Path(self.metadata.panoptic_json).read_text())
-        self.categories = content["categories"]
+        content = read_registered(self.metadata)
+        self.categories = [c.as_dict() for c in content.categories]
+        registered = registered_categories(self.metadata)
+        check_same_categories(registered, self.categories, f"dataset {self.name!r}", self.metadata.panoptic_json)
         self.dataset_id = contiguous_to_dataset_id(self.metadata)
-        name = {c["id"]: c.get("name", str(c["id"])) for c in self.categories}
-        self.class_names = [name[self.dataset_id[i]] for i in range(len(self.dataset_id))]
-        self._annotations = {a["image_id"]: a for a in content["annotations"]}
+        self.class_names = [c["name"] for c in registered]
+        self._annotations = {a.image_id: a for a in content.annotations}
 
     def __len__(self) -> int:
         return len(self._annotations)
@@ -64,10 +65,11 @@ class PanopticGroundTruth:
                 f"image {image_id!r} is not in {self.metadata.panoptic_json}: is the dataset the right one?"
             )
         annotation = self._annotations[image_id]
-        return PanopticImage(Path(self.metadata.panoptic_root) / annotation["file_name"], annotation["segments_info"])
+        segments = [s.as_dict() for s in annotation.segments_info]
+        return PanopticImage(Path(self.metadata.panoptic_root) / annotation.file_name, segments)
 
     def segments(self, image_id) -> list[dict]:
-        """COCO's `segments_info` of an image."""
+        """The segments of an image: id, category_id (the file's) and iscrowd of each."""
         return self.image(image_id).segments
 
     def id_map(self, image_id) -> np.ndarray:

@@ -2,8 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,8 +10,13 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from ..data.annotations import read
+from ..data.categories import check_same_categories
+from ..data.panoptic_map import DataError
+from ..data.schema import INSTANCES
 from .collect import RowEvaluator
 from .ground_truth import PanopticGroundTruth
+from .masks import run_lengths
 
 _AREAS = ("all", "small", "medium", "large")  # the order of pycocotools' area ranges
 
@@ -35,23 +39,22 @@ class InstanceEvaluator(RowEvaluator):
         self._ground_truth = ground_truth
         self._max_detections = max_detections
         self._key = key
-        json_file = getattr(ground_truth.metadata, "json_file", None)
-        if json_file and not Path(json_file).is_file():
-            raise ValueError(
-                f"{json_file}, the instances of {ground_truth.name!r}, does not exist: see datasets/README.md"
-            )
-        self._json_file = json_file
         self._things = [c for c in ground_truth.categories if c["isthing"]]
+        json_file = getattr(ground_truth.metadata, "json_file", None)
+        self._given = GivenInstances(json_file, self._things) if json_file else None
         super().__init__(output_dir)
 
-    def row(self, x: Mapping, y: Mapping) -> tuple[list[dict], tuple | None]:
-        detections = self._detections(x["image_id"], y["instances"])
-        return detections, None if self._json_file else self._truth(x["image_id"])
+    def row(self, x: Mapping, y: Mapping) -> tuple[list[dict], tuple]:
+        size = tuple(y["instances"].pred_masks.shape[-2:])
+        objects = self._given.objects(x["image_id"], size) if self._given else self._truth(x["image_id"])
+        image = {"id": x["image_id"], "height": size[0], "width": size[1]}
+        return self._detections(x["image_id"], y["instances"]), (image, objects)
 
     def summary(self, rows: dict) -> dict:
         detections = [d for found, _ in rows.values() for d in found]
+        images = [image for _, (image, _) in rows.values()]
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-            truth = COCO(self._json_file) if self._json_file else self._coco([t for _, t in rows.values()])
+            truth = coco_of(images, self._things, [o for _, (_, objects) in rows.values() for o in objects])
             result = average_precision(truth, detections, list(rows), self._max_detections)
         self.write("instances_predictions.json", detections)
         return {self._key: result}
@@ -68,30 +71,64 @@ class InstanceEvaluator(RowEvaluator):
             for m, s, c in zip(masks, instances.scores.tolist(), instances.pred_classes.tolist())
         ]
 
-    def _truth(self, image_id) -> tuple[dict, list[dict]]:
-        """COCO's image entry, and its instance annotations: the thing segments of the panoptic annotation."""
+    def _truth(self, image_id) -> list[dict]:
+        """COCO's instance annotations of an image: the thing segments of the panoptic annotation."""
         id_map = self._ground_truth.id_map(image_id)
         things = {c["id"] for c in self._things}
         objects = []
         for segment in self._ground_truth.segments(image_id):
             if segment["category_id"] in things:
-                mask = (id_map == segment["id"]).astype(np.uint8)
-                kept = {"category_id": segment["category_id"], "iscrowd": int(segment.get("iscrowd", 0))}
-                code = _encode(mask)
-                shape = {"segmentation": code, "bbox": rle.toBbox(code).tolist(), "area": int(mask.sum())}
-                objects.append({"image_id": image_id, **kept, **shape})
-        return {"id": image_id, "height": id_map.shape[0], "width": id_map.shape[1]}, objects
+                code = _encode((id_map == segment["id"]).astype(np.uint8))
+                objects.append(_object(image_id, segment["category_id"], segment["iscrowd"], code))
+        return objects
 
-    def _coco(self, truths: list[tuple[dict, list[dict]]]) -> COCO:
-        coco = COCO()
-        objects = [o for _, row in truths for o in row]
-        coco.dataset = {
-            "images": [image for image, _ in truths],
-            "categories": self._things,
-            "annotations": [{**o, "id": n} for n, o in enumerate(objects, start=1)],
-        }
-        coco.createIndex()
-        return coco
+
+class GivenInstances:
+    """The objects of an instance JSON. Raises ValueError where it is wrong, or its categories are not the things."""
+
+    def __init__(self, json_file: str, things: Sequence[Mapping]):
+        self._json_file = json_file
+        content = read(json_file, INSTANCES)
+        categories = [c.as_dict() for c in content.categories]
+        check_same_categories(things, categories, "the things of the panoptic annotation", json_file)
+        self._objects: dict = {image.id: [] for image in content.images}
+        for annotation in content.annotations:
+            self._objects[annotation.image_id].append(annotation)
+
+    def objects(self, image_id, size: tuple[int, int]) -> list[dict]:
+        """COCO's annotations of an image of this (height, width). Raises ValueError for an image that is not listed.
+
+        The area, which only decides whether an object counts as small, is the JSON's unless the mask contradicts it.
+        """
+        if image_id not in self._objects:
+            raise ValueError(f"{self._json_file}: image {image_id!r} is not in `images`; add it, with its objects")
+        objects = []
+        for o in self._objects[image_id]:
+            try:
+                code = run_lengths(o.segmentation, size)
+            except ValueError as error:
+                raise DataError(f"{self._json_file}: an object of image {image_id!r} has {error}") from error
+            made = _object(image_id, o.category_id, int(o.iscrowd or 0), code)
+            believed = o.area is not None and made["area"] / 2 <= o.area <= made["area"] * 2
+            objects.append({**made, "area": o.area if believed else made["area"]})
+        return objects
+
+
+def _object(image_id, category_id: int, iscrowd: int, code: dict) -> dict:
+    shape = {"segmentation": code, "bbox": rle.toBbox(code).tolist(), "area": int(rle.area(code))}
+    return {"image_id": image_id, "category_id": category_id, "iscrowd": iscrowd, **shape}
+
+
+def coco_of(images: Sequence[Mapping], categories: Sequence[Mapping], objects: Sequence[Mapping]) -> COCO:
+    """An annotation for pycocotools. Objects are numbered from 1: to it, an object of id 0 is never found."""
+    coco = COCO()
+    coco.dataset = {
+        "images": list(images),
+        "categories": list(categories),
+        "annotations": [{**o, "id": n} for n, o in enumerate(objects, start=1)],
+    }
+    coco.createIndex()
+    return coco
 
 
 def average_precision(

@@ -53,8 +53,9 @@ class PanopticTarget:
     """The ground truth of one image, prepared to be compared with any number of predictions.
 
     gt_map: [H, W] integer ids (see `rgb_to_id`), 0 is void. gt_segments: COCO's `segments_info`: `id`, `category_id`,
-    optional `iscrowd` (0) and `area`. As in panopticapi, the area of the annotation is believed where it is given,
-    and an id of the map that is in no segment counts as background of unknown kind: not void.
+    optional `iscrowd` (0). As in panopticapi, an id of the map that is in no segment counts as background of unknown
+    kind: not void. The area of a segment is that of its mask, so that IoU and PQ stay in [0, 1]; panopticapi believes
+    the annotation's `area`, and so differs where that is wrong.
     """
 
     def __init__(self, gt_map: np.ndarray, gt_segments: Sequence[Mapping]):
@@ -65,7 +66,7 @@ class PanopticTarget:
         self._row = _position(self.ids, segment_ids)  # [G], -1 where the map lacks the segment
         self._category = np.array([s["category_id"] for s in gt_segments], dtype=np.int64)
         self._is_crowd = np.array([bool(s.get("iscrowd", 0)) for s in gt_segments], dtype=bool)
-        self._area = self._areas(gt_segments)
+        self._area = np.append(np.bincount(self._index, minlength=len(self.ids)), 0)[self._row]
         # Of several crowds of one category the official evaluation remembers the last.
         self._crowd = {int(c): g for g, c in enumerate(self._category) if self._is_crowd[g]}
 
@@ -99,10 +100,6 @@ class PanopticTarget:
             false_positive=category[false_alarm],
             false_negative=self._category[~found & ~self._is_crowd],
         )
-
-    def _areas(self, segments: Sequence[Mapping]) -> np.ndarray:
-        counted = np.append(np.bincount(self._index, minlength=len(self.ids)), 0)[self._row]
-        return np.array([s.get("area", n) for s, n in zip(segments, counted)], dtype=np.int64)
 
     def _confusion(self, pred_map: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Pixel counts [ids of the ground truth, ids of the prediction], and the latter ids.

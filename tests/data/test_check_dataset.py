@@ -60,7 +60,9 @@ FAULTS = {
     "area off": lambda t: _paint(t.panoptic(1), 0, (0, 0)),
     "unknown category": lambda t: _segments(t)[0].update(category_id=5),
     "duplicate segment id": lambda t: _segments(t).append(dict(_segments(t)[0])),
-    "segment id out of range": lambda t: _segments(t).append({"id": 0, "category_id": 3}),
+    "malformed annotation entry": lambda t: _segments(t).append({"id": 0, "category_id": 3}),
+    "malformed image entry": lambda t: t.content["images"][0].update(width="60"),
+    "file outside its folder": lambda t: t.content["images"][0].update(file_name="../images/1.png"),
     "duplicate image id": lambda t: t.content["images"].append(t.content["images"][0]),
     "image annotated twice": lambda t: t.content["annotations"].append(
         {**t.content["annotations"][0], "file_name": "2.png"}
@@ -70,7 +72,6 @@ FAULTS = {
     "annotation without image": lambda t: t.content["images"].pop(0),
     "incomplete image entry": lambda t: t.content["images"][0].pop("file_name"),
     "incomplete annotation entry": lambda t: t.content["annotations"][0].pop("segments_info"),
-    "empty annotation": lambda t: _segments(t).clear(),
     "crowd-only annotation": lambda t: [s.update(iscrowd=1) for s in _segments(t)],
     "duplicate category name": lambda t: t.content.update(
         categories=[t.content["categories"][0], *({**c, "name": "x"} for c in t.content["categories"][1:])]
@@ -103,14 +104,19 @@ def test_one_pixel_thin_image(tree, found):
 BOX_FAULTS = {  # what the JSON says; the fixture's images and boxes are good
     "missing image": lambda c: c["images"].append({"id": 2, "file_name": "2.png", "height": 40, "width": 60}),
     "image size differs from JSON": lambda c: c["images"][0].update(width=61),
-    "incomplete image entry": lambda c: c["images"][0].pop("height"),
+    "incomplete image entry": lambda c: c["images"][0].pop("file_name"),
+    "malformed image entry": lambda c: c["images"][0].update(height="40"),
     "duplicate image id": lambda c: c["images"].append(c["images"][0]),
     "incomplete annotation entry": lambda c: c["annotations"][0].pop("category_id"),
     "duplicate annotation id": lambda c: c["annotations"][0].update(id=2),
     "annotation without image": lambda c: c["annotations"][0].update(image_id=5),
     "unknown category": lambda c: c["annotations"][0].update(category_id=5),
-    "box that is not four numbers": lambda c: c["annotations"][0].update(bbox=[1, 2, None, 4]),
-    "empty box": lambda c: c["annotations"][0]["bbox"].__setitem__(3, 0),
+    "malformed annotation entry": lambda c: c["annotations"][0].update(bbox=[1, 2, None, 4]),
+    "empty box": lambda c: (c["annotations"][0]["bbox"].__setitem__(3, 0), c["annotations"][0].pop("area")),
+    "area off": lambda c: c["annotations"][0].update(area=1000),
+    "no object": lambda c: c["annotations"].clear(),
+    "no image": lambda c: (c["images"].clear(), c["annotations"].clear()),
+    "image file used twice": lambda c: c["images"].append({"id": 2, "file_name": "1.png"}),
     "box outside its image": lambda c: c["annotations"][0]["bbox"].__setitem__(2, 51.5),
     "duplicate category name": lambda c: c["categories"].append({"id": 5, "name": "four"}),
 }
@@ -207,6 +213,57 @@ def test_summary_counts_and_limits(tree, found, forget):
     assert lines[0] == "missing image: 5" and lines[-1].strip() == "... and 3 more" and len(lines) == 4
 
 
+def test_an_image_without_objects_is_a_normal_negative(tree, found):
+    tree.add(3, np.zeros((20, 20), np.int32), {})
+    assert found() == {}
+
+
+def test_a_set_without_images_is_a_finding(tree, found):
+    tree.content.update(images=[], annotations=[])
+    assert list(found()) == ["no image"]
+
+
+def test_data_mostly_void_are_told_and_what_that_means(tree, found):
+    ids = np.zeros((40, 100), np.int32)
+    ids[:5, :8] = 300
+    tree.add(3, ids, {300: 7})
+    (share,) = found()["mostly void"]
+    void = 4 * 60 + 4 * 30 + 40 * 100 - 40  # of 40 x 60, 50 x 30 and 40 x 100 pixels
+    assert share.startswith(f"{void / 7900:.0%} of the pixels")
+    told = []
+    (finding,) = check_dataset("own", tell=told.append)
+    assert "PQ ignores predictions that lie mostly on void" in finding.remedy and "isthing 0" in finding.remedy
+    assert told == [
+        f"own: {void / 7900:.0%} of the pixels are void, where a prediction counts neither as right nor wrong"
+    ]
+
+
+@pytest.mark.parametrize("name", ["animals", "car"])
+def test_a_category_that_only_groups_others_gets_a_remedy(tree, found, name):
+    """As Roboflow writes it: category 0 is the supercategory of the others."""
+    others = [{**c, "supercategory": name} for c in tree.content["categories"]]
+    tree.content["categories"] = [{"id": 0, "name": name, "isthing": 1, "supercategory": "none"}, *others]
+    kinds = found()
+    assert kinds.pop("category that only groups others") == [
+        f"category 0 ({name}) has no annotation and is the supercategory of others"
+    ]
+    assert list(kinds) == (["duplicate category name"] if name == "car" else [])
+
+
+def test_a_png_with_other_ids_is_not_to_be_emptied(tree, found):
+    pixels = np.array(Image.open(tree.panoptic(1)))
+    Image.fromarray(pixels[..., ::-1]).save(tree.panoptic(1))  # BGR
+    assert list(found()) == ["PNG with other ids than the JSON"]
+    (finding,) = check_dataset("own")
+    assert "do not delete anything" in finding.remedy
+
+
+def test_the_check_goes_on_after_whatever_an_image_does(tree, found, monkeypatch):
+    tree.image(2).unlink()
+    monkeypatch.setattr("eco_m2f.data.check_files.read_ids", lambda path: 1 / 0)
+    assert sorted(found()) == ["image that cannot be checked"]
+
+
 @pytest.fixture
 def run(script, monkeypatch, capsys):
     """Runs tools/check_dataset.py: (exit code, what it printed)."""
@@ -231,6 +288,35 @@ def test_command_line(tree, forget, run):
     tree.image(1).unlink()
     code, told = run("own", "--custom", custom)
     assert code == 1 and told.count(str(tree.image(1))) == 1
+
+
+def test_command_line_lists_all_that_is_wrong_with_a_json_that_cannot_be_registered(tree, forget, run):
+    tree.content["categories"] = [{**c, "isthing": str(c["isthing"])} for c in tree.content["categories"]]
+    tree.content["images"][0]["width"] = "60"
+    code, told = run("--custom", f"name=own,{tree.save().spec}")
+    assert code == 1 and "own: 4 finding(s)" in told
+    assert "malformed category entry: 3" in told and "malformed image entry: 1" in told
+
+
+def test_command_line_names_the_key_that_was_meant(own, tree, forget, run):
+    """An instance JSON as json=, and a panoptic one as boxes=."""
+    path, _ = own
+    code, told = run("--custom", f"name=x,images=a,panoptic=b,json={path}", "--lines", "3")
+    assert code == 1 and "give it as boxes=" in told and "x: 1 finding(s)" in told
+    code, told = run("--custom", f"name=x,images=a,boxes={tree.json}")
+    assert code == 1 and "Give it as json=" in told and "x: 1 finding(s)" in told
+
+
+def test_command_line_compares_with_the_training_set(tree, forget, run):
+    content = json.loads(tree.json.read_text())
+    content["categories"][0]["name"] = "lorry"
+    (tree.base / "val.json").write_text(json.dumps(content))
+    customs = ["--custom", f"name=a,{tree.spec}", "--custom", f"name=b,{tree.spec.replace('pan.json', 'val.json')}"]
+    assert run(*customs)[0] == 0
+    code, told = run(*customs, "--train", "a")
+    assert code == 1 and "a: 0 finding(s)" in told and "categories other than the training set's: 1" in told
+    code, told = run(*customs, "--train", "c")
+    assert code == 2 and "'c' is not registered" in told
 
 
 def test_command_line_errors_are_one_message(tree, forget, run):

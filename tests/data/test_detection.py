@@ -55,17 +55,17 @@ def test_mistakes_are_explained(own, forget):
         register(path.with_name("list.json"), "other")
     for spoil, message in (
         (lambda c: c.pop("categories"), r"lacks \['categories'\]"),
-        (lambda c: c["annotations"][1].pop("bbox"), "annotation 2 has no bbox"),
-        (lambda c: c["annotations"][1].update(bbox=None), "annotation 2 has no bbox"),
-        (lambda c: c["categories"][0].pop("name"), r"category .* lacks \['name'\]"),
-        (lambda c: c["categories"].append(c["categories"][0]), "ids must be present and unique"),
-        (lambda c: c.update(images=[], annotations=[]), "lists no image"),
+        (lambda c: c["annotations"][1].pop("bbox"), r"annotations\[1\] \(id 2, image_id 1\) lacks bbox"),
+        (lambda c: c["annotations"][1].update(bbox=None), r"\(id 2, image_id 1\): bbox is None"),
+        (lambda c: c["categories"][0].pop("name"), "category entry: .* lacks name"),
+        (lambda c: c["categories"].append(c["categories"][0]), "ids of categories must be unique"),
+        (lambda c: c.update(images=[], annotations=[]), "`images` is empty"),
     ):
         spoiled = json.loads(json.dumps(content))
         spoil(spoiled)
         path.write_text(json.dumps(spoiled))
         with pytest.raises(DataError, match=message):
-            register(path, "own_boxes" if "no image" in message else "spoiled")
+            register(path, "own_boxes" if "empty" in message else "spoiled")
 
 
 def test_boxes_come_as_corners_without_crowds(own, box_cfg):

@@ -1,5 +1,7 @@
 """Mappers: what comes out for known images, and that image and masks move together."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -196,11 +198,13 @@ def test_coco_sample(shared, forget, cfg):
     cfg.INPUT.IMAGE_SIZE = 640
     mapper, records = build_train_mapper(cfg), DatasetCatalog.get("sample")
     assert [len(r["segments_info"]) for r in records] == [18, 32]
+    listed = json.loads((base / "panoptic_examples.json").read_text())["annotations"]
+    areas = {(a["image_id"], s["id"]): s["area"] for a in listed for s in a["segments_info"]}
     for record in records:
         kept = [s for s in record["segments_info"] if not s["iscrowd"]]
         instances = mapper(record)["instances"]
         assert instances.gt_classes.tolist() == [s["category_id"] for s in kept]
-        assert instances.gt_masks.flatten(1).sum(1).tolist() == [s["area"] for s in kept]
+        assert instances.gt_masks.flatten(1).sum(1).tolist() == [areas[record["image_id"], s["id"]] for s in kept]
 
 
 def test_unknown_mapper_name_lists_the_known(cfg):

@@ -71,5 +71,11 @@ def test_disagreement_names_ids_and_file():
         index_map(ids, [1], "x.png")
     with pytest.raises(DataError, match=r"x.png: segments_info lists id\(s\) 8, 9 that own no pixel"):
         index_map(ids, [1, 8, 2, 9], "x.png")
+    with pytest.raises(
+        DataError, match=r"none of the ids in segments_info \(7, 8\).* holds 1, 2: .* not delete anything"
+    ):
+        index_map(ids, [7, 8], "x.png")
+    with pytest.raises(DataError, match="lists the id 0, which is void; a real segment needs another id"):
+        index_map(ids, [0, 1, 2], "x.png")
     with pytest.raises(DataError, match=r"\(7 in all\)"):
         index_map(np.arange(8, dtype=np.int32)[None], [])

@@ -137,6 +137,48 @@ def test_an_object_of_id_0_counts(dataset):
     assert BoxTarget([thing]).ap([detection]) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("change", [lambda o, n: o.update(id=n), lambda o, n: o.pop("id")], ids=["from 0", "none"])
+def test_annotation_ids_do_not_matter(dataset, change):
+    json_file, objects, outputs = dataset
+
+    def perfect() -> dict:
+        evaluator = BoxEvaluator(BoxGroundTruth(NAME))
+        for i in outputs:
+            found = Instances((120, 120))
+            boxes = torch.tensor([o["bbox"] for o in objects if o["image_id"] == i]).reshape(-1, 4)
+            found.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1))
+            found.pred_classes = torch.tensor([CONTIGUOUS[o["category_id"]] for o in objects if o["image_id"] == i])
+            found.scores = torch.full((len(boxes),), 0.9)
+            evaluator.process([{"image_id": i}], [{"instances": found}])
+        return evaluator.evaluate()["bbox"]
+
+    expected = perfect()
+    content = json.loads(json_file.read_text())
+    for n, o in enumerate(content["annotations"]):
+        change(o, n)
+    json_file.write_text(json.dumps(content))
+    assert perfect() == pytest.approx(expected, nan_ok=True) and expected["AP"] == pytest.approx(100)
+
+
+def test_a_dataset_without_any_object(dataset):
+    json_file, _, outputs = dataset
+    content = json.loads(json_file.read_text())
+    json_file.write_text(json.dumps({**content, "annotations": []}))
+    evaluator = BoxEvaluator(BoxGroundTruth(NAME))
+    evaluator.process([{"image_id": i} for i in outputs], [{"instances": o} for o in outputs.values()])
+    result = evaluator.evaluate()["bbox"]
+    assert np.isnan(result["AP"]) and result["AP_image"] == 0
+
+
+def test_a_file_of_other_categories_is_refused(dataset):
+    json_file = dataset[0]
+    content = json.loads(json_file.read_text())
+    content["categories"][0]["name"] = "lion"
+    json_file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="boxes.json are not those of dataset.*7 cat.*7 lion"):
+        BoxGroundTruth(NAME)
+
+
 def test_detections_are_in_the_ids_of_the_file(dataset):
     _, _, outputs = dataset
     found = BoxGroundTruth(NAME).detections(100, outputs[100])
@@ -152,5 +194,5 @@ def test_what_is_missing_is_named(dataset):
     with pytest.raises(ValueError, match="'toy_panoptic_val' has no json_file"):
         BoxGroundTruth("toy_panoptic_val")
     dataset[0].unlink()
-    with pytest.raises(ValueError, match="boxes.json of dataset .* does not exist"):
+    with pytest.raises(ValueError, match="boxes.json: detection JSON not found"):
         BoxEvaluator(BoxGroundTruth(NAME))

@@ -12,6 +12,7 @@ from panoptic_dataset import CATEGORIES, CONTIGUOUS, make_outputs, register, unr
 from PIL import Image
 
 from eco_m2f.evaluation import ExitStatistics, InstanceEvaluator, PanopticEvaluator, SemanticEvaluator, evaluators_for
+from eco_m2f.evaluation.collect import gather_rows
 from eco_m2f.evaluation.ground_truth import PanopticGroundTruth, semantic_map
 from eco_m2f.evaluation.panoptic_quality import rgb_to_id
 
@@ -136,6 +137,76 @@ def test_instances_equal_pycocotools_on_an_instance_json(dataset):
         measured = [result[k] for k in ("AP", "AP50", "AP75", "APs", "APm", "APl")]
         np.testing.assert_allclose(measured, expected, atol=1e-9)
     assert derived["AP"] == pytest.approx((derived["AP-cat"] + derived["AP-dog"]) / 2)
+
+
+def _instance_json(root, annotations, change=lambda content: None):
+    """The thing segments as an instance JSON whose ids begin at 0, after a change."""
+    objects = []
+    for a in annotations:
+        id_map = rgb_to_id(np.array(Image.open(root / "panoptic" / a["file_name"])))
+        for s in (s for s in a["segments_info"] if CONTIGUOUS[s["category_id"]] < 2):
+            counts = np.diff(
+                np.flatnonzero(np.diff((id_map == s["id"]).ravel(order="F"), prepend=0, append=-1))
+            ).tolist()
+            first = int(np.argmax((id_map == s["id"]).ravel(order="F")))
+            row = {"id": len(objects), "image_id": a["image_id"], "area": s["area"], "iscrowd": s["iscrowd"]}
+            code = {"size": [48, 64], "counts": [first, *counts]}
+            objects.append({**row, "category_id": s["category_id"], "segmentation": code})
+    images = [{"id": a["image_id"]} for a in annotations]
+    content = {"images": images, "annotations": objects, "categories": CATEGORIES[:2]}
+    change(content)
+    (root / "instances.json").write_text(json.dumps(content))
+    unregister(NAME)
+    register(NAME, root, json_file=str(root / "instances.json"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: None,
+        lambda c: [o.update(area=0) for o in c["annotations"]],
+        lambda c: [o.update(area=10**6) for o in c["annotations"]],
+        lambda c: [(o.pop("area"), o.pop("id")) for o in c["annotations"]],
+    ],
+    ids=["ids from 0", "area 0", "area huge", "neither"],
+)
+def test_instance_json_gives_the_same_however_its_objects_are_numbered(dataset, change):
+    root, annotations, inputs, outputs = dataset
+    expected = run(InstanceEvaluator(PanopticGroundTruth(NAME)), inputs, outputs)["segm"]
+    _instance_json(root, annotations, change)
+    result = run(InstanceEvaluator(PanopticGroundTruth(NAME)), inputs, outputs)["segm"]
+    assert result == pytest.approx(expected, nan_ok=True) and 5 < expected["AP"] < 95
+
+
+def test_instance_json_that_does_not_go_with_the_panoptic_one(dataset):
+    root, annotations, inputs, outputs = dataset
+    for change, told in (
+        (lambda c: c.update(categories=CATEGORIES[:1], annotations=[]), "7 dog"),
+        (lambda c: c["annotations"][0].update(category_id=77), "unknown category"),
+        (lambda c: c["images"].append(c["images"][0]), "duplicate image id"),
+    ):
+        _instance_json(root, annotations, change)
+        with pytest.raises(ValueError, match=f"instances.json.*{told}"):
+            InstanceEvaluator(PanopticGroundTruth(NAME))
+    for change, told in (
+        (lambda c: c.update(images=c["images"][1:], annotations=[]), "image 100 is not in `images`"),
+        (lambda c: c["annotations"][0]["segmentation"].update(size=[64, 48]), r"image 100 has a mask of \(64, 48\)"),
+    ):
+        _instance_json(root, annotations, change)
+        with pytest.raises(ValueError, match=f"instances.json: .*{told}"):
+            run(InstanceEvaluator(PanopticGroundTruth(NAME)), inputs, outputs)
+
+
+def test_ground_truth_of_other_categories_than_registered(dataset):
+    content = json.loads((dataset[0] / "panoptic.json").read_text())
+    content["categories"][0]["name"] = "lion"
+    (dataset[0] / "panoptic.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="panoptic.json are not those of dataset.*3 cat.*3 lion"):
+        PanopticGroundTruth(NAME)
+
+
+def test_ids_of_both_types_can_be_gathered():
+    assert list(gather_rows({"b": 1, 9: 2, "a": 3, -4: 4})) == [-4, 9, "a", "b"]
 
 
 def test_instances_without_any_prediction_score_zero(dataset):

@@ -108,6 +108,14 @@ def test_single_image_equals_panopticapi(tmp_path, seed):
     assert statistics.pq() == pytest.approx(expected["All"]["pq"], abs=1e-9)
 
 
+@pytest.mark.parametrize("area", [0, 7, 10**9, None, float("nan")])
+def test_the_area_of_a_segment_is_its_masks(area):
+    gt, gt_segments, pred, pred_segments = make_case(1)
+    expected = image_statistics(pred, pred_segments, gt, gt_segments)
+    believed = image_statistics(pred, pred_segments, gt, [{**s, "area": area} for s in gt_segments])
+    assert believed.pq() == expected.pq() <= 1 and believed.tp.tolist() == expected.tp.tolist()
+
+
 def test_coco_sample_equals_panopticapi(shared, tmp_path):
     root = shared / "data" / "coco_panoptic_sample" / "sample_data"
     annotation = json.loads((root / "panoptic_examples.json").read_text())

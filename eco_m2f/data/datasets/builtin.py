@@ -5,13 +5,15 @@ cityscapes_fine_panoptic_{train,val}.
 All paths lie under $DETECTRON2_DATASETS (./datasets if unset), read when this package is imported, as detectron2 does.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..toy import CATEGORIES as TOY_CATEGORIES
-from .coco_boxes import register_coco_boxes
-from .coco_panoptic_like import register_coco_panoptic_like
+from .coco_boxes import load_coco_boxes, register_coco_boxes
+from .coco_panoptic_like import load_coco_panoptic_like, register_coco_panoptic_like
 from .paths import datasets_root
 
 NUCLEI_CATEGORIES = [
@@ -29,6 +31,24 @@ def register_all(root: Path | None = None) -> None:
         _register_coco_with_sem_seg(split, root / "coco")
     for split in ("train", "val", "test"):
         _register_split("nuclei", split, root, NUCLEI_CATEGORIES)
+    read_official_names()
+
+
+def read_official_names() -> None:
+    """Lets this project's reader load the names that detectron2 registers, whose metadata stay as they are.
+
+    Its own readers take a JSON as it is. The records are the same, and have the sizes that the JSON knows besides.
+    """
+    for split in ("train", "val"):
+        for name in (f"coco_2017_{split}_panoptic", f"cityscapes_fine_panoptic_{split}"):
+            _replace(name, partial(load_coco_panoptic_like, MetadataCatalog.get(name).as_dict()))
+        name = f"coco_2017_{split}"
+        _replace(name, partial(load_coco_boxes, MetadataCatalog.get(name).as_dict()))
+
+
+def _replace(name: str, load: Callable[[], list[dict]]) -> None:
+    DatasetCatalog.remove(name)
+    DatasetCatalog.register(name, load)
 
 
 def _register_split(dataset: str, split: str, root: Path, categories: list[dict]) -> None:

@@ -4,14 +4,17 @@ The format: a folder of images, and one JSON with images, annotations (image_id,
 area, iscrowd) and categories (id, name, color). See https://cocodataset.org/#format-data.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
+from detectron2.structures import BoxMode
 
+from ..annotations import image_file, read_categories, read_registered
 from ..panoptic_map import DataError
-from .coco_panoptic_like import category_colors, check_categories, raise_unless_same, read_coco_json
-from .paths import inside
+from ..schema import DETECTION
+from .coco_panoptic_like import category_colors, raise_unless_same, size_of
 
 EVALUATOR_TYPE = "coco"  # detectron2's name of the format
 
@@ -26,12 +29,13 @@ def register_coco_boxes(
 ) -> None:
     """Registers a dataset and its metadata with detectron2's catalogs; registering the same again does nothing.
 
-    categories: those of the JSON, read from it if None (then it must exist now). outside: file names may lead out of
-    image_root. Contiguous class ids 0..C-1 follow
-    the categories' ids, as detectron2 has them. Raises DataError if the JSON is missing or malformed, ValueError if
-    the name is taken by other data.
+    categories: those of the JSON, read from it if None (then it must exist now); outside: whether file names may leave
+    `image_root`. Contiguous class ids 0..C-1 follow the categories' ids, as detectron2 has them.
+    Raises DataError if the JSON is missing or malformed, ValueError if the name is taken by other data.
     """
-    categories = sorted(read_box_json(json_file)["categories"] if categories is None else categories, key=_id)
+    if categories is None:
+        categories = [c.as_dict() for c in read_categories(json_file, DETECTION)]
+    categories = sorted(categories, key=lambda category: category["id"])
     meta = {
         "thing_classes": [c["name"] for c in categories],
         "thing_colors": category_colors(categories),
@@ -44,32 +48,31 @@ def register_coco_boxes(
     if name in DatasetCatalog.list():
         raise_unless_same(name, meta)
         return
-    DatasetCatalog.register(name, lambda: load_coco_boxes(name, image_root, json_file, outside))
+    DatasetCatalog.register(name, lambda: load_coco_boxes(meta))
     MetadataCatalog.get(name).set(**meta)
 
 
-def load_coco_boxes(name: str, image_root: str | Path, json_file: str | Path, outside: bool = False) -> list[dict]:
-    """detectron2's dataset dicts: file_name, image_id, height, width (pixels), annotations (contiguous category_id).
+def load_coco_boxes(meta: Mapping) -> list[dict]:
+    """Reads the JSON of a dataset with these metadata into detectron2's dataset dicts, in the order of the images' ids.
 
-    Raises DataError if the JSON is missing, malformed or without images, or names files out of image_root.
+    Each has file_name, image_id, annotations (contiguous category_id, bbox, bbox_mode, area, iscrowd) and, where the
+    JSON has both, height and width (pixels). Raises DataError if the JSON is missing, wrong or without images.
     """
-    images = read_box_json(json_file)["images"]
-    if not images:
-        raise DataError(f"{json_file}: it lists no image")
-    for image in images:
-        inside(image_root, image["file_name"], outside)
-    return load_coco_json(str(json_file), str(image_root), name)
-
-
-def read_box_json(json_file: str | Path) -> dict:
-    """As `read_coco_json`, of the detection kind; every annotation is to have a box, every category id and name."""
-    content = read_coco_json(json_file, "detection")
-    check_categories(json_file, content["categories"], {"id", "name"})
-    boxless = next((a for a in content["annotations"] if len(a.get("bbox") or ()) != 4), None)
-    if boxless is not None:
-        raise DataError(f"{json_file}: annotation {boxless.get('id')} has no bbox [x, y, width, height]")
-    return content
-
-
-def _id(category: dict) -> int:
-    return category["id"]
+    metadata = SimpleNamespace(**meta)
+    content = read_registered(metadata)
+    classes = metadata.thing_dataset_id_to_contiguous_id
+    if unknown := sorted({c.id for c in content.categories} - classes.keys()):
+        raise DataError(f"{metadata.json_file}: categories {unknown} are not registered with the dataset")
+    objects: dict = {image.id: [] for image in content.images}
+    for o in content.annotations:
+        contiguous = {"category_id": classes[o.category_id], "bbox_mode": BoxMode.XYWH_ABS}
+        objects[o.image_id].append({**o.as_dict(), **contiguous})
+    return [
+        {
+            "file_name": image_file(metadata, image),
+            "image_id": image.id,
+            **size_of(image),
+            "annotations": objects[image.id],
+        }
+        for image in sorted(content.images, key=lambda image: image.id)
+    ]

@@ -5,13 +5,16 @@ segments_info) and categories (id, name, isthing, color). See https://cocodatase
 """
 
 import colorsys
-import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ..annotations import class_map_file, image_file, read_categories, read_registered
 from ..panoptic_map import DataError
-from .paths import inside
+from ..schema import PANOPTIC, Image, PanopticAnnotation, Segment
 
 EVALUATOR_TYPE = "panoptic_like"  # PQ, mIoU and AP, all from the panoptic ground truth
 
@@ -32,12 +35,13 @@ def register_coco_panoptic_like(
 
     Args: categories: those of the JSON, read from it if None (then the JSON must exist now); sem_seg_root: a folder
     of class-map PNGs named as the panoptic ones, for evaluators that want them; instances_json: COCO instance
-    annotations for AP, where the dataset has them; outside: file names may lead out of their folders.
+    annotations for AP, where the dataset has them; outside: whether file names may leave `image_root` and
+    `panoptic_root`, by `..` or as absolute paths.
     Contiguous class ids 0..C-1 follow the order of the categories, things and stuff alike.
     Raises DataError if the JSON is missing or malformed, ValueError if the name is taken by other data.
     """
     if categories is None:
-        categories = read_categories(panoptic_json)
+        categories = [c.as_dict() for c in read_categories(panoptic_json, PANOPTIC)]
     meta = {
         **category_metadata(categories),
         "image_root": str(image_root),
@@ -53,7 +57,7 @@ def register_coco_panoptic_like(
     if name in DatasetCatalog.list():
         raise_unless_same(name, meta)
         return
-    DatasetCatalog.register(name, lambda: load_coco_panoptic_like(image_root, panoptic_root, panoptic_json, meta))
+    DatasetCatalog.register(name, lambda: load_coco_panoptic_like(meta))
     MetadataCatalog.get(name).set(**meta)
 
 
@@ -80,86 +84,47 @@ def category_colors(categories: list[dict]) -> list[tuple[int, ...]]:
     return [tuple(c.get("color") or _color(i, len(categories))) for i, c in enumerate(categories)]
 
 
-def read_categories(panoptic_json: str | Path) -> list[dict]:
-    """The categories of a panoptic JSON, checked. Raises DataError."""
-    categories = read_coco_json(panoptic_json)["categories"]
-    check_categories(panoptic_json, categories, {"id", "name", "isthing"})
-    return categories
+def load_coco_panoptic_like(meta: Mapping) -> list[dict]:
+    """Reads the JSON of a dataset with these metadata into detectron2's dataset dicts.
 
-
-def check_categories(json_file: str | Path, categories: list[dict], keys: set[str]) -> None:
-    """Raises DataError where a category lacks a key, or ids are not unique."""
-    for category in categories:
-        missing = keys - category.keys()
-        if missing:
-            raise DataError(f"{json_file}: category {category} lacks {sorted(missing)}; add them")
-    ids = [c["id"] for c in categories]
-    if not ids or len(set(ids)) < len(ids):
-        raise DataError(f"{json_file}: category ids must be present and unique, got {ids}")
-
-
-def read_coco_json(json_file: str | Path, kind: str = "panoptic") -> dict:
-    """Parses a JSON of COCO's "panoptic" or "detection" kind and checks that it is one.
-
-    Raises DataError naming what is missing.
+    Each has file_name, image_id, pan_seg_file_name, segments_info (contiguous category_id, isthing, id, iscrowd),
+    height and width (pixels) where the JSON has both and, where the dataset has class maps, sem_seg_file_name.
+    Raises DataError where the JSON is wrong, or annotates no image.
     """
-    try:
-        content = json.loads(Path(json_file).read_text())
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{json_file}: {kind} JSON not found; datasets/README.md tells where each dataset's files belong "
-            "(the root is $DETECTRON2_DATASETS, ./datasets if unset)"
-        ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{json_file}: not a readable JSON file ({error})") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{json_file}: not in COCO {kind} format, it holds a {type(content).__name__}, not an object")
-    missing = [key for key in ("images", "annotations", "categories") if key not in content]
-    if missing:
-        raise DataError(f"{json_file}: not in COCO {kind} format, it lacks {missing}")
-    return content
+    metadata = SimpleNamespace(**meta)
+    content = read_registered(metadata)
+    if not content.annotations:
+        raise DataError(f"{metadata.panoptic_json}: it annotates no image; add annotations")
+    images = {image.id: image for image in content.images}
+    classes = {**metadata.stuff_dataset_id_to_contiguous_id, **metadata.thing_dataset_id_to_contiguous_id}
+    things = set(metadata.thing_dataset_id_to_contiguous_id)
+    if unknown := sorted({c.id for c in content.categories} - classes.keys()):
+        raise DataError(f"{metadata.panoptic_json}: categories {unknown} are not registered with the dataset")
+    return [_record(images[a.image_id], a, metadata, classes, things) for a in content.annotations]
 
 
-def load_coco_panoptic_like(
-    image_root: str | Path, panoptic_root: str | Path, panoptic_json: str | Path, meta: dict
-) -> list[dict]:
-    """Reads the JSON into detectron2's dataset dicts.
-
-    Each has file_name, image_id, height, width (pixels), pan_seg_file_name, segments_info (contiguous category_id,
-    isthing, id, iscrowd and what else the JSON holds) and, with meta["sem_seg_root"], sem_seg_file_name.
-    Raises DataError where an annotation has no image, or a category nobody declared, or a file name leads out of its
-    folder and meta["outside"] does not allow it.
-    """
-    outside = meta.get("outside", False)
-    content = read_coco_json(panoptic_json)
-    images = {image["id"]: image for image in content["images"]}
-    records = []
-    for annotation in content["annotations"]:
-        image = images.get(annotation["image_id"])
-        if image is None:
-            raise DataError(f"{panoptic_json}: image_id {annotation['image_id']!r} is annotated but not in `images`")
-        record = {
-            "file_name": inside(image_root, image["file_name"], outside),
-            "image_id": annotation["image_id"],
-            "height": image["height"],
-            "width": image["width"],
-            "pan_seg_file_name": inside(panoptic_root, annotation["file_name"], outside),
-            "segments_info": [_contiguous(s, meta, panoptic_json) for s in annotation["segments_info"]],
-        }
-        if meta.get("sem_seg_root"):
-            record["sem_seg_file_name"] = inside(meta["sem_seg_root"], annotation["file_name"], outside)
-        records.append(record)
-    if not records:
-        raise DataError(f"{panoptic_json}: it annotates no image")
-    return records
+def _record(
+    image: Image, annotation: PanopticAnnotation, metadata: SimpleNamespace, classes: dict[int, int], things: set[int]
+) -> dict:
+    class_map = class_map_file(metadata, image, annotation)
+    return {
+        "file_name": image_file(metadata, image),
+        "image_id": image.id,
+        **size_of(image),
+        "pan_seg_file_name": os.path.join(metadata.panoptic_root, annotation.file_name),
+        "segments_info": [_contiguous(s, classes, things) for s in annotation.segments_info],
+        **({"sem_seg_file_name": class_map} if class_map else {}),
+    }
 
 
-def _contiguous(segment: dict, meta: dict, panoptic_json: str | Path) -> dict:
-    category = segment["category_id"]
-    for key, isthing in (("thing_dataset_id_to_contiguous_id", True), ("stuff_dataset_id_to_contiguous_id", False)):
-        if category in meta[key]:
-            return {"iscrowd": 0, **segment, "category_id": meta[key][category], "isthing": isthing}
-    raise DataError(f"{panoptic_json}: segment {segment['id']} has category_id {category}, which no category declares")
+def _contiguous(segment: Segment, classes: dict[int, int], things: set[int]) -> dict:
+    contiguous = {"category_id": classes[segment.category_id], "isthing": segment.category_id in things}
+    return {"id": segment.id, "iscrowd": int(segment.iscrowd or 0), **contiguous}
+
+
+def size_of(image: Image) -> dict[str, int]:
+    """Height and width of an `images` entry that has both."""
+    return {} if image.height is None or image.width is None else {"height": image.height, "width": image.width}
 
 
 def raise_unless_same(name: str, meta: dict) -> None:

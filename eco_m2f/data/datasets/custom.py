@@ -7,8 +7,13 @@ instead: {name: cells, images: a, panoptic: b, json: c.json}. Paths follow the r
 import csv
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from ..annotations import read_categories
+from ..categories import in_order_of, registered_categories, same_categories
+from ..schema import PANOPTIC
 from .coco_boxes import register_coco_boxes
 from .coco_panoptic_like import register_coco_panoptic_like
 from .paths import check_there, resolve
@@ -69,38 +74,53 @@ def _split(spec: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def register_from_config(specs: Iterable[str | Mapping[str, str]], absent_ok: bool = False) -> list[str]:
+def register_from_config(
+    specs: Iterable[str | Mapping[str, str]], training: Sequence[str] = (), absent_ok: bool = False
+) -> list[str]:
     """Registers every dataset that cfg.DATASETS.CUSTOM lists and returns their names, in order.
 
-    absent_ok: leave out those whose JSON does not exist, as a model that only predicts can do without.
+    training: DATASETS.TRAIN. Classes are numbered as in the first of these; where there is none, as in the first
+    dataset of the list: others that list the same categories in another order follow it. absent_ok: leave out those
+    whose JSON does not exist, as a model that only predicts can do without.
     Raises ValueError or DataError where a description or its JSON is wrong. Calling it again does nothing new.
     """
     if isinstance(specs, (str, Mapping)):  # a lone string would be taken letter by letter
         raise ValueError(f'DATASETS.CUSTOM must be a list of entries, got {specs!r}: write ["..."]')
-    registered = []
-    for written in [parse_custom(spec) for spec in specs]:
-        fields = {k: v if k in ("name", "outside") else resolve(v) for k, v in written.items()}
-        annotation, kind = ("boxes", "detection") if "boxes" in fields else ("json", "panoptic")
-        if absent_ok and not os.path.exists(fields[annotation]):
-            logger.info("dataset %s is left out: %s does not exist", fields["name"], fields[annotation])
+    parsed = [fields for fields in (_resolved(parse_custom(spec), absent_ok) for spec in specs) if fields]
+    known = [registered_categories(MetadataCatalog.get(name)) for name in training if name in DatasetCatalog.list()]
+    order = {name: i for i, name in enumerate(training)}
+    for fields in sorted(parsed, key=lambda fields: order.get(fields["name"], len(order))):
+        if "boxes" in fields:
+            register_coco_boxes(fields["name"], fields["images"], fields["boxes"], outside="outside" in fields)
             continue
-        check_there(fields[annotation], written[annotation], kind)
-        _register(fields)
-        registered.append(fields["name"])
-    return registered
+        again = [registered_categories(MetadataCatalog.get(n)) for n in DatasetCatalog.list() if n == fields["name"]]
+        categories = _categories(fields["json"], again + known)
+        register_coco_panoptic_like(
+            fields["name"],
+            fields["images"],
+            fields["panoptic"],
+            fields["json"],
+            categories=categories,
+            instances_json=fields.get("instances"),
+            sem_seg_root=fields.get("sem_seg"),
+            outside="outside" in fields,
+        )
+        known.append(categories)
+    return [fields["name"] for fields in parsed]
 
 
-def _register(fields: Mapping[str, str]) -> None:
-    outside = "outside" in fields
-    if "boxes" in fields:
-        register_coco_boxes(fields["name"], fields["images"], fields["boxes"], outside=outside)
-        return
-    register_coco_panoptic_like(
-        fields["name"],
-        fields["images"],
-        fields["panoptic"],
-        fields["json"],
-        instances_json=fields.get("instances"),
-        sem_seg_root=fields.get("sem_seg"),
-        outside=outside,
-    )
+def _resolved(written: Mapping[str, str], absent_ok: bool) -> dict[str, str] | None:
+    """The fields of an entry with its paths as they are; None for one that is absent and may be."""
+    fields = {k: v if k in ("name", "outside") else resolve(v) for k, v in written.items()}
+    annotation, kind = ("boxes", "detection") if "boxes" in fields else ("json", "panoptic")
+    if absent_ok and not os.path.exists(fields[annotation]):
+        logger.info("dataset %s is left out: %s does not exist", fields["name"], fields[annotation])
+        return None
+    check_there(fields[annotation], written[annotation], kind)
+    return fields
+
+
+def _categories(json_file: str, known: Sequence[list[dict]]) -> list[dict]:
+    """The categories of a panoptic JSON, in the order of the first of the known lists that has the same."""
+    categories = [c.as_dict() for c in read_categories(json_file, PANOPTIC)]
+    return next((in_order_of(k, categories) for k in known if same_categories(k, categories)), categories)

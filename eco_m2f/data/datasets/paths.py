@@ -1,4 +1,4 @@
-"""Where the files of datasets lie: the root, paths that users write, and the file names that a JSON holds."""
+"""Where the files of datasets lie: the root, and paths that users write."""
 
 import os
 import string
@@ -35,20 +35,6 @@ def check_there(path: str, written: str, kind: str) -> None:
     hint = "correct the path, or make the file as datasets/README.md tells"
     if os.path.exists(written):
         hint = f"there is one in the working directory: write {os.path.abspath(written)}"
-    raise DataError(f"{os.path.abspath(path)}: {kind} JSON not found, written as {written!r}; {RULE}; {hint}")
-
-
-def inside(root: str | Path, name: str, outside: bool = False) -> str:
-    """The path of a file that a JSON names below a root.
-
-    Raises DataError where `..` or an absolute path leads out of the root, unless `outside` is allowed. Symbolic links
-    are followed wherever they lead: whoever can make them can read what they point to.
-    """
-    path = os.path.join(root, name)
-    base = os.path.abspath(root)
-    if outside or os.path.abspath(path).startswith(base.rstrip(os.sep) + os.sep):
-        return str(Path(path))
     raise DataError(
-        f"file name {name!r} leads out of {base}: correct it, or write outside=allowed into the DATASETS.CUSTOM entry "
-        "where this is meant"
-    )
+        f"{os.path.abspath(path)}: {kind} JSON not found, written as {written!r}; {RULE}; {hint}"
+    ) from FileNotFoundError(path)

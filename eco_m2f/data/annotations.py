@@ -1,0 +1,352 @@
+"""The one reader of a dataset's JSON: training, Step B, evaluation and the checker all see what it returns.
+
+    content = read("annotations/panoptic_val.json", PANOPTIC)    # right in every field, or a DataError
+    content, findings = examine(path, PANOPTIC)                  # what is right, and all that is wrong
+
+What the schema (`schema.py`) says of single fields is checked first, then what entries must not contradict: ids that
+are there twice, images without an entry, categories that nobody declares, files outside their folder.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from .panoptic_map import DataError
+from .schema import (
+    DETECTION,
+    INSTANCES,
+    PANOPTIC,
+    REMEDIES,
+    REMEDY,
+    Category,
+    Content,
+    DetectionContent,
+    Kind,
+    PanopticAnnotation,
+    PanopticContent,
+)
+
+SECTIONS = ("images", "annotations", "categories")
+BOM = b"\xef\xbb\xbf"
+CITYSCAPES = "cityscapes_panoptic_seg"  # detectron2's evaluator_type
+ADVICE = "tools/check_dataset.py lists all that is wrong"
+
+
+@dataclass(frozen=True, order=True)
+class Finding:
+    """One thing wrong: its kind (a short constant phrase), the file or id it concerns, and what to do."""
+
+    kind: str
+    where: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.where}; {self.remedy}"
+
+
+def read(json_file: str | Path, kind: Kind, outside: bool = False) -> Any:
+    """The file's content, an instance of `kind.content`.
+
+    outside: let file names leave the folder of the images, or of the PNGs. Raises DataError naming file, entry, field,
+    value and remedy of the first thing that is wrong.
+    """
+    content, findings = examine(json_file, kind, outside)
+    if findings:
+        more = f" ({len(findings)} findings in all; {ADVICE})" if len(findings) > 1 else ""
+        raise DataError(f"{json_file}: {findings[0]}{more}")
+    return content
+
+
+def examine(json_file: str | Path, kind: Kind, outside: bool = False) -> tuple[Any, list[Finding]]:
+    """The right entries of a file, and what is wrong with the others; see `read`.
+
+    Raises DataError where the file is missing, no JSON, or of another format.
+    """
+    data = _bytes(json_file, kind)
+    try:
+        content, findings, lost = msgspec.json.decode(data, type=kind.content), [], set()
+    except msgspec.ValidationError:
+        content, findings, lost = _entry_by_entry(_parsed(json_file, data), kind, json_file)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise DataError(_no_json(json_file, error)) from error
+    return content, findings + list(_contradictions(content, kind, outside, lost))
+
+
+def read_categories(json_file: str | Path, kind: Kind) -> list[Category]:
+    """The categories alone, checked; faster, and the rest of the file may be wrong. Raises DataError."""
+    data = _bytes(json_file, kind)
+    rest = [(section, msgspec.Raw) for section in ("images", "annotations")]
+    layout = msgspec.defstruct("Categories", [*rest, ("categories", list[kind.category])])
+    try:
+        categories = msgspec.json.decode(data, type=layout).categories
+    except msgspec.ValidationError as error:
+        content, findings, _ = _entry_by_entry(_parsed(json_file, data), kind, json_file)
+        for finding in findings:
+            if "categor" in finding.kind:
+                raise DataError(f"{json_file}: {finding}") from error
+        categories = content.categories
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise DataError(_no_json(json_file, error)) from error
+    for finding in _check_categories(categories):
+        raise DataError(f"{json_file}: {finding}")
+    return categories
+
+
+def kind_of(metadata) -> Kind:
+    """Whether a registered dataset has a panoptic or a detection JSON."""
+    return PANOPTIC if getattr(metadata, "panoptic_json", None) else DETECTION
+
+
+def read_registered(metadata) -> Any:
+    """`read` for the main JSON of a registered dataset."""
+    kind = kind_of(metadata)
+    json_file = metadata.panoptic_json if kind is PANOPTIC else metadata.json_file
+    return read(json_file, kind, getattr(metadata, "outside", False))
+
+
+def image_file(metadata, image) -> str:
+    """The path of an image of a registered dataset. Cityscapes keeps images in a folder per city, named by their id."""
+    if getattr(metadata, "evaluator_type", None) == CITYSCAPES:
+        return os.path.join(metadata.image_root, str(image.id).split("_")[0], f"{image.id}_leftImg8bit.png")
+    return os.path.join(metadata.image_root, image.file_name)
+
+
+def class_map_file(metadata, image, annotation: PanopticAnnotation) -> str | None:
+    """The path of an image's class map, where the dataset has one."""
+    if getattr(metadata, "evaluator_type", None) == CITYSCAPES:
+        return os.path.join(metadata.gt_dir, str(image.id).split("_")[0], f"{image.id}_gtFine_labelTrainIds.png")
+    root = getattr(metadata, "sem_seg_root", None)
+    return os.path.join(root, annotation.file_name) if root else None
+
+
+def leaves_folder(file_name: str) -> bool:
+    """Whether a path that should lie below a folder does not: absolute, with a drive, or through `..`."""
+    parts = file_name.replace("\\", "/").split("/")
+    return ".." in parts or not parts[0] or parts[0] == "~" or (len(parts[0]) == 2 and parts[0][1] == ":")
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+def _bytes(json_file: str | Path, kind: Kind) -> bytes:
+    try:
+        return Path(json_file).read_bytes().removeprefix(BOM)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{json_file}: {kind.name} JSON not found; datasets/README.md tells where each dataset's files belong "
+            "(the root is $DETECTRON2_DATASETS, ./datasets if unset)"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{json_file}: not a readable JSON file ({error})") from error
+
+
+def _parsed(json_file: str | Path, data: bytes) -> Any:
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise DataError(_no_json(json_file, error)) from error
+
+
+def _no_json(json_file: str | Path, error: Exception) -> str:
+    return (
+        f"{json_file}: not a readable JSON file ({error}); it must be UTF-8 and whole, and JSON knows no NaN and no "
+        "Infinity: restore it, or write it anew"
+    )
+
+
+def _entry_by_entry(raw: Any, kind: Kind, json_file: str | Path) -> tuple[Any, list[Finding], set]:
+    """What is right in a file that is not right as a whole, the findings, and (list, id) of the entries left out.
+
+    Raises DataError where it is of another format.
+    """
+    _raise_unless_of_kind(raw, kind, json_file)
+    kept: dict[str, list] = {}
+    findings, lost = [], set()
+    for section in SECTIONS:
+        kept[section] = []
+        for i, entry in enumerate(raw[section]):
+            try:
+                kept[section].append(msgspec.convert(_whole(entry), kind.entry(section)))
+            except msgspec.ValidationError as error:
+                findings.append(_explained(error, section, i, entry))
+                lost.add((section, str(entry.get("id")) if isinstance(entry, dict) else ""))
+    return kind.content(**kept), findings, lost
+
+
+def _whole(value: Any) -> Any:
+    """The value with 96 for 96.0, as whole numbers come out of tables, wherever it is exact."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() and abs(value) < 1 << 53 else value
+    if isinstance(value, list):
+        return [_whole(v) for v in value]
+    return {k: _whole(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _raise_unless_of_kind(raw: Any, kind: Kind, json_file: str | Path) -> None:
+    told = f"{json_file}: not in COCO {kind.name} format"
+    if not isinstance(raw, dict):
+        raise DataError(f"{told}, it holds a {_type(raw)}, not an object")
+    if missing := [key for key in SECTIONS if key not in raw]:
+        raise DataError(f"{told}, it lacks {missing}; {REMEDY}")
+    if wrong := [key for key in SECTIONS if not isinstance(raw[key], list)]:
+        raise DataError(f"{told}, its {wrong[0]!r} must be a list, not {_type(raw[wrong[0]])}; {REMEDY}")
+    entries = [a for a in raw["annotations"] if isinstance(a, dict)]
+    panoptic = any("segments_info" in a for a in entries)
+    if kind is PANOPTIC and not panoptic and any("bbox" in a or "segmentation" in a for a in entries):
+        raise DataError(
+            f"{told}: it is a detection or instance JSON, each annotation one object. For DETR give it as boxes=; "
+            "beside a panoptic JSON, as instances=. json= is the panoptic JSON, with segments_info and PNGs"
+        )
+    if kind is not PANOPTIC and panoptic:
+        key = "boxes" if kind is DETECTION else "instances"
+        raise DataError(f"{told}: it is a panoptic JSON, with segments_info. Give it as json=, not as {key}=")
+
+
+def _explained(error: msgspec.ValidationError, section: str, i: int, entry: Any) -> Finding:
+    """The finding on an entry that is not as the schema says; msgspec tells the reason and the path of the field."""
+    reason, _, path = str(error).partition(" - at `$")
+    path = path.rstrip("`").lstrip(".")
+    singular = {"images": "image", "annotations": "annotation", "categories": "category"}[section]
+    name = f"{section}[{i}]{_identity(entry)}"
+    if absent := re.fullmatch(r"Object missing required field `(\w+)`", reason):
+        field = absent[1]
+        told = f"{name} lacks {field}{_of_segment(entry, path)}"
+        return Finding(f"incomplete {singular} entry", told, _remedy(field, path))
+    field = (re.findall(r"\w*[a-z_]\w*", path) or [""])[-1]
+    told = f"{name}: {path or 'it'} is {_value(entry, path)}; {reason[:1].lower()}{reason[1:]}"
+    remedy = _remedy(field, path if re.search("[<>]=", reason) else "")
+    return Finding(f"malformed {singular} entry", told, remedy)
+
+
+def _identity(entry: Any) -> str:
+    """What tells an entry from others, for a message."""
+    keys = ("id", "image_id", "file_name", "name")
+    known = [f"{key} {_short(entry[key])}" for key in keys if key in entry] if isinstance(entry, dict) else []
+    return f" ({', '.join(known)})" if known else ""
+
+
+def _of_segment(entry: Any, path: str) -> str:
+    return f" of a segment, {path}: {_value(entry, path)}" if path.startswith("segments_info") else ""
+
+
+def _remedy(field: str, path: str) -> str:
+    """What to write; path: of the field in its entry where its value is out of range or missing."""
+    inner = field == "id" and path.startswith("segments_info")
+    return REMEDIES.get("id of a segment" if inner else field, REMEDY)
+
+
+def _value(entry: Any, path: str) -> str:
+    """The value at a path as msgspec writes it, such as segments_info[2].id; shortened."""
+    for name, index in re.findall(r"([A-Za-z_]\w*)|\[(\d+)\]", path):
+        try:
+            entry = entry[name] if name else entry[int(index)]
+        except (LookupError, TypeError):
+            break
+    return _short(entry)
+
+
+def _short(value: Any, most: int = 80) -> str:
+    text = ascii(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def _type(value: Any) -> str:
+    return {"NoneType": "null", "str": "text", "dict": "object"}.get(type(value).__name__, type(value).__name__)
+
+
+# --- what entries must not contradict --------------------------------------------------------------------------------
+
+
+def _contradictions(content: Content, kind: Kind, outside: bool, lost: set) -> Iterator[Finding]:
+    """lost: (list, id as text) of entries that are there, but wrong by themselves."""
+    images, annotations = [image.id for image in content.images], content.annotations
+    if not images and not lost:
+        yield Finding("no image", "`images` is empty", "list the images, with their annotation")
+    yield from _check_categories(content.categories, any(section == "categories" for section, _ in lost))
+    yield from repeated([c.name for c in content.categories], "duplicate category name", "give each its own name")
+    texts = sum(isinstance(i, str) for i in images)
+    if 0 < texts < len(images):
+        told = f"{texts} of {len(images)} are texts, such as {next(i for i in images if isinstance(i, str))!r}"
+        yield Finding("image ids of two types", told, "write all of them as numbers, or all as texts")
+    yield from repeated(images, "duplicate image id", "keep one of the `images` entries, or give each image its own id")
+    for i in sorted({a.image_id for a in annotations} - set(images), key=str):
+        if ("images", str(i)) not in lost:
+            remedy = "add the image to `images`, or correct image_id"
+            yield Finding("annotation without image", f"image id {i!r}", remedy)
+    if not outside and kind is not INSTANCES:
+        yield from _check_names(content, kind)
+    known = {c.id for c in content.categories}
+    if lost:
+        known |= {a for a in _used(content, kind) - known if ("categories", str(a)) in lost}
+    yield from _check_segments(content, known) if kind is PANOPTIC else _check_objects(content, known)
+
+
+def _used(content: Content, kind: Kind) -> set[int]:
+    """The categories that annotations have."""
+    annotations = content.annotations
+    return {o.category_id for a in annotations for o in (a.segments_info if kind is PANOPTIC else (a,))}
+
+
+def _check_categories(categories: list[Category], lost: bool = False) -> Iterator[Finding]:
+    if not categories and not lost:
+        yield Finding("no category", "`categories` is empty", "list every category with its id and name")
+    yield from repeated([c.id for c in categories], "duplicate category id", "ids of categories must be unique")
+
+
+def _check_names(content: Content, kind: Kind) -> Iterator[Finding]:
+    entries = [*content.images, *(content.annotations if kind is PANOPTIC else ())]
+    for name in sorted({e.file_name for e in entries if leaves_folder(e.file_name) or "\0" in e.file_name}):
+        told = f"file_name {_short(name)} is absolute, leads through .., or is no name of a file"
+        remedy = (
+            "name files by their paths below the folder that is registered, or allow it there (DATASETS.CUSTOM: "
+            "outside=allowed)"
+        )
+        yield Finding("file outside its folder", told, remedy)
+
+
+def _check_segments(content: PanopticContent, known: set[int]) -> Iterator[Finding]:
+    annotated = [a.image_id for a in content.annotations]
+    yield from repeated(annotated, "image annotated twice", "merge the annotations, or delete one of them")
+    names = [a.file_name for a in content.annotations]
+    yield from repeated(names, "panoptic PNG used twice", "give each image its own PNG")
+    for annotation in content.annotations:
+        segments = annotation.segments_info
+        if len({s.id for s in segments}) < len(segments):
+            ids = [s.id for s in segments]
+            remedy = "give each segment its own id, in the JSON and in the pixels of its PNG"
+            yield from repeated(ids, "duplicate segment id", remedy, f"{annotation.file_name}: ")
+        for s in segments:
+            if s.category_id not in known:
+                told = f"{annotation.file_name}: segment {s.id} has category_id {s.category_id}"
+                yield Finding("unknown category", told, "declare it in `categories`, or correct it")
+
+
+def _check_objects(content: DetectionContent, known: set[int]) -> Iterator[Finding]:
+    for i, o in enumerate(content.annotations):
+        if o.category_id not in known:
+            yield Finding("unknown category", f"{_object(i, o)}: {o.category_id}", "declare it in `categories`")
+        if o.ignore:
+            yield Finding("object to be ignored", f"{_object(i, o)} has ignore 1", REMEDIES["ignore"])
+        if isinstance(getattr(o, "segmentation", None), list) and not any(map(is_polygon, o.segmentation)):
+            told = f"{_object(i, o)} has no polygon of three points or more: {_short(o.segmentation)}"
+            yield Finding("object without a mask", told, REMEDIES["segmentation"])
+
+
+def is_polygon(points: list[float]) -> bool:
+    """Whether x1, y1, x2, y2, ... are three points or more."""
+    return len(points) >= 6 and len(points) % 2 == 0
+
+
+def _object(i: int, o) -> str:
+    return f"annotations[{i}]{'' if o.id is None else f' (id {o.id!r})'} of image {o.image_id!r}"
+
+
+def repeated(values: Iterable, kind: str, remedy: str, prefix: str = "") -> list[Finding]:
+    """A finding for each value that is there more than once."""
+    return [Finding(kind, f"{prefix}{v} ({n} times)", remedy) for v, n in Counter(values).items() if n > 1]

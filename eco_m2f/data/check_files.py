@@ -1,0 +1,148 @@
+"""What the files of one image reveal: the image, its panoptic PNG and its class map, against what the JSON says."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from .annotations import Finding
+from .images import open_image, remarks, to_rgb
+from .panoptic_map import NOT_ITS_IDS, RENUMBER, VOID, DataError, read_classes, read_ids
+
+STRAY = 0.01  # the share of labelled pixels from which on a class map contradicts its panoptic PNG
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """One image's files and what the JSON says of them. It can be pickled."""
+
+    image: str
+    panoptic: str | None = None
+    class_map: str | None = None
+    size: tuple[int, int] | None = None  # (height, width) in the JSON
+    areas: dict[int, float | None] = field(default_factory=dict)  # segment id -> area in the JSON
+    classes: dict[int, int] = field(default_factory=dict)  # segment id -> contiguous class
+    ignore: int = 255  # void in the class map
+    num_classes: int = 0
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What came out: the findings, and how many pixels the panoptic PNG has, in all and void."""
+
+    findings: list[Finding]
+    pixels: int = 0
+    void: int = 0
+
+
+def check_files(files: ImageFiles) -> Checked:
+    """Looks into the files of one image. Whatever goes wrong is a finding: no file ends the check of the others."""
+    try:
+        return _check_files(files)
+    except Exception as error:
+        told = f"{files.image} ({type(error).__name__}: {error})"
+        return Checked([Finding("image that cannot be checked", told, "restore its files, or make them anew")])
+
+
+def missing_files(files: ImageFiles) -> Iterator[Finding]:
+    """Those that are not there."""
+    remedies = {
+        "image": "restore it, or remove it from the JSON",
+        "panoptic PNG": "restore it; datasets/README.md tells how it is made",
+        "semantic PNG": "restore it; datasets/README.md tells how it is made",
+    }
+    for kind, path in zip(remedies, (files.image, files.panoptic, files.class_map)):
+        if path is not None and not Path(path).is_file():
+            yield Finding(f"missing {kind}", path, remedies[kind])
+
+
+def compare_class_map(files: ImageFiles, ids: np.ndarray) -> Iterator[Finding]:
+    """The class map against the classes of the panoptic PNG, whose segment ids are given."""
+    try:
+        classes = read_classes(files.class_map)
+    except DataError as error:
+        yield Finding("unreadable semantic PNG", str(error), "restore it, or make it again")
+        return
+    if classes.shape != ids.shape:
+        told = f"{files.class_map} is {by(classes.shape)} pixels, the panoptic PNG {by(ids.shape)}"
+        yield Finding("class map of another size", told, "make it again from the panoptic PNG")
+        return
+    used = np.unique(classes)
+    if unknown := [int(c) for c in used if c >= files.num_classes and c != files.ignore]:
+        told = f"{files.class_map}: class {unknown[0]}, where there are {files.num_classes} and {files.ignore} for void"
+        yield Finding("unknown class in a class map", told, "classes are contiguous, in the order of the categories")
+    expected = _classes_of(ids, files)
+    labelled = (classes != files.ignore) & (expected != files.ignore)
+    share = float((classes != expected)[labelled].mean()) if labelled.any() else 0.0
+    if share > STRAY:
+        told = f"{files.class_map}: {share:.0%} of the labelled pixels have another class than in {files.panoptic}"
+        yield Finding("class map contradicts panoptic PNG", told, "make it again from the panoptic PNG")
+
+
+def by(size: tuple[int, ...]) -> str:
+    """A (height, width) as people write it."""
+    return f"{size[1]}x{size[0]}"
+
+
+def _check_files(files: ImageFiles) -> Checked:
+    found = list(missing_files(files))
+    image = _image_size(files.image, found) if Path(files.image).is_file() else None
+    if image is not None and files.size is not None and image != files.size:
+        told = f"{files.image} is {by(image)} pixels, the JSON says {by(files.size)}"
+        found.append(Finding("image size differs from JSON", told, "correct width and height in the JSON"))
+    if image is not None and min(image) < 2:
+        found.append(Finding("image one pixel thin", f"{files.image} ({by(image)})", "remove it from the dataset"))
+    if files.panoptic is None or not Path(files.panoptic).is_file():
+        return Checked(found)
+    try:
+        ids = read_ids(files.panoptic, files.areas)
+    except DataError as error:
+        return Checked([*found, Finding("unreadable panoptic PNG", str(error), "make it again")])
+    if image is not None and ids.shape != image:
+        told = f"{files.panoptic} is {by(ids.shape)} pixels, its image {by(image)}"
+        found.append(Finding("PNG size differs from image", told, "make the PNG again at the image's size"))
+    found += _compare(files, ids)
+    if files.class_map is not None and Path(files.class_map).is_file():
+        found += compare_class_map(files, ids)
+    return Checked(found, ids.size, int((ids == VOID).sum()))
+
+
+def _image_size(path: str, found: list[Finding]) -> tuple[int, int] | None:
+    """(height, width) of an image that can be decoded whole; else None, and a finding."""
+    try:
+        opened = open_image(path)
+        rgb = to_rgb(opened, path)
+    except DataError as error:
+        found.append(Finding("unreadable image", str(error), "restore it, or remove it from the JSON"))
+        return None
+    found += [Finding(about, path, remedy) for about, remedy in remarks(opened, rgb)]
+    return rgb.shape[:2]
+
+
+def _compare(files: ImageFiles, ids: np.ndarray) -> Iterator[Finding]:
+    """The PNG's segments against the JSON's."""
+    drawn = {int(i): int(n) for i, n in zip(*np.unique(ids, return_counts=True), strict=True) if i != VOID}
+    stray, absent = sorted(drawn.keys() - files.areas.keys()), sorted(files.areas.keys() - drawn.keys())
+    if stray and absent and len(absent) == len(files.areas):
+        told = f"{files.panoptic}: ids {stray[:5]} in the PNG, {absent[:5]} in the JSON, none in both"
+        yield Finding("PNG with other ids than the JSON", told, NOT_ITS_IDS)
+        return
+    for i in stray:
+        yield Finding("segment in PNG, not in JSON", f"{files.panoptic}: id {i}", "list it in segments_info")
+    for i in absent:
+        remedy = (
+            RENUMBER if i == VOID else "compare the PNG with its source; delete it from the JSON if nothing is lost"
+        )
+        yield Finding("segment in JSON, not in PNG", f"{files.panoptic}: id {i}", remedy)
+    for i, area in files.areas.items():
+        if i in drawn and area is not None and area != drawn[i]:
+            told = f"{files.panoptic}: id {i} owns {drawn[i]} pixels, the JSON says {area:g}"
+            yield Finding("area off", told, "correct the area in the JSON; here the mask's is used")
+
+
+def _classes_of(ids: np.ndarray, files: ImageFiles) -> np.ndarray:
+    """[H, W] contiguous classes; `ignore` where there is no segment. Crowds have their class."""
+    values, inverse = np.unique(ids, return_inverse=True)
+    classes = np.array([files.classes.get(int(i), files.ignore) for i in values], dtype=np.int64)
+    return classes[inverse].reshape(ids.shape)

@@ -1,0 +1,178 @@
+"""What the JSON files of a dataset must hold: COCO's panoptic, detection and instance formats, field by field.
+
+datasets/README.md has the same as a table. Fields that are not named here are not read. null in an optional field
+means that the field is absent. Whole numbers may be written as 96.0; numbers in quotes are refused, and so is a number
+for a name. true and false are taken for 1 and 0.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct
+
+from .panoptic_map import RENUMBER
+
+Flag = Annotated[int, Meta(ge=0, le=1)] | bool
+Side = Annotated[int, Meta(ge=1, le=1 << 20)]  # pixels
+Text = Annotated[str, Meta(min_length=1, max_length=4096)]
+Count = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+ImageId = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | Text
+SegmentId = Annotated[int, Meta(ge=1, le=(1 << 24) - 1)]  # three bytes of a PNG; 0 is void
+Byte = Annotated[int, Meta(ge=0, le=255)]
+Place = Annotated[float, Meta(ge=-1e6, le=1e6)]  # pixels
+Extent = Annotated[float, Meta(ge=0, le=1e6)]  # pixels
+Box = tuple[Place, Place, Extent, Extent]  # left, top, width, height
+
+
+class Image(Struct, kw_only=True, gc=False):
+    """An entry of `images`. Where height or width is absent, both are those of the file."""
+
+    id: ImageId
+    file_name: Text
+    height: Side | None = None
+    width: Side | None = None
+
+
+class ListedImage(Struct, kw_only=True, gc=False):
+    """An entry of `images` in an instance JSON, which lies beside a panoptic one."""
+
+    id: ImageId
+
+
+class Category(Struct, kw_only=True, gc=False):
+    id: Count
+    name: Text
+    isthing: Flag | None = None
+    color: tuple[Byte, Byte, Byte] | None = None
+    supercategory: Any = None  # read to recognise a category that is none
+
+    def as_dict(self) -> dict:
+        """id, name and, where they are given, isthing (0 or 1) and color ([R, G, B])."""
+        kind = {} if self.isthing is None else {"isthing": int(self.isthing)}
+        return {"id": self.id, "name": self.name, **kind, **({} if self.color is None else {"color": list(self.color)})}
+
+
+class PanopticCategory(Category, kw_only=True, gc=False):
+    isthing: Flag
+
+
+class Segment(Struct, kw_only=True, gc=False):
+    """An entry of `segments_info`. Its area is only ever compared with its mask."""
+
+    id: SegmentId
+    category_id: Count
+    iscrowd: Flag | None = None
+    area: float | None = None
+
+    def as_dict(self) -> dict:
+        """id, category_id and iscrowd (0 or 1)."""
+        return {"id": self.id, "category_id": self.category_id, "iscrowd": int(self.iscrowd or 0)}
+
+
+class PanopticAnnotation(Struct, kw_only=True, gc=False):
+    image_id: ImageId
+    file_name: Text  # of the PNG
+    segments_info: list[Segment]
+
+
+class Object(Struct, kw_only=True, gc=False):
+    """An object with its box. The annotation's own id is not used: objects are numbered anew where that is needed."""
+
+    image_id: ImageId
+    category_id: Count
+    bbox: Box
+    area: float | None = None
+    iscrowd: Flag | None = None
+    ignore: Flag | None = None  # 1 is refused
+    id: int | str | None = None
+
+    def as_dict(self) -> dict:
+        """category_id, bbox (x y w h, pixels), iscrowd (0 or 1), area (the box's where the file's is wrong)."""
+        box = self.bbox[2] * self.bbox[3]
+        area = self.area if self.area and 0 < self.area <= 1.01 * box + 1 else box
+        kind = {"category_id": self.category_id, "iscrowd": int(self.iscrowd or 0)}
+        return {**kind, "bbox": list(self.bbox), "area": area}
+
+
+class Rle(Struct, kw_only=True):
+    """Run lengths of a mask, column by column, as numbers or in pycocotools' text form."""
+
+    size: tuple[Side, Side]  # height, width
+    counts: str | list[Count]
+
+
+class MaskedObject(Struct, kw_only=True, gc=False):
+    """An object of an instance JSON, with its mask."""
+
+    image_id: ImageId
+    category_id: Count
+    segmentation: list[list[Place]] | Rle
+    area: float | None = None
+    iscrowd: Flag | None = None
+    ignore: Flag | None = None  # 1 is refused
+    id: int | str | None = None
+
+
+class Content(Struct, kw_only=True):
+    """A whole file; images and annotations are what its kind has."""
+
+    images: list
+    annotations: list
+    categories: list[Category]
+
+
+class PanopticContent(Content, kw_only=True):
+    images: list[Image]
+    annotations: list[PanopticAnnotation]
+    categories: list[PanopticCategory]
+
+
+class DetectionContent(Content, kw_only=True):
+    images: list[Image]
+    annotations: list[Object]
+
+
+class InstanceContent(Content, kw_only=True):
+    images: list[ListedImage]
+    annotations: list[MaskedObject]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of JSON file: its name in messages, its schema as a whole, and that of the entries of each list."""
+
+    name: str
+    content: type[Content]
+    annotation: type[Struct]
+    category: type[Category] = Category
+    image: type[Struct] = Image
+
+    def entry(self, section: str) -> type[Struct]:
+        return {"images": self.image, "annotations": self.annotation, "categories": self.category}[section]
+
+
+PANOPTIC = Kind("panoptic", PanopticContent, PanopticAnnotation, PanopticCategory)
+DETECTION = Kind("detection", DetectionContent, Object)
+INSTANCES = Kind("instance", InstanceContent, MaskedObject, image=ListedImage)
+
+REMEDIES = {  # by field: what to write
+    "id of a segment": f"segment ids are whole numbers from 1 to 16777215, and 0 is void: {RENUMBER}",
+    "id": "ids are whole numbers, not in quotes (those of images may all be texts)",
+    "image_id": "write the id of an entry of `images`, as it is written there",
+    "category_id": "write the id of an entry of `categories`, a whole number of 0 or more",
+    "isthing": "write 1 for things and 0 for stuff, without quotes",
+    "iscrowd": "write 0 or 1, without quotes, or leave it out for 0",
+    "ignore": "leave such an object out; or write iscrowd 1: crowds are neither trained on nor found nor missed",
+    "height": "write a whole number of pixels, without quotes; or leave height and width out to have the image's own",
+    "width": "write a whole number of pixels, without quotes; or leave height and width out to have the image's own",
+    "file_name": "write a text: the file's path below the folder of the images, or of the PNGs",
+    "bbox": "write [x, y, width, height]: four numbers in pixels, the last two not negative",
+    "area": "write a number of pixels, or leave it out",
+    "color": "write [R, G, B], three whole numbers from 0 to 255, or leave it out",
+    "name": "write the name of the category, a text",
+    "segmentation": "write polygons [[x1, y1, x2, y2, x3, y3, ...], ...] of three points or more, or a run-length code",
+    "size": "write [height, width] of the image",
+    "counts": "write the run lengths as numbers, or as pycocotools' text",
+    "segments_info": "write the list of the PNG's segments; [] where the image has none",
+}
+REMEDY = "datasets/README.md has a table of the fields"
