@@ -24,7 +24,7 @@ from tqdm import tqdm
 from . import __version__
 from .data import PanopticTestMapper
 from .data.parallel import alongside
-from .data.present import check_present, loading
+from .data.present import loading
 from .derived import DEFAULT_MEASURE, ShardWriter, make_row, parent_sha256
 from .engine import check_datasets, check_model_classes
 from .evaluation.quality import BoxMeasure, PanopticMeasure
@@ -51,7 +51,6 @@ def derive(
         )
     if workers < 0:
         raise ValueError(f"--workers must be 0 or more, got {workers}")
-    check_present(dataset_name)
     check_datasets(cfg, [dataset_name])
     check_model_classes(model, dataset_name)
     with loading(dataset_name):

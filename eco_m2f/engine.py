@@ -286,7 +286,6 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode):
         super(DefaultTrainer, self).__init__()
         check_training(cfg, comm.get_world_size())
-        check_present(*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
         check_datasets(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
@@ -393,17 +392,23 @@ def distributed(model: nn.Module, unused: bool) -> nn.Module:
 
 
 def check_datasets(cfg: CfgNode, names: Sequence[str]) -> None:
-    """Stops early on a dataset without the annotation that the model needs, of other classes, or with a faulty JSON."""
+    """Stops early on a dataset that is not there, of other classes than the model's, or with a faulty JSON."""
     wanted = [entry for entry in cfg.DATASETS.CUSTOM if parse_custom(entry)["name"] in names]
     register_from_config(wanted, cfg.DATASETS.TRAIN)  # those that are absent end here
+    check_number_of_classes(cfg, names)
+    check_present(*names)
+    training = [name for name in cfg.DATASETS.TRAIN if name in DatasetCatalog.list()]
+    evaluated = cfg.DATASETS.TEST if cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON else ()
+    check_at_start(names, training[0] if training else None, evaluated)
+
+
+def check_number_of_classes(cfg: CfgNode, names: Sequence[str]) -> None:
+    """Stops on a dataset without the kind of annotation that the model needs, or of another number of classes."""
     known = cfg.MODEL.META_ARCHITECTURE in META_ARCH_REGISTRY  # else building the model says what is wrong
     parent = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE) if known else None
     annotation = getattr(parent, "annotation", "panoptic")
     for name in dict.fromkeys(names):
         check_class_count(name, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, annotation)
-    training = [name for name in cfg.DATASETS.TRAIN if name in DatasetCatalog.list()]
-    evaluated = cfg.DATASETS.TEST if cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON else ()
-    check_at_start(names, training[0] if training else None, evaluated)
 
 
 def check_model_classes(model: nn.Module, dataset_name: str) -> None:
@@ -477,7 +482,6 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
     """
     if not cfg.DATASETS.TEST:
         raise ValueError("DATASETS.TEST is empty: name a dataset to evaluate on")
-    check_present(*cfg.DATASETS.TEST)
     check_datasets(cfg, cfg.DATASETS.TEST)
     results = {}
     test = cfg.MODEL.MASK_FORMER.TEST
