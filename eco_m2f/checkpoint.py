@@ -3,8 +3,9 @@
 The functions deal with state dicts; `Checkpointer` binds them to a model. It differs from detectron2's
 DetectionCheckpointer, whose place it takes, in this:
 
-- a file cannot run code: a pickle may hold arrays and builtin containers only;
+- a file cannot run code: a pickle may hold arrays and builtin containers only; a damaged archive is refused;
 - official Mask2Former checkpoints load under their current and their legacy names (`upgrade_keys`);
+- values are checked before the model is touched: dense, finite, and numbers of the model's kind (`check_values`);
 - for evaluation every key has to fit (`check_fits`); for training from other weights what did not fit is reported,
   and a file of which no backbone tensor fits is an error;
 - weights with matching heuristics are matched with the backbone alone, so that an ImageNet model's last `norm.weight`
@@ -26,8 +27,8 @@ from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.utils.file_io import PathManager
 
 from .data.classes import check_same_classes, check_stored
-from .files import atomic_write, file_sha256
-from .safe_load import CheckpointError, read_checkpoint
+from .files import atomic_write, file_sha256, remove_leftovers
+from .safe_load import CheckpointError, check_archive, read_checkpoint
 
 __all__ = ["CheckpointError", "Checkpointer", "check_fits", "file_sha256", "read_checkpoint", "upgrade_keys"]
 
@@ -95,6 +96,35 @@ def check_fits(weights: Mapping[str, torch.Tensor], model: Mapping[str, torch.Te
     raise CheckpointError("\n  ".join(lines))
 
 
+def check_values(weights: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor], source: str) -> None:
+    """What the model will take must be dense, of its kind of number (any float for a float), and finite once it is.
+
+    Raises:
+        CheckpointError: lists the first keys of which this is not so.
+    """
+    taken = (k for k in model if k in weights and weights[k].shape == model[k].shape)
+    faults = [f"{k}: {fault}" for k in taken if (fault := _fault(weights[k], model[k].dtype))]
+    if faults:
+        lines = [f"{source} holds values that no training leaves; take an earlier or another checkpoint."]
+        raise CheckpointError("\n  ".join([*lines, *_listing("not as in the model", faults)]))
+
+
+def _fault(value: torch.Tensor, wanted: torch.dtype) -> str:
+    """What keeps a tensor from being loaded as one of that type; "" where nothing does."""
+    if value.is_meta or value.is_quantized or value.layout != torch.strided:
+        return "it is a " + ("meta" if value.is_meta else "quantized" if value.is_quantized else "sparse") + " tensor"
+    if _kind(value.dtype) != _kind(wanted):
+        return f"{value.dtype} in the checkpoint, {wanted} in the model"
+    broken = value.numel() - int(torch.isfinite(value.to(wanted)).sum())
+    return f"{broken} of {value.numel()} values are NaN or infinite" if broken else ""
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype.is_complex:
+        return "complex"
+    return "float" if dtype.is_floating_point else "bool" if dtype == torch.bool else "int"
+
+
 def _is_optional(key: str) -> bool:
     """BatchNorm's step counter is optional too: no result depends on it, and a frozen BatchNorm has none."""
     return key.startswith(EXIT_POLICY) or key.endswith(".num_batches_tracked")
@@ -138,7 +168,8 @@ def _backbone(state_dict: Mapping[str, torch.Tensor]) -> str:
 
 def _size(state_dict: Mapping[str, torch.Tensor], name: str, axis: int) -> int:
     """Size along an axis of the first tensor whose name ends in the pattern; 0 where there is none."""
-    return next((v.shape[axis] for k, v in state_dict.items() if re.search(rf"(^|\.){name}$", k)), 0)
+    shapes = (v.shape for k, v in state_dict.items() if re.search(rf"(^|\.){name}$", k))
+    return next((shape[axis] for shape in shapes if len(shape) > axis), 0)
 
 
 def _distinct(state_dict: Mapping[str, torch.Tensor], prefix: str) -> int:
@@ -206,7 +237,7 @@ class Checkpointer(DetectionCheckpointer):
         if strict and classes:
             self.model.set_classes(classes)
         for name in (name for name in names if name in checkpoint):
-            self.checkpointables[name].load_state_dict(checkpoint.pop(name))
+            self._load_state(name, checkpoint.pop(name), path)
         return checkpoint
 
     def load_for_evaluation(self, path: str) -> dict:
@@ -222,9 +253,13 @@ class Checkpointer(DetectionCheckpointer):
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
         """Go on from the newest checkpoint in `save_dir` where one is and resume is set, else load weights from path.
 
+        What a killed run left unfinished in `save_dir` goes.
+
         Raises:
             CheckpointError: `last_checkpoint` names a file that is gone, broken or without the training state.
         """
+        if self.save_dir and self.save_to_disk:
+            remove_leftovers(self.save_dir)
         if not (resume and self.has_checkpoint()):
             return self.load(path, checkpointables=[])
         return self.load(str(self._check_resumable()), strict=True)
@@ -298,29 +333,66 @@ class Checkpointer(DetectionCheckpointer):
         """Match, compare, and only then copy into the model."""
         model = self.model.state_dict()
         weights = upgrade_keys(checkpoint.pop("model"))
-        if checkpoint.pop("matching_heuristics", False):
-            weights = align_and_update_state_dicts(
-                _backbone_part(model), weights, c2_conversion=checkpoint.get("__author__") == "Caffe2"
-            )
+        if checkpoint.pop("matching_heuristics", False) is True:
+            weights = _matched(weights, _backbone_part(model), checkpoint.get("__author__") == "Caffe2", source)
         if strict:
             check_fits(weights, model, source)
         else:
             _report(weights, model, source)
+        check_values(weights, model, source)
         fitting = {k: v for k, v in weights.items() if k in model and v.shape == model[k].shape}
         self.model.load_state_dict(fitting, strict=False)
 
+    def _load_state(self, name: str, state: object, source: str) -> None:
+        """The state of a checkpointable, which knows itself what it needs."""
+        try:
+            self.checkpointables[name].load_state_dict(state)
+        except Exception as error:
+            raise CheckpointError(
+                f"the state of {name} in {source} does not go with this run ({type(error).__name__}: {error}): go on "
+                "with the config it was saved with, or start anew from its weights, without --resume"
+            ) from error
+
     def _check_resumable(self) -> Path:
-        """The file that `last_checkpoint` names, if it is whole; its archive's index stands at the file's end."""
-        last = Path(self.get_checkpoint_file())
-        if last.is_file() and zipfile.is_zipfile(last):
+        """The file that `last_checkpoint` names, if it is whole: every record of it has its checksum."""
+        note = Path(self.save_dir, "last_checkpoint")
+        try:
+            last = Path(self.get_checkpoint_file())
+        except ValueError as error:
+            raise CheckpointError(f"{note} holds no file name ({error}): write that of a checkpoint into it") from error
+        fault = _damage(last)
+        if not fault:
             return last
-        state = f"is truncated ({last.stat().st_size} bytes)" if last.is_file() else "does not exist"
-        whole = [p for p in Path(self.save_dir).glob("*.pth") if p != last and zipfile.is_zipfile(p)]
-        newest = max(whole, key=lambda p: p.stat().st_mtime, default=None)
+        others = sorted(Path(self.save_dir).glob("*.pth"), key=lambda p: p.stat().st_mtime, reverse=True)
+        newest = next((p for p in others if p != last and not _damage(p)), None)
         remedy = (
             f"to go on from {newest.name}, the newest whole one, write that name into it" if newest else "start anew"
         )
-        raise CheckpointError(f"{last.parent / 'last_checkpoint'} names {last.name}, which {state}; {remedy}")
+        raise CheckpointError(f"{note} names {last.name}, which {fault}; {remedy}")
+
+
+def _damage(path: Path) -> str:
+    """What is wrong with a checkpoint written here; "" where nothing is."""
+    if not path.is_file():
+        return "does not exist"
+    if not zipfile.is_zipfile(path):  # the index stands at an archive's end
+        return f"is truncated ({path.stat().st_size} bytes)"
+    try:
+        check_archive(path)
+    except CheckpointError as error:
+        return f"is damaged: {error.__cause__}"
+    return ""
+
+
+def _matched(weights: dict, backbone: dict[str, torch.Tensor], caffe2: bool, source: str) -> dict[str, torch.Tensor]:
+    """Weights under the names that detectron2's heuristics find for them in the backbone."""
+    try:
+        return align_and_update_state_dicts(backbone, weights, c2_conversion=caffe2)
+    except Exception as error:  # it expects the weights of a backbone
+        raise CheckpointError(
+            f"the names in {source} cannot be matched with the backbone's ({type(error).__name__}: {error}): is it for "
+            "another backbone?"
+        ) from error
 
 
 def _backbone_part(model: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -3,13 +3,13 @@
 import argparse
 import contextlib
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, SimpleTrainer, default_setup, hooks
@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .checkpoint import Checkpointer
 from .command_line import HelpFormatter, argument_parser, hide_training_trace, launch, run  # noqa: F401, for the tools
 from .config import add_eco_config
+from .config_file import read_config
 from .data import PanopticTestMapper, build_train_loader, check_at_start, check_class_count, register_from_config
 from .data.categories import SEMANTIC_TYPES
 from .data.classes import check_same_classes, dataset_classes
@@ -47,14 +48,17 @@ def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     Those whose annotation does not exist are left out: prediction can do without, and `check_datasets` asks for them.
     Without a GPU a MODEL.DEVICE of cuda becomes cpu. Raises FileNotFoundError, or ValueError for what does not fit.
     """
-    if not os.path.isfile(config_file):
-        raise FileNotFoundError(f"config file {config_file!r} does not exist: see the folder configs/")
+    loaded = read_config(config_file)
     cfg = get_cfg()
     add_eco_config(cfg)
     with _explained(f"the config file {config_file}"):
-        cfg.merge_from_file(config_file)
+        if loaded.get("VERSION", cfg.VERSION) != cfg.VERSION:
+            raise ValueError(f"its VERSION is {loaded['VERSION']!r}, and this software knows {cfg.VERSION} alone")
+        cfg.merge_from_other_cfg(CfgNode(loaded))
+        check_numbers(cfg)
     with _explained("the list of options KEY VALUE"):
         cfg.merge_from_list(list(opts))
+        check_numbers(cfg)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     for part in (cfg.MODEL.RESNETS, cfg.MODEL.HYBRID, cfg.MODEL.DOVIT):
@@ -67,14 +71,30 @@ def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
 
 @contextlib.contextmanager
 def _explained(source: str) -> Iterator[None]:
-    """Turns what yacs and PyYAML raise into a ValueError that says where the key or value came from."""
+    """Turns what yacs raises into a ValueError that says where the key or value came from."""
     try:
         yield
-    except (KeyError, AssertionError, ValueError, yaml.YAMLError) as error:
+    except (KeyError, AssertionError, ValueError, TypeError, AttributeError, MemoryError, RecursionError) as error:
         reason = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+        reason = reason or "a value in it is nested too deeply"
         raise ValueError(
             f"{source} cannot be used: {reason}. The keys and their defaults are in eco_m2f/config.py and detectron2"
         ) from error
+
+
+def check_numbers(cfg: CfgNode) -> None:
+    """Raises ValueError, naming the key, for numbers that are NaN or infinite, and a training without iterations."""
+    rest = list(cfg.items())
+    while rest:
+        key, value = rest.pop()
+        if isinstance(value, dict):
+            rest.extend((f"{key}.{name}", item) for name, item in value.items())
+        elif isinstance(value, list | tuple):
+            rest.extend((key, item) for item in value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key} is {value}, where a finite number is needed")
+    if cfg.SOLVER.MAX_ITER < 1:
+        raise ValueError(f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}, where at least 1 iteration is needed")
 
 
 def setup(args: argparse.Namespace) -> CfgNode:

@@ -1,15 +1,18 @@
 """Files that are written whole or not at all, and what identifies them."""
 
+import contextlib
 import csv
+import errno
+import fcntl
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     """Open a file that takes its name only once the block is through and its bytes are on the disk.
 
@@ -20,16 +23,43 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     """
     path = Path(path)
     # In the same folder, for only within one file system is the renaming atomic. The suffix keeps a leftover of a
-    # killed process from being taken for a result.
+    # killed process from being taken for a result, and the lock a file in use from being taken for a leftover.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(unfinished, mode) as file:
+            with contextlib.suppress(OSError):  # some file systems have no locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(unfinished, path)
+            os.replace(unfinished, path)
+        _sync_folder(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Brings the names in a folder to the disk, so that a renaming outlives a power cut too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems have no such call
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Removes the unfinished files of `atomic_write` that a killed process left in a folder; those in use stay.
+
+    A process number would not tell the two apart: it may be another machine's, or have been given anew.
+    """
+    for path in Path(folder).glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and path.is_file():
+            with contextlib.suppress(OSError), open(path, "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
 
 
 def prepare_output(path: str | os.PathLike) -> None:

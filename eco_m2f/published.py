@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .files import atomic_write
-from .safe_load import CheckpointError, read_checkpoint
+from .safe_load import SHA256, STATE_DICTS, CheckpointError, read_checkpoint, weights_sha256, write_weights
 
 SWIN = "layers.0.blocks.0.attn.relative_position_bias_table"  # a tensor by which a Swin is known,
 RESNET = "layer1.0.conv3.weight"  # and a ResNet with bottlenecks
@@ -44,7 +44,7 @@ def read_backbone(path: str | os.PathLike) -> PublishedBackbone:
     Raises:
         FileNotFoundError, CheckpointError: no such file; it holds something else, or a block that is not whole.
     """
-    weights = read_checkpoint(path, keys=("model", "teacher"))["model"]
+    weights = read_checkpoint(path, keys=(*STATE_DICTS, "teacher"))["model"]
     if all(name.startswith("module.") for name in weights):
         weights = {name.removeprefix("module."): value for name, value in weights.items()}
     layout = next((known for known in LAYOUTS if known.prefix + known.probe in weights), None)
@@ -64,21 +64,27 @@ def read_backbone(path: str | os.PathLike) -> PublishedBackbone:
 
 
 def check_target(path: str | os.PathLike) -> None:
-    """Raises CheckpointError for a path that does not end in .pkl."""
-    if Path(path).suffix != ".pkl":
-        raise CheckpointError(f"{path} must end in .pkl, for that is how it is recognised when it is loaded")
+    """Raises CheckpointError for a path that ends neither in .pkl nor in .safetensors."""
+    if Path(path).suffix not in (".pkl", ".safetensors"):
+        raise CheckpointError(
+            f"{path} must end in .pkl or .safetensors, for that is how it is recognised when it is loaded"
+        )
 
 
 def write_backbone(path: str | os.PathLike, weights: Mapping[str, Tensor]) -> None:
-    """Writes a pickle for MODEL.WEIGHTS whose tensors are to be matched with a model's backbone by their names.
+    """Writes a file for MODEL.WEIGHTS whose tensors are to be matched with a model's backbone by their names.
 
     Raises:
         CheckpointError: see `check_target`.
     """
     check_target(path)
+    if Path(path).suffix == ".safetensors":
+        write_weights(path, weights, __author__="third_party", matching_heuristics="True")
+        return
     arrays = {name: tensor.numpy() for name, tensor in weights.items()}
+    content = {"model": arrays, "__author__": "third_party", "matching_heuristics": True}
     with atomic_write(path) as file:
-        pickle.dump({"model": arrays, "__author__": "third_party", "matching_heuristics": True}, file, protocol=4)
+        pickle.dump({**content, SHA256: weights_sha256(weights)}, file, protocol=4)
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import nn
 
 from eco_m2f import files
 from eco_m2f.checkpoint import Checkpointer, CheckpointError, check_fits, file_sha256, upgrade_keys
-from eco_m2f.safe_load import read_checkpoint
+from eco_m2f.safe_load import read_checkpoint, write_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 C, CLASSES, QUERIES = 4, 3, 5
@@ -217,6 +218,12 @@ def test_another_class_count_is_told_with_the_remedy(weights):
     assert "another architecture" not in str(error.value)
 
 
+def test_tensors_of_odd_shape_do_not_hide_the_reason(weights):
+    odd = weights | {k: torch.tensor(1.0) for k in weights if "class_embed" in k or "query_feat" in k}
+    with pytest.raises(CheckpointError, match=r"class_embed.weight: \(\) in the checkpoint, \(4, 4\) in the model"):
+        check_fits(odd, weights, "m.pth")
+
+
 def test_official_architectures_are_told_apart(shared):
     official = json.loads((shared / "oracle" / "state_dicts.json").read_text())
     states = {n: {k: torch.empty(s, device="meta") for k, s in d.items()} for n, d in official.items()}
@@ -285,6 +292,43 @@ def test_empty_path_trains_from_scratch_but_does_not_evaluate(model):
 
 def test_a_torch_file_under_a_pickles_name_is_read_as_what_it_is(tmp_path, model, weights):
     Checkpointer(model).load_for_evaluation(write_pth(tmp_path / "m.pkl", {"model": weights}))
+    assert_loaded(model, weights)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    "value, fault",
+    [
+        (torch.ones(CLASSES + 1, dtype=torch.int64), "torch.int64 in the checkpoint, torch.float32 in the model"),
+        (torch.ones(CLASSES + 1, dtype=torch.bool), "torch.bool in the checkpoint"),
+        (torch.ones(CLASSES + 1, dtype=torch.complex64), "torch.complex64 in the checkpoint"),
+        (torch.tensor([1, float("nan"), float("inf"), 0]), "2 of 4 values are NaN or infinite"),
+        (torch.full((CLASSES + 1,), 1e300, dtype=torch.float64), "4 of 4 values are NaN or infinite"),  # as float32
+        (torch.ones(CLASSES + 1).to_sparse(), "it is a sparse tensor"),
+        (torch.ones(CLASSES + 1, device="meta"), "it is a meta tensor"),
+        (torch.quantize_per_tensor(torch.ones(CLASSES + 1), 0.1, 0, torch.qint8), "it is a quantized tensor"),
+    ],
+)
+def test_values_that_no_model_has_are_refused_before_it_is_touched(model, weights, monkeypatch, value, fault, strict):
+    weights["criterion.empty_weight"] = value
+    monkeypatch.setattr("eco_m2f.checkpoint.read_checkpoint", lambda path: {"model": weights})
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(CheckpointError) as error:
+        Checkpointer(model).load("m.pth", strict=strict)
+    assert "m.pth" in str(error.value) and f"criterion.empty_weight: {fault}" in str(error.value)
+    assert_loaded(model, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_floats_of_another_width_are_taken(tmp_path, model, weights, dtype):
+    weights = {k: v.to(dtype) for k, v in weights.items()}
+    Checkpointer(model).load_for_evaluation(write_pth(tmp_path / "m.pth", weights))
+    assert_loaded(model, {k: v.float() for k, v in weights.items()})
+
+
+def test_safetensors_are_weights_as_any_other(tmp_path, model, weights):
+    write_weights(tmp_path / "m.safetensors", legacy(weights))
+    Checkpointer(model).load_for_evaluation(str(tmp_path / "m.safetensors"))
     assert_loaded(model, weights)
 
 
@@ -361,7 +405,7 @@ def test_storage_bytes_inside_a_pickle_are_no_way_in(tmp_path):
 def test_object_arrays_are_no_way_in(tmp_path):
     trace = tmp_path / "ran"
     array = np.array([Attack(os.system, f"touch {trace}")], dtype=object)
-    with pytest.raises(CheckpointError, match="refused.*system"):
+    with pytest.raises(CheckpointError, match=r"refused.*numpy\.dtype\(O8\)"):
         read_checkpoint(write_pkl(tmp_path / "evil.pkl", {"model": {"a": array}}))
     assert not trace.exists()
 
@@ -501,6 +545,44 @@ def test_a_run_killed_while_saving_leaves_the_last_checkpoint(tmp_path, model, m
     assert run.iteration == 1
 
 
+KILLED = """
+import os, sys
+from eco_m2f.files import atomic_write
+with atomic_write(sys.argv[1]) as file:
+    file.write(b"half"); file.flush()
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_what_a_killed_run_left_goes_and_what_is_being_written_stays(tmp_path, model):
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "model_1.pth"], cwd=ROOT)
+    assert done.returncode == -9 and len(list(tmp_path.glob(".model_1.pth.*.tmp"))) == 1
+    own = tmp_path / f".model_0.pth.{os.getpid()}.tmp"
+    own.write_bytes(b"of a process that had this number before")
+    (tmp_path / ".notes.tmp").write_text("not ours")
+    with files.atomic_write(tmp_path / "model_2.pth") as handle:
+        handle.write(b"being ")
+        Checkpointer(model, str(tmp_path), save_to_disk=False).resume_or_load("", resume=True)
+        assert own.exists()  # a process that writes nothing removes nothing
+        Checkpointer(model, str(tmp_path)).resume_or_load("", resume=True)
+        handle.write(b"written")
+    assert {p.name for p in tmp_path.iterdir()} == {".notes.tmp", "model_2.pth"}
+    assert (tmp_path / "model_2.pth").read_bytes() == b"being written"
+
+
+def test_the_folder_is_synced_after_the_file_has_its_name(tmp_path, monkeypatch):
+    synced, original = [], os.fsync
+
+    def fsync(descriptor):
+        synced.append((os.readlink(f"/proc/self/fd/{descriptor}"), (tmp_path / "a").exists()))
+        original(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    with files.atomic_write(tmp_path / "a") as handle:
+        handle.write(b"x")
+    assert synced[0][1] is False and synced[1] == (str(tmp_path), True)
+
+
 def test_a_leftover_of_a_killed_process_is_no_checkpoint(tmp_path, model):
     checkpointer = Checkpointer(model, str(tmp_path))
     checkpointer.save("a")
@@ -519,6 +601,42 @@ def test_a_harmed_last_checkpoint_names_the_newest_whole_one(tmp_path, model, ha
     expected = "model_3.pth, which (does not exist|is truncated).*go on from model_2.pth"
     with pytest.raises(CheckpointError, match=expected):
         checkpointer.resume_or_load("", resume=True)
+
+
+@pytest.mark.parametrize("record", ["the weights", "the training state"])
+def test_a_resumed_run_never_starts_from_a_damaged_checkpoint(tmp_path, model, record):
+    class Optimizer(Run):
+        def state_dict(self):
+            return {"exp_avg": torch.full((7,), 0.123)}
+
+    for name in ("model_1", "model_2"):
+        Checkpointer(model, str(tmp_path), trainer=Optimizer()).save(name)
+    os.utime(tmp_path / "model_1.pth", (1, 1))
+    path, weight = tmp_path / "model_2.pth", model.state_dict()["criterion.empty_weight"]
+    wanted = weight if record == "the weights" else torch.full((7,), 0.123)
+    content = bytearray(path.read_bytes())
+    content[content.index(wanted.numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    expected = r"names model_2\.pth, which is damaged: Bad CRC-32 .*to go on from model_1\.pth"
+    with pytest.raises(CheckpointError, match=expected):
+        Checkpointer(Tree(SHAPES), str(tmp_path), trainer=Optimizer()).resume_or_load("", resume=True)
+
+
+def test_a_last_checkpoint_that_is_no_text_is_told(tmp_path, model):
+    Checkpointer(model, str(tmp_path)).save("a")
+    (tmp_path / "last_checkpoint").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match="last_checkpoint holds no file name"):
+        Checkpointer(model, str(tmp_path)).resume_or_load("", resume=True)
+
+
+def test_the_state_of_another_run_is_told_with_its_file(tmp_path, model):
+    class Other(Run):
+        def state_dict(self):
+            return {"step": 1}
+
+    Checkpointer(model, str(tmp_path), trainer=Other()).save("a")
+    with pytest.raises(CheckpointError, match=r"state of trainer in .*a\.pth does not go with this run \(KeyError"):
+        Checkpointer(model, str(tmp_path), trainer=Run()).resume_or_load("", resume=True)
 
 
 def test_resuming_needs_the_training_state(tmp_path, model):

@@ -459,6 +459,14 @@ def test_what_does_not_fit_the_config_is_told_with_its_source(tmp_path):
         "MODEL: {NOPE: 1}": "MODEL.NOPE",
         "SOLVER: {BASE_LR: [1, 2]}": "BASE_LR",
         "MODEL: [": "flow",
+        "MODEL: {WEIGHTS: !!python/object/apply:os.getcwd []}": "python/object",
+        "VERSION: 99": "VERSION is 99",
+        "SOLVER: {BASE_LR: .nan}": "SOLVER.BASE_LR is nan",
+        'SOLVER: {BASE_LR: "1e999"}': "SOLVER.BASE_LR is inf",
+        "SOLVER: {MAX_ITER: .inf}": "SOLVER.MAX_ITER",
+        "SOLVER: {MAX_ITER: -5}": "SOLVER.MAX_ITER is -5",
+        "MODEL: 3": "MODEL",
+        "": "holds nothing",
     }
     for i, (text, message) in enumerate(cases.items()):
         path = tmp_path / f"{i}.yaml"
@@ -467,6 +475,8 @@ def test_what_does_not_fit_the_config_is_told_with_its_source(tmp_path):
             engine.load_cfg(str(path))
     with pytest.raises(ValueError, match="options.*MODEL.NOPE"):
         load("MODEL.NOPE", "1")
+    with pytest.raises(ValueError, match="options.*SOLVER.BASE_LR is inf"):
+        load("SOLVER.BASE_LR", "1e999")
     with pytest.raises(ValueError, match="options.*odd length.*MODEL.DEVICE"):
         engine.load_cfg(str(CONFIGS / ECO), ["MODEL.DEVICE"])
     with pytest.raises(FileNotFoundError, match="'no.yaml'.*configs/"):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Convert a published backbone (.pth) to a pickle (.pkl) for MODEL.WEIGHTS.
+"""Convert a published backbone (.pth) to a file for MODEL.WEIGHTS (.pkl or .safetensors).
 
     python tools/convert_backbone.py swin_tiny_patch4_window7_224.pth swin_tiny_patch4_window7_224.pkl
     python tools/convert_backbone.py moby_swin_t_300ep_pretrained.pth moby_swin_t_300ep_pretrained.pkl
@@ -20,7 +20,7 @@ from eco_m2f.published import check_target, read_backbone, write_backbone
 
 
 def convert(source: Path, target: Path) -> str:
-    """Write the pickle and return a line that tells what is in it."""
+    """Write the file and return a line that tells what is in it."""
     check_target(target)
     found = read_backbone(source)
     write_backbone(target, found.weights)
@@ -31,7 +31,7 @@ def convert(source: Path, target: Path) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    return converter_parser(__doc__, ".pkl")
+    return converter_parser(__doc__, ".pkl or .safetensors")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -17,24 +17,30 @@ from detectron2.data import MetadataCatalog
 from eco_m2f.command_line import converter_parser, run
 from eco_m2f.files import atomic_write
 from eco_m2f.published import resnet_name
-from eco_m2f.safe_load import CheckpointError, read_checkpoint
+from eco_m2f.safe_load import CheckpointError, read_checkpoint, write_weights
 
 BACKBONE = "backbone.0.body."
-PROBE = "transformer.encoder.layers.0.self_attn.in_proj_weight"
+PROBES = ("transformer.encoder.layers.0.self_attn.in_proj_weight", f"{BACKBONE}conv1.weight", "class_embed.weight")
 COCO_LOGITS = 92  # the category ids 0..90, and "no object"
 
 
 def convert(source: Path, target: Path) -> str:
     """Write the converted checkpoint and return a line that tells what is in it."""
-    if target.suffix != ".pth":
-        raise CheckpointError(f"{target} must end in .pth, for it is written as PyTorch writes checkpoints")
+    if target.suffix not in (".pth", ".safetensors"):
+        raise CheckpointError(f"{target} must end in .pth or .safetensors, for that is how it is recognised")
     weights = read_checkpoint(source)["model"]
-    if PROBE not in weights or f"{BACKBONE}conv1.weight" not in weights:
+    missing = [name for name in PROBES if name not in weights or not weights[name].dim()]
+    if missing:
         names = ", ".join(sorted(weights)[:3])
-        raise CheckpointError(f"{source} is no DETR checkpoint with a ResNet: it lacks {PROBE} (it holds {names}, ...)")
+        raise CheckpointError(
+            f"{source} is no DETR checkpoint with a ResNet: it lacks {missing[0]} (it holds {names}, ...)"
+        )
     converted = converted_weights(weights)
-    with atomic_write(target) as file:
-        torch.save({"model": converted}, file)
+    if target.suffix == ".safetensors":
+        write_weights(target, converted)
+    else:
+        with atomic_write(target) as file:
+            torch.save({"model": converted}, file)
     classes = len(converted["detr.class_embed.weight"]) - 1
     return f"{target}: {len(converted)} tensors, {classes} classes"
 
@@ -54,14 +60,14 @@ def converted_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 def contiguous_classes(value: torch.Tensor) -> torch.Tensor:
     """The rows of COCO's 80 categories and of "no object", of a classifier over the category ids 0..90."""
-    if len(value) != COCO_LOGITS:
+    if value.shape[:1] != (COCO_LOGITS,):
         return value
     category = {i: k for k, i in MetadataCatalog.get("coco_2017_val").thing_dataset_id_to_contiguous_id.items()}
     return value[[*(category[i] for i in range(len(category))), COCO_LOGITS - 1]].clone()
 
 
 def build_parser() -> argparse.ArgumentParser:
-    return converter_parser(__doc__, ".pth")
+    return converter_parser(__doc__, ".pth or .safetensors")
 
 
 def main(arguments: list[str] | None = None) -> None:

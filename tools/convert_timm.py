@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the weights of a timm model as a backbone pickle (.pkl) for MODEL.WEIGHTS.
+"""Write the weights of a timm model as a backbone for MODEL.WEIGHTS (.pkl or .safetensors).
 
 For a config with MODEL.TIMM, or, the plain vision transformers (vit_*), for one of a DoViT.
 
@@ -26,7 +26,7 @@ from eco_m2f.safe_load import CheckpointError, read_checkpoint
 
 
 def convert(name: str, target: Path, source: str | None = None) -> str:
-    """Write the pickle and return a line that tells what is in it."""
+    """Write the file and return a line that tells what is in it."""
     check_target(target)
     timm = require("timm", "converting its weights")
     if not timm.is_model(name):
@@ -90,7 +90,7 @@ def in_timm_names(weights: dict, wanted: dict, path: Path) -> dict[str, torch.Te
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="timm's name of the model")
-    parser.add_argument("target", type=Path, help="the .pkl file to write")
+    parser.add_argument("target", type=Path, help="the .pkl or .safetensors file to write")
     parser.add_argument("--source", help="checkpoint, or package that holds one (default: timm's download)")
     args = parser.parse_args(arguments)
     print(convert(args.name, args.target, args.source))

@@ -295,7 +295,7 @@ def _samples(folder: Path) -> list[Path]:
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow has much to say of damaged files
-def test_damaged_files_are_read_or_refused_by_name(tmp_path, monkeypatch):
+def test_fuzz_damaged_files_are_read_or_refused_by_name(tmp_path, monkeypatch):
     """Bytes flipped, cut off, doubled or swapped, mostly in the header, where sizes and offsets are."""
     monkeypatch.setattr(images, "MAX_PIXELS", 1 << 20)  # a header may claim as much, and be right
     rng = np.random.default_rng(5)

@@ -233,12 +233,19 @@ def test_resuming_from_a_broken_checkpoint(tools):
     assert_names(message, "model_0000001.pth", "truncated", "start anew")
 
 
-def test_weights_that_are_not_numbers(tools, tmp_path):
+@pytest.mark.parametrize(
+    "value, parts",
+    [
+        (float("nan"), ("weights.pth", "class_embed.bias", "1 of 10 values are NaN or infinite")),
+        (3e38, ("at iteration 0", "loss_ce", "inf", "on images [", "SOLVER.BASE_LR")),
+    ],
+)
+def test_weights_that_are_no_numbers_or_make_none(tools, tmp_path, value, parts):
     state = torch.load(tools.good.base / "model.pth")["model"]
-    state["sem_seg_head.predictor.class_embed.bias"][0] = float("nan")
-    torch.save({"model": state}, tmp_path / "nan.pth")
-    message = tools.message(tools.train("MODEL.WEIGHTS", tmp_path / "nan.pth", "SEED", 1))
-    assert_names(message, "at iteration 0", "loss_ce", "nan", "on images [", "SOLVER.BASE_LR")
+    state["sem_seg_head.predictor.class_embed.bias"][0] = value
+    torch.save({"model": state}, tmp_path / "weights.pth")
+    message = tools.message(tools.train("MODEL.WEIGHTS", tmp_path / "weights.pth", "SEED", 1))
+    assert_names(message, *parts)
 
 
 # --- images and annotation -------------------------------------------------------------------------------------------
@@ -525,7 +532,7 @@ BAD = [
     ("convert_detr {none} OUT.pth", "no checkpoint at {none}"),
     ("convert_detr {cut} OUT.pth", "{cut}", "cannot be read"),
     ("convert_detr {other} OUT.pth", "{other} is no DETR checkpoint", "fc.weight"),
-    ("convert_detr {other} OUT.pkl", "OUT.pkl must end in .pth"),
+    ("convert_detr {other} OUT.pkl", "OUT.pkl must end in .pth or .safetensors"),
     ("convert_backbone {none} OUT.pkl", "no checkpoint at {none}"),
     ("convert_backbone {cut} OUT.pkl", "{cut}", "cannot be read", "may be truncated"),
     ("convert_backbone {other} OUT.pkl", "{other} holds no backbone that is known (Swin has ", "it holds fc.weight, "),

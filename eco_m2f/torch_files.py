@@ -1,0 +1,154 @@
+"""Reads what torch.save has written, as an archive or in the form before PyTorch 1.6, and checks it on the way.
+
+torch.load trusts sizes and offsets of a file, and skips the archive's checksums; here a damaged record is an error.
+"""
+
+import io
+import os
+import struct
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+from .plain_pickle import Budget, PlainUnpickler
+from .plain_values import NAMES, Storage, storage_size
+
+MAX_INFLATION = 4  # torch.save does not compress; where someone did, weights hardly shrink
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the older form
+
+
+# --- archives --------------------------------------------------------------------------------------------------------
+
+
+def check_records(archive: zipfile.ZipFile, size: int) -> None:
+    """Compares an archive's table of contents with its size; the records' bytes are not read.
+
+    Raises:
+        ValueError: two records have one name, or together they are far larger than the file, as a bomb's are.
+    """
+    records = archive.infolist()
+    if any(record.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for record in records):
+        raise ValueError("its records are compressed in a way that torch.save does not know")  # and without bound
+    if len({record.filename for record in records}) < len(records):
+        raise ValueError("two of its records have the same name")
+    if sum(record.file_size for record in records) > MAX_INFLATION * size:
+        raise ValueError("its records say to be far larger than the file: torch.save does not compress them")
+
+
+def check_checksums(path: str | os.PathLike) -> None:
+    """Reads every record of an archive and compares it with its CRC-32.
+
+    Raises:
+        ValueError, zipfile.BadZipFile, OSError: it is no archive, or names the first record that is damaged.
+    """
+    with zipfile.ZipFile(path) as archive:
+        check_records(archive, os.path.getsize(path))
+        for record in archive.infolist():
+            archive.read(record)
+
+
+def read_archive(path: str | os.PathLike) -> object:
+    """The content of an archive as plain data; every record that is read is compared with its CRC-32.
+
+    Raises:
+        RefusedName: it names something that is not plain data.
+        ValueError and what zipfile raises: it is malformed or damaged.
+    """
+    size = os.path.getsize(path)
+    with zipfile.ZipFile(path) as archive:
+        check_records(archive, size)
+        root = _root(archive)
+        if f"{root}byteorder" in archive.NameToInfo and archive.read(f"{root}byteorder") != b"little":
+            raise ValueError("it was written on a machine of another byte order")
+        storages: dict[str, Storage] = {}
+
+        def read(key: str, dtype: object, count: int) -> Storage:
+            if key not in storages:
+                storages[key] = Storage(dtype, bytearray(archive.read(f"{root}data/{key}")))
+            return storages[key]
+
+        data = io.BytesIO(archive.read(f"{root}data.pkl"))
+        return PlainUnpickler(data, Budget(size), NAMES, _persistent_load(read)).load()
+
+
+def _root(archive: zipfile.ZipFile) -> str:
+    """The folder within the archive; its name is that of the file when it was saved."""
+    roots = [name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")]
+    if len(roots) != 1:
+        raise ValueError("it is an archive, but not one of torch.save")
+    return roots[0]
+
+
+def _persistent_load(read: Callable[[str, object, int], Storage]) -> Callable[[object], Storage]:
+    """Makes the storage of a persistent id; a storage that is named again must be the same."""
+
+    def load(key: object) -> Storage:
+        if not isinstance(key, tuple) or len(key) not in (5, 6) or any(part is not None for part in key[5:]):
+            raise ValueError("a storage in it is named in an unknown way")
+        kind, dtype, name, _, count = key[:5]
+        if kind != "storage" or not isinstance(name, str):
+            raise ValueError("a storage in it is named in an unknown way")
+        size = storage_size(dtype, count)
+        storage = read(name, dtype, count)
+        if storage.dtype != dtype or len(storage.content) != size:
+            raise ValueError(f"the storage {ascii(name)[:40]} has another type or length than the file says")
+        return storage
+
+    return load
+
+
+# --- the older form --------------------------------------------------------------------------------------------------
+
+
+def read_legacy(stream: Any, size: int) -> object:
+    """The content of a file in the older form as plain data. It has no checksums, so that damage may go unseen.
+
+    Args:
+        stream: in memory or mapped; size: its length.
+
+    Raises:
+        RefusedName: it names something that is not plain data.
+        ValueError and the like: it is malformed.
+    """
+    budget = Budget(size)
+    header = [PlainUnpickler(stream, budget, {}).load() for _ in range(3)]
+    if header[:2] != [MAGIC, PROTOCOL] or not isinstance(header[2], dict):
+        raise ValueError("it is no file of torch.save")
+    if header[2].get("little_endian") is not True:
+        raise ValueError("it was written on a machine of another byte order")
+    storages: dict[str, Storage] = {}
+
+    def reserve(key: str, dtype: object, count: int) -> Storage:
+        if key not in storages:
+            length = storage_size(dtype, count)
+            if length > size:
+                raise ValueError(f"a storage in it says to have {length} bytes, more than the file")
+            budget.spend(length)
+            storages[key] = Storage(dtype, bytearray(length))
+        return storages[key]
+
+    content = PlainUnpickler(stream, budget, NAMES, _persistent_load(reserve)).load()
+    keys = PlainUnpickler(stream, budget, {}).load()
+    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
+        raise ValueError("its list of storages is not that of its tensors")
+    for key in keys:
+        _fill(storages[str(key)], stream)
+    return content
+
+
+def _fill(storage: Storage, stream: Any) -> None:
+    """A storage's numbers, which follow their count."""
+    (count,) = struct.unpack("<q", stream.read(8))
+    if count != len(storage.flat):
+        raise ValueError(f"a storage of {len(storage.flat)} numbers has {count} in the file")
+    storage.fill(stream.read(len(storage.content)))
+
+
+def storage_from_bytes(data: object) -> Storage:
+    """In place of torch.storage._load_from_bytes: how a pickle holds a tensor's numbers, a whole file of torch.save."""
+    if not isinstance(data, bytes | bytearray):
+        raise ValueError("a storage in it is not spelled as bytes")
+    storage = read_legacy(io.BytesIO(data), len(data))
+    if not isinstance(storage, Storage):
+        raise ValueError("a storage in it is spelled as something else")
+    return storage

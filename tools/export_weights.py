@@ -1,0 +1,44 @@
+#!/usr/bin/env python3
+"""Write the weights of a checkpoint (.pth, .pkl) alone as .safetensors, to share or to deploy them.
+
+    python tools/export_weights.py output/model_final.pth eco.safetensors
+
+The classes come along; the optimizer's state and all else is left out. The file holds the sha256 of its weights, which
+is compared whenever it is loaded, and nothing in it can run code. MODEL.WEIGHTS takes it as it takes a .pth; --resume
+needs the .pth.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from eco_m2f.command_line import converter_parser, run
+from eco_m2f.safe_load import CheckpointError, read_checkpoint, write_weights
+
+
+def export(source: Path, target: Path) -> str:
+    """Write the weights and return a line that tells what is in the file."""
+    if target.suffix != ".safetensors":
+        raise CheckpointError(f"{target} must end in .safetensors, for that is how it is recognised when it is loaded")
+    checkpoint = read_checkpoint(source)
+    weights = checkpoint["model"]
+    notes = {"__author__": checkpoint["__author__"]} if isinstance(checkpoint.get("__author__"), str) else {}
+    if checkpoint.get("matching_heuristics") is True:
+        notes["matching_heuristics"] = "True"
+    if "classes" in checkpoint:
+        notes["classes"] = json.dumps(checkpoint["classes"])
+    write_weights(target, weights, **notes)
+    return f"{target}: {len(weights)} tensors, {sum(w.numel() for w in weights.values()):,} numbers"
+
+
+def build_parser():
+    return converter_parser(__doc__, ".safetensors")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = build_parser().parse_args(arguments)
+    print(export(args.source, args.target))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
