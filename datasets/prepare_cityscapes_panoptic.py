@@ -18,6 +18,7 @@ from detectron2.data.datasets.builtin_meta import CITYSCAPES_CATEGORIES
 from PIL import Image
 
 from eco_m2f.data.datasets.builtin import datasets_root
+from eco_m2f.data.images import open_image
 from eco_m2f.data.panoptic_map import VOID, DataError
 from eco_m2f.data.parallel import each
 from eco_m2f.data.writing import describe_segments, whole_folder, write_json, write_panoptic
@@ -68,11 +69,7 @@ def convert(source: Path, output: Path) -> tuple[dict, dict]:
 
 
 def _read(source: Path) -> np.ndarray:
-    try:
-        with Image.open(source) as png:
-            ids = np.asarray(png)
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"{source}: cannot be read ({error}); unpack gtFine again") from error
+    ids = np.asarray(open_image(source, "PNG of gtFine", ("PNG",)).image)
     if ids.ndim != 2:
         raise DataError(f"{source}: expected one 16-bit channel, got shape {ids.shape}")
     return ids.astype(np.int32)

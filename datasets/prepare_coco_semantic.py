@@ -57,7 +57,8 @@ def _complete(output: Path, annotations: list[PanopticAnnotation]) -> bool:
 
 def _convert(annotation: PanopticAnnotation, panoptic_root: Path, output: Path, classes: dict[int, int]) -> None:
     path = panoptic_root / annotation.file_name
-    semantic = class_map(read_ids(path), [s.as_dict() for s in annotation.segments_info], classes, path)
+    segments = [s.as_dict() for s in annotation.segments_info]
+    semantic = class_map(read_ids(path, [s["id"] for s in segments]), segments, classes, path)
     Image.fromarray(semantic).save(output / annotation.file_name)
 
 

@@ -15,11 +15,10 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from eco_m2f.data.datasets.builtin import NUCLEI_CATEGORIES, datasets_root
-from eco_m2f.data.panoptic_map import DataError
+from eco_m2f.data.images import DataError, open_image
 from eco_m2f.data.writing import already_made, describe_segments, whole_folder, write_json, write_panoptic
 
 SPLITS = ("train", "val", "test")
@@ -107,12 +106,8 @@ def _read_nuclei(raw: Path, row: dict) -> np.ndarray:
     """Instance ids int32 [H, W], checked against the image and the index. Raises DataError."""
     path = raw / "instance_ids" / f"{row['image_id']}.png"
     image_path = raw / "images" / path.name
-    try:
-        with Image.open(image_path) as image, Image.open(path) as png:
-            image.load()
-            nuclei, mode, size = np.asarray(png), image.mode, image.size
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"{path.name}: cannot be read ({error}); restore it in {raw}") from error
+    image = open_image(image_path, formats=("PNG",)).image
+    nuclei, mode, size = np.asarray(open_image(path, "PNG of instances", ("PNG",)).image), image.mode, image.size
     if nuclei.ndim != 2 or nuclei.dtype.kind not in "iu":
         raise DataError(f"{path}: expected one 16-bit channel, got {nuclei.dtype} {list(nuclei.shape)}")
     if mode != "RGB":

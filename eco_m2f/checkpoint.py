@@ -26,6 +26,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.utils.file_io import PathManager
 
+from .data.classes import check_same_classes, check_stored
 from .files import atomic_write, file_sha256, remove_leftovers
 from .safe_load import CheckpointError, check_archive, read_checkpoint
 
@@ -231,7 +232,10 @@ class Checkpointer(DetectionCheckpointer):
             raise CheckpointError(
                 f"{path} holds no state of {', '.join(absent)}: it holds weights, but no training run"
             )
+        classes = self._check_classes(checkpoint.pop("classes", None), path, strict)
         self._load_weights(checkpoint, path, strict)
+        if strict and classes:
+            self.model.set_classes(classes)
         for name in (name for name in names if name in checkpoint):
             self._load_state(name, checkpoint.pop(name), path)
         return checkpoint
@@ -274,6 +278,8 @@ class Checkpointer(DetectionCheckpointer):
             raise ValueError(f"checkpoint name {name!r} holds a folder; it goes to {self.save_dir}")
         data = {"model": self.model.state_dict()}
         data |= {key: item.state_dict() for key, item in self.checkpointables.items()}
+        if getattr(self.model, "classes", None):
+            data["classes"] = self.model.classes
         logger.info("saving %s", os.path.join(self.save_dir, file))
         with atomic_write(os.path.join(self.save_dir, file)) as handle:
             torch.save(data | extra, handle)
@@ -293,6 +299,35 @@ class Checkpointer(DetectionCheckpointer):
             raise CheckpointError(
                 f"{path} cannot be fetched ({error}): download it by other means and set MODEL.WEIGHTS to the file"
             ) from error
+
+    def _check_classes(self, classes: object, source: str, strict: bool) -> list[dict] | None:
+        """The classes that a checkpoint holds, if any.
+
+        Raises:
+            CheckpointError: they are not those of the model, in which case class i means something else. Training from
+                other weights (not `strict`) may change the classes and only logs it.
+        """
+        if classes is None or not hasattr(self.model, "set_classes"):
+            return None
+        try:
+            stored = check_stored(classes, source)
+            if self.model.classes:
+                check_same_classes(stored, self.model.classes, f"the checkpoint {source}", "the dataset of the config")
+            count = architecture(self.model.state_dict()).get("classes", len(stored))
+            if count != len(stored):
+                raise ValueError(
+                    f"{source} holds {len(stored)} classes and the model has {count}: set "
+                    f"MODEL.SEM_SEG_HEAD.NUM_CLASSES to {len(stored)}"
+                )
+        except ValueError as error:
+            if strict:
+                raise CheckpointError(
+                    f"{error}. DATASETS.TRAIN is to name the dataset that the model was trained on, or to be () to "
+                    "take the classes of the checkpoint"
+                ) from error
+            logger.warning("%s; of its weights those are taken whose shapes fit", error)
+            return None
+        return stored
 
     def _load_weights(self, checkpoint: dict, source: str, strict: bool) -> None:
         """Match, compare, and only then copy into the model."""

@@ -33,7 +33,8 @@ def _add_input(cfg: CfgNode) -> None:
     cfg.INPUT.IMAGE_SIZE = 1024  # side of the square crop of large-scale jittering, pixels
     cfg.INPUT.MIN_SCALE = 0.1
     cfg.INPUT.MAX_SCALE = 2.0
-    # Datasets in COCO-panoptic format, registered without code: "name=..,images=..,panoptic=..,json=.."
+    # Datasets in COCO-panoptic format, registered without code: "name=..,images=..,panoptic=..,json=..", or a mapping.
+    # Relative paths lie under $DETECTRON2_DATASETS (./datasets if unset); see datasets/README.md.
     cfg.DATASETS.CUSTOM = []
 
 

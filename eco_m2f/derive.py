@@ -27,8 +27,9 @@ from tqdm import tqdm
 from . import __version__
 from .data import PanopticTestMapper
 from .data.parallel import alongside
+from .data.present import loading
 from .derived import DEFAULT_MEASURE, ShardWriter, make_row, parent_sha256
-from .engine import check_datasets
+from .engine import check_datasets, check_model_classes
 from .evaluation.quality import BoxMeasure, PanopticMeasure
 from .files import file_sha256
 from .locking import locked_folder
@@ -63,12 +64,14 @@ def derive(
     if workers < 0:
         raise ValueError(f"--workers must be 0 or more, got {workers}")
     check_datasets(cfg, [dataset_name])
+    check_model_classes(model, dataset_name)
     with locked_folder(directory) if comm.is_main_process() else contextlib.nullcontext():
         _derive(cfg, model, dataset_name, directory, shard_size, workers, hash_images)
 
 
 def _derive(cfg, model, dataset_name, directory, shard_size, workers, hash_images) -> None:
-    records = DatasetCatalog.get(dataset_name)
+    with loading(dataset_name):
+        records = DatasetCatalog.get(dataset_name)
     measure = model.measure.of(dataset_name)
     provenance = provenance_of(cfg, model, dataset_name, measure, len(records))
 

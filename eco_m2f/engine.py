@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, SimpleTrainer, default_setup, hooks
@@ -28,10 +29,16 @@ from .command_line import HelpFormatter, argument_parser, hide_training_trace, l
 from .config import add_eco_config
 from .config_file import read_config
 from .data import PanopticTestMapper, build_train_loader, check_at_start, check_class_count, register_from_config
+from .data.categories import SEMANTIC_TYPES
+from .data.classes import check_same_classes, dataset_classes
+from .data.datasets import parse_custom
+from .data.present import check_present, loading
 from .evaluation import evaluators_for
 from .modeling import DoViT, EarlyExits
 from .modeling.encoders.hybrid import fuse_for_deployment
 from .modeling.exit_policy import OracleExit
+from .modeling.parent import Classified
+from .predictor import Predictor
 from .resuming import settings_before, warn_of_changes
 
 logger = logging.getLogger(__name__)
@@ -40,6 +47,7 @@ logger = logging.getLogger(__name__)
 def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """A frozen config from a YAML file and KEY VALUE pairs; its custom datasets are registered.
 
+    Those whose annotation does not exist are left out: prediction can do without, and `check_datasets` asks for them.
     Without a GPU a MODEL.DEVICE of cuda becomes cpu. Raises FileNotFoundError, or ValueError for what does not fit.
     """
     loaded = read_config(config_file)
@@ -58,7 +66,7 @@ def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     for part in (cfg.MODEL.RESNETS, cfg.MODEL.HYBRID, cfg.MODEL.DOVIT):
         if cfg.MODEL.DEVICE == "cpu" and part.NORM == "SyncBN":
             part.NORM = "BN"  # SyncBN's kernels exist on GPUs alone; the parameters are the same
-    register_from_config(cfg.DATASETS.CUSTOM, cfg.DATASETS.TRAIN)
+    register_from_config(cfg.DATASETS.CUSTOM, cfg.DATASETS.TRAIN, absent_ok=True)
     cfg.freeze()
     return cfg
 
@@ -125,15 +133,23 @@ def gate_settings(cfg: CfgNode) -> dict:
 
 
 def build_model(cfg: CfgNode) -> nn.Module:
-    """The model of a config, on its device. Raises ValueError where the config names a part that does not exist."""
+    """The model of a config, on its device, with the classes of its dataset where that is registered.
+
+    Raises ValueError where the config names a part that does not exist.
+    """
     try:
-        return build_detectron2_model(cfg)
+        model = build_detectron2_model(cfg)
     except KeyError as error:
         if "registry" not in str(error):
             raise
         raise ValueError(
             f"the config names an unknown part: {error.args[0]} Correct the name, or import its module"
         ) from error
+    names = cfg.DATASETS.TRAIN or cfg.DATASETS.TEST
+    classes = dataset_classes(names[0]) if names else []
+    if len(classes) == cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES and isinstance(model, Classified):
+        model.set_classes(classes)
+    return model
 
 
 # --- optimisation ----------------------------------------------------------------------------------------------------
@@ -257,7 +273,7 @@ class Step(SimpleTrainer):
         self.scaler.update()
 
     def _backward(self, batch: list[dict]) -> dict[str, Tensor]:
-        with self.precision:
+        with self.precision, enough_values(batch):
             losses = self.model(batch)
             loss = sum(losses.values())
         check_finite(losses, self.iter, batch)
@@ -271,6 +287,26 @@ class Step(SimpleTrainer):
         super().load_state_dict(state)
         self.scaler.load_state_dict(state.get("grad_scaler", {}))
         self.seed = state.get("seed", self.seed)
+
+
+@contextlib.contextmanager
+def enough_values(batch: list[dict]) -> Iterator[None]:
+    """Says what to do where BatchNorm finds a single value per channel, of which it cannot take the variance."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        images = ", ".join(f"{_name(x)} ({x['image'].shape[-1]}x{x['image'].shape[-2]})" for x in batch)
+        raise ValueError(
+            f"BatchNorm in training needs more than one value per channel, but the images {images} leave a map of one "
+            "pixel: raise SOLVER.IMS_PER_BATCH or the size (INPUT.MIN_SIZE_TRAIN, INPUT.MAX_SIZE_TRAIN, "
+            "INPUT.IMAGE_SIZE), or keep its statistics with MODEL.RESNETS.NORM FrozenBN (MODEL.TIMM.FREEZE_BN True)"
+        ) from error
+
+
+def _name(x: dict) -> str:
+    return str(x.get("file_name", x.get("image_id", "?")))
 
 
 def check_finite(losses: dict[str, Tensor], iteration: int, batch: list[dict]) -> None:
@@ -321,6 +357,20 @@ class Trainer(DefaultTrainer):
         batches.seed = self._trainer.seed
         batches.start = self.start_iter * self._trainer.accumulation_steps
 
+    def after_train(self) -> None:
+        """After a step that failed nothing is evaluated, and no other error takes the place of the first."""
+        if self.iter >= self.max_iter:
+            super().after_train()
+            return
+        self.storage.iter = self.iter
+        for hook in self._hooks:
+            if isinstance(hook, hooks.EvalHook):
+                continue
+            try:
+                hook.after_train()
+            except Exception:
+                logger.exception("after a failed step, %s failed too", type(hook).__name__)
+
     def build_hooks(self) -> list:
         return [h for h in super().build_hooks() if not isinstance(h, hooks.PreciseBN)]
 
@@ -342,7 +392,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode, seed: int = 0):
-        return build_train_loader(cfg, seed)
+        with loading(", ".join(cfg.DATASETS.TRAIN)):
+            return build_train_loader(cfg, seed)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
@@ -383,15 +434,34 @@ def distributed(model: nn.Module, unused: bool) -> nn.Module:
 
 
 def check_datasets(cfg: CfgNode, names: Sequence[str]) -> None:
-    """Stops early on a dataset without the annotation that the model needs, of other classes, or with a faulty JSON."""
+    """Stops early on a dataset that is not there, of other classes than the model's, or with a faulty JSON."""
+    wanted = [entry for entry in cfg.DATASETS.CUSTOM if parse_custom(entry)["name"] in names]
+    register_from_config(wanted, cfg.DATASETS.TRAIN)  # those that are absent end here
+    check_number_of_classes(cfg, names)
+    check_present(*names)
+    training = [name for name in cfg.DATASETS.TRAIN if name in DatasetCatalog.list()]
+    evaluated = cfg.DATASETS.TEST if cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON else ()
+    check_at_start(names, training[0] if training else None, evaluated)
+
+
+def check_number_of_classes(cfg: CfgNode, names: Sequence[str]) -> None:
+    """Stops on a dataset without the kind of annotation that the model needs, or of another number of classes."""
     known = cfg.MODEL.META_ARCHITECTURE in META_ARCH_REGISTRY  # else building the model says what is wrong
     parent = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE) if known else None
     annotation = getattr(parent, "annotation", "panoptic")
     for name in dict.fromkeys(names):
         check_class_count(name, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, annotation)
-    training = [name for name in cfg.DATASETS.TRAIN if name in DatasetCatalog.list()]
-    evaluated = cfg.DATASETS.TEST if cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON else ()
-    check_at_start(names, training[0] if training else None, evaluated)
+
+
+def check_model_classes(model: nn.Module, dataset_name: str) -> None:
+    """Raises ValueError, with both lists, unless a dataset has the classes of the model, numbered alike."""
+    trained = getattr(getattr(model, "module", model), "classes", None)
+    if not trained:
+        return
+    classes = dataset_classes(dataset_name)
+    if MetadataCatalog.get(dataset_name).get("evaluator_type") in SEMANTIC_TYPES:  # names in their order: no ids
+        trained, classes = ([{"id": i, "name": c["name"]} for i, c in enumerate(of)] for of in (trained, classes))
+    check_same_classes(trained, classes, "the model", f"dataset {dataset_name!r}")
 
 
 def check_oracle(model: nn.Module, dataset_name: str) -> None:
@@ -421,16 +491,30 @@ def _annotation(dataset_name: str) -> str:
 
 def build_test_loader(cfg: CfgNode, dataset_name: str):
     """Images one by one at test size, each rank its share."""
-    return build_detection_test_loader(cfg, dataset_name, mapper=PanopticTestMapper(cfg))
+    with loading(dataset_name):
+        return build_detection_test_loader(cfg, dataset_name, mapper=PanopticTestMapper(cfg))
 
 
 def build_trained(cfg: CfgNode, with_gate: bool = True) -> nn.Module:
     """The model of a config in eval mode, MODEL.WEIGHTS loaded strictly; with its gate where the policy is learned."""
     model = build_model(cfg)
     Checkpointer(model).load_for_evaluation(cfg.MODEL.WEIGHTS)
+    check_things_known(model, cfg.MODEL.WEIGHTS)
     if with_gate and isinstance(model, EarlyExits) and cfg.MODEL.ECO.POLICY == "LinearGate":
         model.load_gate(cfg.MODEL.ECO.GATE)
     return model.eval()
+
+
+def check_things_known(model: nn.Module, weights: str) -> None:
+    """Raises ValueError for a panoptic model whose classes neither a dataset nor its checkpoint tells."""
+    postprocessor = getattr(model, "postprocessor", None)
+    if getattr(postprocessor, "panoptic_on", False) and getattr(model, "classes", None) is None:
+        raise ValueError(
+            f"which of the model's classes are things is not known: the checkpoint {weights} does not hold its "
+            "classes, and DATASETS.TRAIN names no registered dataset with MODEL.SEM_SEG_HEAD.NUM_CLASSES "
+            f"{postprocessor.num_classes} categories. Name the dataset that it was trained on; the JSON of the "
+            "annotation is enough (DATASETS.CUSTOM). Or save the checkpoint anew by train_net.py --resume beside it"
+        )
 
 
 def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
@@ -444,6 +528,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
     results = {}
     test = cfg.MODEL.MASK_FORMER.TEST
     for name in cfg.DATASETS.TEST:
+        check_model_classes(model, name)
         check_oracle(model, name)
         evaluator = evaluators_for(
             name,
@@ -461,24 +546,17 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
     return next(iter(results.values())) if len(results) == 1 else results
 
 
-def load_predictor(config_file: str, opts: Sequence[str] = ()) -> Callable:
-    """A function from an image (uint8 RGB, [H, W, 3]) to the model's result for it, at the image's size.
+def load_predictor(config_file: str, opts: Sequence[str] = ()) -> Predictor:
+    """A function from an image (a path, a PIL image, an array or a tensor) to the model's result, at the image's size.
 
-    TEST.AMP and TEST.COMPILE hold here too. Example:
-    `load_predictor("configs/toy/eco.yaml", ["MODEL.WEIGHTS", "model.pth"])(image)["panoptic_seg"]`.
+    The datasets of the config need not be there: the checkpoint holds the classes. TEST.AMP and TEST.COMPILE hold here
+    too. Example: `load_predictor("configs/toy/eco.yaml", ["MODEL.WEIGHTS", "model.pth"])(image)["panoptic_seg"]`.
     """
     cfg = load_cfg(config_file, opts)
     model = fuse_for_deployment(build_trained(cfg))
     if cfg.TEST.COMPILE:
         compile_for_deployment(model)
-    mapper = PanopticTestMapper(cfg)
-
-    def predict(image) -> dict:
-        height, width = image.shape[:2]
-        with torch.no_grad(), autocast(cfg, model.device.type, cfg.TEST.AMP):
-            return model([{"image": mapper.to_tensor(image), "height": height, "width": width}])[0]
-
-    return predict
+    return Predictor(model, PanopticTestMapper(cfg), lambda: autocast(cfg, model.device.type, cfg.TEST.AMP))
 
 
 def compile_for_deployment(model: nn.Module) -> None:

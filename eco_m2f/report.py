@@ -22,11 +22,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog
-from PIL import Image
 
 from . import __version__
 from .budget import Row, fixed_rows, measure, oracle_row
 from .data import PanopticTestMapper
+from .data.classes import dataset_classes
+from .data.images import read_rgb
 from .derived import DerivedDataset
 from .engine import build_trained, load_cfg
 from .evaluation.boxes import BoxGroundTruth
@@ -277,8 +278,7 @@ def _predict(
     model, mapper, truth: PanopticGroundTruth | BoxGroundTruth, record: dict
 ) -> tuple[np.ndarray, list[np.ndarray], int]:
     """The image of a dataset's record, the pictures of truth and prediction, and the exit taken."""
-    with Image.open(record["file_name"]) as file:
-        image = np.asarray(file.convert("RGB"))
+    image = read_rgb(record["file_name"])
     with torch.no_grad():
         output = model([mapper(record)])[0]
     draw = _draw_panoptic if isinstance(truth, PanopticGroundTruth) else _draw_boxes
@@ -300,7 +300,7 @@ def _draw_boxes(image: np.ndarray, truth: BoxGroundTruth, image_id, output: dict
 
 
 def _colors(truth: PanopticGroundTruth | BoxGroundTruth) -> dict[int, tuple]:
-    return {c["id"]: c.get("color", (128, 128, 128)) for c in truth.categories}
+    return {c["id"]: tuple(c["color"]) for c in dataset_classes(truth.name)}
 
 
 def _save(figure, path: Path) -> None:

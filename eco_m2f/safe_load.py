@@ -7,6 +7,7 @@ record of an archive, and the sha256 beside the weights in what `write_weights` 
 
 import contextlib
 import hashlib
+import json
 import mmap
 import os
 import zipfile
@@ -133,6 +134,8 @@ def _read_safetensors(path: Path) -> dict:
         weights = {name: file.get_tensor(name) for name in file.keys()}
     content: dict[str, Any] = {"model": weights}
     content |= {key: notes[key] for key in ("__author__", SHA256) if key in notes}
+    if "classes" in notes:  # what they are is checked by who takes them
+        content["classes"] = json.loads(notes["classes"])
     return content | ({"matching_heuristics": True} if notes.get("matching_heuristics") == "True" else {})
 
 
@@ -208,7 +211,8 @@ def write_weights(path: str | os.PathLike, weights: Mapping[str, torch.Tensor], 
     """Writes weights alone as .safetensors, with their sha256, whole or not at all.
 
     Args:
-        notes: strings kept beside them; of these `read_checkpoint` returns `__author__` and `matching_heuristics`.
+        notes: strings kept beside them; of these `read_checkpoint` returns `__author__`, `matching_heuristics`
+            and `classes` (as JSON).
     """
     # Copies, for weights that share memory are refused by safetensors.
     tensors = {

@@ -94,7 +94,7 @@ def test_every_dovit_config_loads_and_its_model_builds(name):
     with torch.device("meta"):
         model = engine.build_model(cfg)
     assert isinstance(model, DoViT)
-    engine.check_datasets(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+    engine.check_number_of_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     kind = "NaiveHead" if "naive" in name else "MaskTransformerHead"
     assert type(model.head).__name__ == kind == cfg.MODEL.SEM_SEG_HEAD.NAME
     sizes = {"small": (384, 6, 12, [2, 5, 8]), "base": (768, 12, 12, [2, 5, 8]), "large": (1024, 16, 24, [6, 12, 18])}
@@ -116,7 +116,7 @@ def test_every_config_loads_and_its_model_builds(name, build):
         assert cfg.VERSION == 2 and cfg.DATASETS.TRAIN
         return
     model = build(cfg)
-    engine.check_datasets(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+    engine.check_number_of_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     classes = next(m for n, m in model.named_modules() if n.endswith("class_embed"))
     assert classes.out_features == cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES + 1
     assert isinstance(model, EarlyExits) == ("eco" in Path(name).name)
@@ -457,9 +457,9 @@ class Spy:
     def __init__(self, function):
         self.function, self.called = function, False
 
-    def __call__(self, specs):
+    def __call__(self, specs, *options, **more):
         self.called = bool(specs)
-        return self.function(specs)
+        return self.function(specs, *options, **more)
 
 
 def drawn(model) -> list:

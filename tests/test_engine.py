@@ -480,6 +480,41 @@ def test_infinite_losses_count_as_broken():
     engine.check_finite({"a": torch.tensor(1.0)}, 0, [{}])
 
 
+class BreaksLast(engine.Trainer):
+    """A trainer whose last step fails."""
+
+    def run_step(self):
+        if self.iter + 1 == self.max_iter:
+            raise PowerCut("the real error")
+        self.storage.put_scalar("loss", 1.0)
+
+
+@pytest.mark.parametrize("kind, evaluated", [(engine.Trainer, 1), (BreaksLast, 0)])
+def test_after_a_failed_last_step_nothing_is_evaluated_nor_saved(tiny, tmp_path, monkeypatch, kind, evaluated):
+    calls = []
+    monkeypatch.setattr(engine, "evaluate", lambda cfg, model: calls.append(1) or {})
+    monkeypatch.setattr(engine.Step, "run_step", lambda self: None)
+    options = ["SOLVER.MAX_ITER", 2, "SOLVER.CHECKPOINT_PERIOD", 5, "OUTPUT_DIR", str(tmp_path)]
+    trainer = kind(engine.load_cfg(tiny.config(), options))
+    if evaluated:
+        trainer.train()
+    else:
+        closing = [h for h in trainer._hooks if not isinstance(h, engine.hooks.EvalHook)][0]
+        monkeypatch.setattr(closing, "after_train", lambda: 1 / 0)  # takes the place of no other error
+        with pytest.raises(PowerCut, match="the real error"):
+            trainer.train()
+    assert len(calls) == evaluated and (tmp_path / "model_final.pth").exists() == bool(evaluated)
+
+
+def test_batch_norm_with_one_value_per_channel_names_images_and_remedy():
+    batch = [{"image": torch.zeros(3, 24, 32), "file_name": "a.png"}]
+    with pytest.raises(ValueError, match=r"a.png \(32x24\).*SOLVER.IMS_PER_BATCH.*FrozenBN"):
+        with engine.enough_values(batch):
+            nn.BatchNorm2d(2)(torch.ones(1, 2, 1, 1))
+    with pytest.raises(ValueError, match="^another$"), engine.enough_values(batch):
+        raise ValueError("another")
+
+
 # --- configs ---------------------------------------------------------------------------------------------------------
 
 

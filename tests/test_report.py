@@ -1,15 +1,23 @@
 """The table and what is picked for the pictures; tests/tools/test_recipe.py has the whole on a real run."""
 
+import json
+
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from test_budget import EXITS, make_derived
 
 from eco_m2f.budget import GateFitter, fixed_rows
+from eco_m2f.data.datasets import register_from_config
+from eco_m2f.evaluation.ground_truth import PanopticGroundTruth
 from eco_m2f.report import (
     PARENT,
     STEP_A,
     Result,
+    _colors,
     _examples,
+    _predict,
     collect,
     evaluated_ap,
     evaluated_pq,
@@ -74,3 +82,32 @@ def test_examples_are_spread_over_the_exits(derived):
     assert len(set(picked)) == 5 and {7, 9} <= set(picked)
     assert chosen[picked].tolist() == [2, 2, 2, 4, 6]
     assert len(_examples(chosen[:3], derived.subset(range(3)), 6)) == 3
+
+
+def test_pictures_have_the_datasets_colours_and_turned_photos(tmp_path):
+    """No category declares a colour, and the photo lies on its side: 4 wide and 6 high once it is turned."""
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    (tmp_path / "pan").mkdir()
+    Image.fromarray(np.full((6, 4, 3), (1, 0, 0), np.uint8)).save(tmp_path / "pan" / "a.png")
+    segment = {"id": 1, "category_id": 5, "area": 24, "iscrowd": 0, "bbox": [0, 0, 4, 6]}
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 6, "width": 4}],
+        "annotations": [{"image_id": 1, "file_name": "a.png", "segments_info": [segment]}],
+        "categories": [{"id": 5, "name": "five", "isthing": 1}, {"id": 2, "name": "two", "isthing": 0}],
+    }
+    (tmp_path / "pan.json").write_text(json.dumps(content))
+    register_from_config(
+        [f"name=report_own,images={tmp_path},panoptic={tmp_path / 'pan'},json={tmp_path / 'pan.json'}"]
+    )
+    truth = PanopticGroundTruth("report_own")
+    five, two = _colors(truth)[5], _colors(truth)[2]
+    assert five != two and (128, 128, 128) not in (five, two)
+    output = {"panoptic_seg": (torch.ones(6, 4, dtype=torch.int32), [{"id": 1, "category_id": 0}]), "exit": 3}
+    record = {"file_name": str(tmp_path / "a.png"), "image_id": 1}
+    image, (real, drawn), k = _predict(lambda batch: [output], lambda record: record, truth, record)
+    np.testing.assert_array_equal(image, np.rot90(pixels, -1))
+    assert k == 3 and real.shape == drawn.shape == (6, 4, 3)
+    np.testing.assert_array_equal(real, drawn)

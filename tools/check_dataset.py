@@ -17,6 +17,7 @@ from pathlib import Path
 from eco_m2f.data.annotations import Finding
 from eco_m2f.data.check import check_dataset, examine_file, summary
 from eco_m2f.data.datasets import parse_custom, register_from_config
+from eco_m2f.data.datasets.paths import resolve
 from eco_m2f.data.panoptic_map import DataError
 from eco_m2f.data.schema import DETECTION, PANOPTIC
 
@@ -60,6 +61,7 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[st
         from eco_m2f.engine import load_cfg  # only here: it pulls in the models
 
         cfg = load_cfg(args.config_file)
+        register_from_config(cfg.DATASETS.CUSTOM, cfg.DATASETS.TRAIN)  # all of them, or a message about what is missing
         names = names or [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
         num_classes = num_classes or cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
         reference = reference or next(iter(cfg.DATASETS.TRAIN), None)
@@ -86,7 +88,7 @@ def _register(specs: list[str], training: str | None) -> tuple[list[str], dict[s
         except DataError:
             fields = parse_custom(spec)
             kind = DETECTION if "boxes" in fields else PANOPTIC
-            json_file = fields["boxes"] if kind is DETECTION else fields["json"]
+            json_file = resolve(fields["boxes"] if kind is DETECTION else fields["json"])
             if not Path(json_file).exists():
                 raise
             results[fields["name"]] = examine_file(json_file, kind)[1]

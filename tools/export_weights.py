@@ -3,10 +3,12 @@
 
     python tools/export_weights.py output/model_final.pth eco.safetensors
 
-The optimizer's state and all else is left out. The file holds the sha256 of its weights, which is compared whenever it
-is loaded, and nothing in it can run code. MODEL.WEIGHTS takes it as it takes a .pth; --resume needs the .pth.
+The classes come along; the optimizer's state and all else is left out. The file holds the sha256 of its weights, which
+is compared whenever it is loaded, and nothing in it can run code. MODEL.WEIGHTS takes it as it takes a .pth; --resume
+needs the .pth.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -23,6 +25,8 @@ def export(source: Path, target: Path) -> str:
     notes = {"__author__": checkpoint["__author__"]} if isinstance(checkpoint.get("__author__"), str) else {}
     if checkpoint.get("matching_heuristics") is True:
         notes["matching_heuristics"] = "True"
+    if "classes" in checkpoint:
+        notes["classes"] = json.dumps(checkpoint["classes"])
     write_weights(target, weights, **notes)
     return f"{target}: {len(weights)} tensors, {sum(w.numel() for w in weights.values()):,} numbers"
 

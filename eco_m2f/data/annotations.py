@@ -303,7 +303,10 @@ def _check_names(content: Content, kind: Kind) -> Iterator[Finding]:
     entries = [*content.images, *(content.annotations if kind is PANOPTIC else ())]
     for name in sorted({e.file_name for e in entries if leaves_folder(e.file_name) or "\0" in e.file_name}):
         told = f"file_name {_short(name)} is absolute, leads through .., or is no name of a file"
-        remedy = "name files by their paths below the folder that is registered, or allow it there"
+        remedy = (
+            "name files by their paths below the folder that is registered, or allow it there (DATASETS.CUSTOM: "
+            "outside=allowed)"
+        )
         yield Finding("file outside its folder", told, remedy)
 
 

@@ -377,6 +377,6 @@ def _check_some_files(files: Iterable[ImageFiles]) -> None:
     for one in files:
         found = list(missing_files(one))
         if not found and one.class_map is not None:
-            found = list(compare_class_map(one, read_ids(one.panoptic)))
+            found = list(compare_class_map(one, read_ids(one.panoptic, one.areas)))
         for finding in found:
             raise DataError(f"{finding}. datasets/README.md shows the layout of each dataset; {ADVICE}")

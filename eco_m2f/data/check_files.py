@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from detectron2.data.detection_utils import read_image
 
 from .annotations import Finding
+from .images import open_image, remarks, to_rgb
 from .panoptic_map import NOT_ITS_IDS, RENUMBER, VOID, DataError, read_classes, read_ids
 
 STRAY = 0.01  # the share of labelled pixels from which on a class map contradicts its panoptic PNG
@@ -96,9 +96,9 @@ def _check_files(files: ImageFiles) -> Checked:
     if files.panoptic is None or not Path(files.panoptic).is_file():
         return Checked(found)
     try:
-        ids = read_ids(files.panoptic)
+        ids = read_ids(files.panoptic, files.areas)
     except DataError as error:
-        return Checked([*found, Finding("unreadable panoptic PNG", str(error), "restore it")])
+        return Checked([*found, Finding("unreadable panoptic PNG", str(error), "make it again")])
     if image is not None and ids.shape != image:
         told = f"{files.panoptic} is {by(ids.shape)} pixels, its image {by(image)}"
         found.append(Finding("PNG size differs from image", told, "make the PNG again at the image's size"))
@@ -111,10 +111,13 @@ def _check_files(files: ImageFiles) -> Checked:
 def _image_size(path: str, found: list[Finding]) -> tuple[int, int] | None:
     """(height, width) of an image that can be decoded whole; else None, and a finding."""
     try:
-        return read_image(path, format="RGB").shape[:2]  # the very call the mappers make
-    except Exception as error:  # whatever a broken file does to its decoder
-        found.append(Finding("unreadable image", f"{path} ({error})", "restore it, or remove it from the JSON"))
+        opened = open_image(path)
+        rgb = to_rgb(opened, path)
+    except DataError as error:
+        found.append(Finding("unreadable image", str(error), "restore it, or remove it from the JSON"))
         return None
+    found += [Finding(about, path, remedy) for about, remedy in remarks(opened, rgb)]
+    return rgb.shape[:2]
 
 
 def _compare(files: ImageFiles, ids: np.ndarray) -> Iterator[Finding]:

@@ -10,12 +10,12 @@ import copy
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, BoxMode, Instances
 
-from .panoptic_map import ADVICE, DataError, decode, index_map, masks_of, read_classes, read_ids
-from .transforms import ColorAugSSD, JitterScale
+from .images import ADVICE, DataError, read_rgb
+from .panoptic_map import decode, index_map, masks_of, read_classes, read_ids
+from .transforms import ColorAugSSD, JitterScale, ShortestEdge
 
 IMAGE_PAD = 128  # grey
 SEG_PAD = 255  # void
@@ -91,7 +91,7 @@ class MaskFormerPanopticMapper(PanopticTrainMapper):
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
         augmentations = [
-            T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING)
+            ShortestEdge(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING)
         ]
         constrained = cfg.INPUT.CROP.ENABLED and cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA < 1.0
         if cfg.INPUT.CROP.ENABLED:
@@ -174,10 +174,10 @@ class DetrMapper:
         crop = cfg.INPUT.CROP
         augmentations = _flip(cfg)
         if crop.ENABLED:
-            zoom = [T.ResizeShortestEdge(cls.BEFORE_CROP, sample_style="choice"), T.RandomCrop(crop.TYPE, crop.SIZE)]
+            zoom = [ShortestEdge(cls.BEFORE_CROP, sample_style="choice"), T.RandomCrop(crop.TYPE, crop.SIZE)]
             augmentations.append(T.RandomApply(T.AugmentationList(zoom), prob=0.5))
         augmentations.append(
-            T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING)
+            ShortestEdge(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING)
         )
         return {"is_train": is_train, "augmentations": augmentations, "image_format": cfg.INPUT.FORMAT}
 
@@ -243,7 +243,7 @@ class PanopticTestMapper:
     def from_config(cls, cfg: CfgNode, is_train: bool = False) -> dict:
         return {
             "is_train": is_train,
-            "augmentations": detection_utils.build_augmentation(cfg, is_train=False),
+            "augmentations": [ShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice")],
             "image_format": cfg.INPUT.FORMAT,
         }
 
@@ -257,9 +257,7 @@ class PanopticTestMapper:
         """An image from memory (uint8 RGB [H, W, 3]) as the model's input, uint8 [3, h, w] in INPUT.FORMAT."""
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"expected a uint8 RGB image [H, W, 3], got {image.dtype} {list(image.shape)}")
-        if self.image_format not in ("RGB", "BGR"):
-            raise ValueError(f"INPUT.FORMAT must be RGB or BGR to take an image from memory, got {self.image_format}")
-        return self._resized(image if self.image_format == "RGB" else image[:, :, ::-1])
+        return self._resized(in_order(image, self.image_format))
 
     def _resized(self, image: np.ndarray) -> torch.Tensor:
         aug_input = T.AugInput(image)
@@ -268,22 +266,39 @@ class PanopticTestMapper:
 
 
 def read_image(record: dict, image_format: str) -> np.ndarray:
-    """Reads record["file_name"] as uint8 [H, W, C] and fills in height and width (and image_id) where absent.
+    """Reads record["file_name"] as uint8 [H, W, 3] and fills in height and width (and image_id) where absent.
 
-    Raises DataError if the file is missing, unreadable, or of another size than the record says.
+    image_format: "RGB" or "BGR". Raises DataError if the file is missing, unreadable, or of another size than the
+    record says.
     """
-    name = record["file_name"]
-    try:
-        image = detection_utils.read_image(name, format=image_format)
-        detection_utils.check_image_size(record, image)
-    except detection_utils.SizeMismatchError as error:
-        raise DataError(f"{error} Or restore the file; {ADVICE}") from error
-    except FileNotFoundError as error:
-        raise DataError(f"{name}: image not found; restore it or drop it from the annotations; {ADVICE}") from error
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"{name}: image cannot be read ({error}); restore it or drop it; {ADVICE}") from error
-    record.setdefault("image_id", name)
-    return image
+    image = read_rgb(record["file_name"])
+    height, width = image.shape[:2]
+    if (record.get("height", height), record.get("width", width)) != (height, width):
+        raise DataError(_other_size(record, height, width))
+    record.update(height=height, width=width)
+    record.setdefault("image_id", record["file_name"])
+    return in_order(image, image_format)
+
+
+def in_order(rgb: np.ndarray, image_format: str) -> np.ndarray:
+    """RGB [H, W, 3] in the order of INPUT.FORMAT. Raises ValueError for another than RGB or BGR."""
+    if image_format not in ("RGB", "BGR"):
+        raise ValueError(f"INPUT.FORMAT must be RGB or BGR, got {image_format}")
+    return rgb if image_format == "RGB" else rgb[:, :, ::-1]
+
+
+def _other_size(record: dict, height: int, width: int) -> str:
+    told = (record.get("width"), record.get("height"))
+    hint = "correct width and height, or restore the file"
+    if told == (height, width):
+        hint = (
+            "if its EXIF orientation turns it, the annotation belongs to the image as viewers show it: draw it on "
+            "that, or save the image without the tag"
+        )
+    return (
+        f"{record['file_name']}: the image has {width}x{height} pixels, but its annotation says width {told[0]!r} and "
+        f"height {told[1]!r}; {hint}; {ADVICE}"
+    )
 
 
 def _check_size(what: str, labels: np.ndarray, record: dict, image: np.ndarray, advice: str = "") -> None:
@@ -303,9 +318,9 @@ def _read_segments(record: dict, image: np.ndarray) -> tuple[list[dict], np.ndar
             "e.g. one registered with register_coco_panoptic_like"
         )
     source = record["pan_seg_file_name"]
-    ids = read_ids(source)
-    _check_size(f"{source}: the panoptic PNG", ids, record, image, f"; {ADVICE}")
     segments = record["segments_info"]
+    ids = read_ids(source, [s["id"] for s in segments])
+    _check_size(f"{source}: the panoptic PNG", ids, record, image, f"; {ADVICE}")
     return segments, index_map(ids, [s["id"] for s in segments], source)
 
 

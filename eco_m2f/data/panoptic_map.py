@@ -4,13 +4,15 @@ A COCO-format panoptic PNG stores at each pixel the id of its segment, R + 256 G
 (class map) stores the contiguous class in one channel.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from .images import ADVICE, DataError, Opened, open_image
+
 VOID = 0  # segment id of an unlabelled pixel, in the PNG
-ADVICE = "run tools/check_dataset.py on the dataset to list every such file"
 
 RENUMBER = "a real segment needs another id, from 1 on: renumber it in the JSON and in the pixels of the PNG alike"
 NOT_ITS_IDS = (
@@ -19,41 +21,86 @@ NOT_ITS_IDS = (
 )
 
 
-class DataError(ValueError):
-    """A file of a dataset is missing, unreadable or contradicts another; the message names it and the remedy."""
+def read_ids(file_name: str | Path, segment_ids: Iterable[int] | None = None) -> np.ndarray:
+    """Reads a panoptic PNG into segment ids, int32 [H, W].
+
+    segment_ids: those that the JSON lists. A PNG with a palette is read only where its colours, looked up, are among
+    them: such a file may as well mean its indices. Raises DataError if it is missing, unreadable, or stored otherwise.
+    """
+    png = _open_labels(file_name, "panoptic PNG")
+    mode = png.image.mode
+    if mode not in ("RGB", "RGBA", "P") or png.sixteen_bits:
+        raise DataError(
+            f"{file_name}: a panoptic PNG must be RGB of 8 bits (segment id = R + 256 G + 65536 B), got mode {mode} "
+            f"({png.raw}); write it with eco_m2f.data.panoptic_map.ids_to_rgb, and {ADVICE}"
+        )
+    ids = _to_ids(png.image)
+    if mode == "P":
+        _check_palette(ids, np.asarray(png.image), segment_ids, file_name)
+    return ids
 
 
-def read_ids(file_name: str | Path) -> np.ndarray:
-    """Reads a panoptic PNG into segment ids, int32 [H, W]. Raises DataError if it is missing or unreadable."""
-    try:
-        with Image.open(file_name) as png:
-            if png.mode not in ("RGB", "RGBA", "P"):
-                raise DataError(
-                    f"{file_name}: a panoptic PNG must be RGB (segment id = R + 256 G + 65536 B), got mode {png.mode}; "
-                    f"convert it with panopticapi.utils.id2rgb, and {ADVICE}"
-                )
-            rgb = np.asarray(png.convert("RGB"))
-    except FileNotFoundError as error:
-        raise DataError(f"{file_name}: panoptic PNG not found; restore it, or {ADVICE}") from error
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG chunk
-        raise DataError(f"{file_name}: panoptic PNG cannot be read ({error}); restore it, or {ADVICE}") from error
+def _to_ids(image: Image.Image) -> np.ndarray:
+    rgb = np.asarray(image.convert("RGBA") if image.mode == "P" else image)  # Pillow warns of a palette as RGB
     return rgb[..., 0] + rgb[..., 1] * np.int32(256) + rgb[..., 2] * np.int32(65536)
+
+
+def _check_palette(
+    ids: np.ndarray, indices: np.ndarray, segment_ids: Iterable[int] | None, file_name: str | Path
+) -> None:
+    """Raises DataError unless the colours of a palette PNG are segment ids that the JSON lists."""
+    listed = {VOID, *(segment_ids or ())}
+    drawn = np.unique(ids).tolist()
+    if segment_ids is not None and listed.issuperset(drawn):
+        return
+    fit = "its indices are ids that the JSON lists"
+    if not listed.issuperset(np.unique(indices).tolist()):
+        fit = "neither its colours nor its indices are the ids that the JSON lists"
+    raise DataError(
+        f"{file_name}: a panoptic PNG must be RGB (segment id = R + 256 G + 65536 B), this one has a palette; {fit}. "
+        "Where the indices are meant, write it anew: Image.fromarray(ids_to_rgb(np.asarray(Image.open(png), 'int32'))) "
+        "with ids_to_rgb of eco_m2f.data.panoptic_map; the JSON stays as it is"
+    )
 
 
 def read_classes(file_name: str | Path) -> np.ndarray:
     """Reads a semantic PNG into classes, uint8 [H, W]. Raises DataError if it is missing, unreadable or in colour."""
-    try:
-        with Image.open(file_name) as png:
-            if png.mode not in ("L", "P"):
-                raise DataError(
-                    f"{file_name}: a semantic PNG must hold one channel of 8 bits, the class, got mode {png.mode}; "
-                    "datasets/README.md tells how it is made"
-                )
-            return np.asarray(png)
-    except FileNotFoundError as error:
-        raise DataError(f"{file_name}: semantic PNG not found; datasets/README.md tells how it is made") from error
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"{file_name}: semantic PNG cannot be read ({error}); make it again") from error
+    png = _open_labels(file_name, "semantic PNG")
+    # Pillow stretches grey values of 2 and 4 bits to 0..255; indices of a palette it leaves alone
+    if png.image.mode not in ("L", "P") or png.raw in ("L;2", "L;4"):
+        raise DataError(
+            f"{file_name}: a semantic PNG must hold one channel of 8 bits, the class, got mode {png.image.mode} "
+            f"({png.raw}); datasets/README.md tells how it is made"
+        )
+    classes = np.asarray(png.image)
+    if png.image.mode == "P":
+        _check_grey_palette(classes, png.image, file_name)
+    return classes
+
+
+def _check_grey_palette(indices: np.ndarray, image: Image.Image, file_name: str | Path) -> None:
+    """Raises DataError where a palette of greys says other classes than the indices, as tools that shrink PNGs do."""
+    used = np.unique(indices)
+    colors = np.zeros((256, 3), dtype=np.uint8)
+    palette = np.asarray(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
+    colors[: len(palette)] = palette
+    greys = colors[used]
+    if (greys == greys[:, :1]).all() and (greys[:, 0] != used).any():
+        raise DataError(
+            f"{file_name}: a semantic PNG with a palette of greys, {greys[:, 0].tolist()[:5]} for the indices "
+            f"{used.tolist()[:5]}: which are the classes, nobody knows; save it as 8-bit grey, the value the class"
+        )
+
+
+def _open_labels(file_name: str | Path, kind: str) -> Opened:
+    """A PNG of labels, whose EXIF orientation must not speak of turning: whether labels are meant to, nobody knows."""
+    png = open_image(file_name, kind, ("PNG",))
+    if png.orientation != 1:
+        raise DataError(
+            f"{file_name}: {kind} has the EXIF orientation {png.orientation}; save it without, drawn on the image as "
+            "viewers show it"
+        )
+    return png
 
 
 def ids_to_rgb(ids: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Augmentations that detectron2 lacks: SSD's colour distortion, and large-scale jittering safe for thin images."""
+"""Augmentations that detectron2 lacks: SSD's colour distortion, and resizing that is safe for thin images."""
 
 import numpy as np
 from detectron2.data import transforms as T
@@ -6,6 +6,16 @@ from detectron2.data import transforms as T
 from ..requirements import require
 
 HUE_PERIOD = 180  # OpenCV stores the hue of a uint8 image in steps of two degrees
+
+
+class ShortestEdge(T.ResizeShortestEdge):
+    """As detectron2's, but no side gets less than a pixel, as one of an image far longer than high would."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        transform = super().get_transform(image)
+        if isinstance(transform, T.ResizeTransform):
+            transform.new_h, transform.new_w = max(transform.new_h, 1), max(transform.new_w, 1)
+        return transform
 
 
 class ColorDistortion(T.Transform):

@@ -28,8 +28,9 @@ class PanopticImage:
 
     def id_map(self) -> np.ndarray:
         """[H, W] int32 segment ids, 0 for void. Raises DataError where PNG and JSON disagree."""
-        ids = read_ids(self.path)
-        index_map(ids, [s["id"] for s in self.segments], self.path)
+        listed = [s["id"] for s in self.segments]
+        ids = read_ids(self.path, listed)
+        index_map(ids, listed, self.path)
         return ids
 
 

@@ -1,11 +1,14 @@
 """The parent: Mask2Former as a detectron2 meta-architecture. It knows nothing of exits."""
 
+import dataclasses
+from collections.abc import Sequence
+
 from detectron2.config import configurable
-from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, build_sem_seg_head
 from detectron2.structures import ImageList
 from torch import nn
 
+from ..data.classes import dataset_classes
 from .criterion import SetCriterion, focal_loss, mask_loss
 from .matcher import HungarianMatcher, pairwise_focal_cost, pairwise_mask_cost
 from .parent import Parent
@@ -61,6 +64,17 @@ class MaskFormer(Parent):
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
 
+    def set_classes(self, classes: Sequence[dict]) -> None:
+        """They also tell which are things. Raises ValueError for another number than the model has."""
+        if len(classes) != self.postprocessor.num_classes:
+            raise ValueError(
+                f"{len(classes)} classes ({', '.join(c['name'] for c in classes[:5])}, ...) for a model of "
+                f"{self.postprocessor.num_classes}: set MODEL.SEM_SEG_HEAD.NUM_CLASSES to {len(classes)}"
+            )
+        super().set_classes(classes)
+        things = frozenset(i for i, c in enumerate(classes) if c["isthing"])
+        self.postprocessor = dataclasses.replace(self.postprocessor, thing_classes=things)
+
     def prepare_targets(self, batched_inputs: list[dict], size: tuple[int, int]) -> list[dict]:
         """labels [G] and masks [G, H, W] of every image, padded to the batch's size."""
         targets = []
@@ -103,15 +117,15 @@ def build_criterion(cfg) -> SetCriterion:
 
 
 def build_postprocessor(cfg) -> PostProcessor:
-    """What MODEL.MASK_FORMER.TEST asks for; which classes are things is told by the dataset's metadata."""
+    """What MODEL.MASK_FORMER.TEST asks for; which classes are things is told by the dataset, where it is registered."""
     test = cfg.MODEL.MASK_FORMER.TEST
     names = cfg.DATASETS.TRAIN or cfg.DATASETS.TEST
-    metadata = MetadataCatalog.get(names[0]) if names else None
-    things = getattr(metadata, "thing_dataset_id_to_contiguous_id", {}).values()
     num_classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    classes = dataset_classes(names[0])[:num_classes] if names else []
+    things = frozenset(i for i, c in enumerate(classes) if c["isthing"])
     return PostProcessor(
         num_classes=num_classes,
-        thing_classes=frozenset(i for i in things if i < num_classes),
+        thing_classes=things if classes else None,
         semantic_on=test.SEMANTIC_ON,
         panoptic_on=test.PANOPTIC_ON,
         instance_on=test.INSTANCE_ON,

@@ -41,7 +41,20 @@ class ExitHead(nn.Module):
         return {k: {name: value[i : i + 1] for name, value in pred.items()} for i, k in enumerate(exits)}
 
 
-class Parent(nn.Module):
+class Classified(nn.Module):
+    """A model that knows what its classes are called; see `data.classes`.
+
+    `classes` are those of the dataset of the config, or else those that its checkpoint holds; None where neither tells.
+    """
+
+    classes: list[dict] | None = None
+
+    def set_classes(self, classes: Sequence[dict]) -> None:
+        """In the order of the model's classes. A subclass takes from them what else it needs."""
+        self.classes = list(classes)
+
+
+class Parent(Classified):
     """A backbone and an `ExitHead`: images in, losses or results out. It knows nothing of exits.
 
     A subclass sets `backbone`, `criterion`, `postprocessor` and its head, and says with

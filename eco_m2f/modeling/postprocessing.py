@@ -14,7 +14,7 @@ class PostProcessor:
     """What to produce from a prediction, and with which thresholds.
 
     Attributes:
-        thing_classes: the contiguous class ids that are things.
+        thing_classes: the contiguous class ids that are things; None: not known yet, and panoptic maps are refused.
         object_mask_threshold: the score above which a query takes part in the panoptic map.
         overlap_threshold: a segment of which less than this fraction is visible is dropped.
         resize_first: resize the masks to the output size before anything else (always so for panoptic and instance).
@@ -23,7 +23,7 @@ class PostProcessor:
     resizes_masks: ClassVar[bool] = True  # which is what post-processing costs
 
     num_classes: int
-    thing_classes: frozenset[int]
+    thing_classes: frozenset[int] | None
     semantic_on: bool = True
     panoptic_on: bool = True
     instance_on: bool = True
@@ -67,6 +67,11 @@ class PostProcessor:
         return result
 
     def panoptic(self, logits: Tensor, masks: Tensor) -> tuple[Tensor, list[dict]]:
+        if self.thing_classes is None:
+            raise ValueError(
+                "which classes are things is not known: name the dataset that the model was trained on in "
+                "DATASETS.TRAIN, or load a checkpoint that holds its classes"
+            )
         return panoptic_inference(logits, masks, self.thing_classes, self.object_mask_threshold, self.overlap_threshold)
 
     def instances(self, logits: Tensor, masks: Tensor) -> Instances:

@@ -68,7 +68,7 @@ def test_coco_categories_match_the_official_table(shared):
         ("name=a,images=b,panoptic=c,json", "'json' is not of the form key=value"),
         ("name=a,images=,panoptic=c,json=d", "'images=' is not of the form"),
         ("name=a,name=b,images=b,panoptic=c,json=d", "'name' is given twice"),
-        ("", "not of the form"),
+        ("", "lacks name, images"),
     ],
 )
 def test_bad_descriptions_are_explained(spec, message):

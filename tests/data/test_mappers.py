@@ -233,7 +233,11 @@ BAD = {
     "missing image": (lambda t: t.image(1).unlink(), "image", "image not found"),
     "broken image": (lambda t: _truncate(t.image(1)), "image", "image cannot be read"),
     "text as image": (lambda t: t.image(1).write_text("no image"), "image", "image cannot be read"),
-    "image of another size": (lambda t: _resize_png(t.image(1)), "image", "Mismatched image shape"),
+    "image of another size": (
+        lambda t: _resize_png(t.image(1)),
+        "image",
+        "7x5 pixels, but its annotation says width 60 and height 40",
+    ),
     "missing PNG": (lambda t: t.panoptic(1).unlink(), "panoptic", "panoptic PNG not found"),
     "broken PNG": (lambda t: _truncate(t.panoptic(1)), "panoptic", "panoptic PNG cannot be read"),
     "PNG of another size": (lambda t: _resize_png(t.panoptic(1)), "panoptic", "7x5 pixels but its image"),

@@ -117,6 +117,6 @@ def test_incomplete_downloads_are_explained(cityscapes, raw):
 def test_a_broken_map_is_named_and_no_json_is_left(cityscapes, raw):
     path = raw / "gtFine" / "train" / "ulm" / "ulm_000000_000019_gtFine_instanceIds.png"
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(DataError, match="ulm_000000_000019_gtFine_instanceIds.png: cannot be read"):
+    with pytest.raises(DataError, match="ulm_000000_000019_gtFine_instanceIds.png: PNG of gtFine cannot be read"):
         cityscapes.prepare(raw, "train")
     assert sorted(p.name for p in (raw / "gtFine").iterdir()) == ["train"]

@@ -123,7 +123,7 @@ SPOILED = {
     "missing file": (lambda r: (r / "instance_ids" / "b.png").unlink(), "missing: .*b.png .1 in all"),
     "other size": (lambda r: _index(r, width=99), "sizes differ"),
     "other count": (lambda r: _index(r, num_nuclei=7), "b.png: 2 nuclei drawn, index.csv says 7"),
-    "broken file": (lambda r: (r / "images" / "b.png").write_text("x"), "b.png: cannot be read"),
+    "broken file": (lambda r: (r / "images" / "b.png").write_text("x"), "b.png: image cannot be read"),
     "grey image": (lambda r: Image.new("L", (25, 20)).save(r / "images" / "b.png"), "expected an RGB image"),
     "color ids": (lambda r: Image.new("RGB", (25, 20)).save(r / "instance_ids" / "b.png"), "one 16-bit channel"),
 }

@@ -17,6 +17,13 @@ def test_the_weights_alone_are_written(tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path}/m.safetensors: 2 tensors, 7 numbers\n"
 
 
+def test_the_classes_come_along(tmp_path):
+    classes = [{"id": 7, "name": "Gebäude", "isthing": 1, "color": [1, 2, 3]}]
+    torch.save({"model": {"a": torch.ones(2)}, "classes": classes}, tmp_path / "m.pth")
+    export_weights.export(tmp_path / "m.pth", tmp_path / "m.safetensors")
+    assert read_checkpoint(tmp_path / "m.safetensors")["classes"] == classes
+
+
 def test_another_ending_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="must end in .safetensors"):
         export_weights.export(tmp_path / "m.pth", tmp_path / "n.pth")

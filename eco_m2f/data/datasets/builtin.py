@@ -5,7 +5,6 @@ cityscapes_fine_panoptic_{train,val}.
 All paths lie under $DETECTRON2_DATASETS (./datasets if unset), read when this package is imported, as detectron2 does.
 """
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,16 +14,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ..toy import CATEGORIES as TOY_CATEGORIES
 from .coco_boxes import load_coco_boxes, register_coco_boxes
 from .coco_panoptic_like import load_coco_panoptic_like, register_coco_panoptic_like
+from .paths import datasets_root
 
 NUCLEI_CATEGORIES = [
     {"id": 1, "name": "nucleus", "isthing": 1, "color": [220, 80, 60]},
     {"id": 2, "name": "background", "isthing": 0, "color": [60, 70, 110]},
 ]
-
-
-def datasets_root() -> Path:
-    """Where datasets lie: $DETECTRON2_DATASETS, or ./datasets."""
-    return Path(os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets")))
 
 
 def register_all(root: Path | None = None) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ...checkpoint import Checkpointer
 from ...evaluation.flops import padded_size
+from ..parent import Classified
 from ..postprocessing import crop_and_resize, resize
 from .costs import TokenCosts, TokenTable
 from .heads import NaiveHead
@@ -27,7 +28,7 @@ from .vit import TokenPassViT
 
 
 @META_ARCH_REGISTRY.register()
-class DoViT(nn.Module):
+class DoViT(Classified):
     """Semantic segmentation by a vision transformer that spends its layers on the tokens that need them."""
 
     cost_parts = {"head": "head.", "auxiliary_heads": "auxiliary_heads."}

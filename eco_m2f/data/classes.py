@@ -1,0 +1,66 @@
+"""The classes of a model: those of the dataset it was trained on, which travel with its checkpoint.
+
+A class is a dict with `id` (the dataset's own), `name`, `isthing` and `color` (RGB, 0 to 255); a list of them is in the
+order of the model's classes. They are plain values, so that a checkpoint can hold them.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from detectron2.data import MetadataCatalog
+
+from .categories import check_same_categories, registered_categories
+from .datasets.coco_panoptic_like import category_colors
+
+
+def dataset_classes(name: str) -> list[dict]:
+    """The classes of a registered dataset; [] where no dataset of that name is registered."""
+    metadata = MetadataCatalog.get(name)
+    classes = registered_categories(metadata)
+    things = getattr(metadata, "thing_dataset_id_to_contiguous_id", {})
+    return [
+        {"id": c["id"], "name": c["name"], "isthing": int(c.get("isthing", c["id"] in things)), "color": list(color)}
+        for c, color in zip(classes, _colors(metadata, classes))
+    ]
+
+
+def _colors(metadata, classes: list[dict]) -> Sequence[Sequence[int]]:
+    """The colours of a dataset's metadata; made up where there are none for each class."""
+    tables = (getattr(metadata, key, None) or () for key in ("stuff_colors", "thing_colors"))
+    return next((table for table in tables if len(table) == len(classes)), None) or category_colors(classes)
+
+
+def check_same_classes(trained: Sequence[Mapping], other: Sequence[Mapping], of_trained: str, of_other: str) -> None:
+    """Raises ValueError, with both lists, unless both are the same classes in the same order."""
+    check_same_categories(trained, other, of_trained, of_other)
+    if [c["id"] for c in trained] != [c["id"] for c in other]:
+        raise ValueError(
+            f"{of_trained} has the classes {[c['name'] for c in trained]} in this order, {of_other} has "
+            f"{[c['name'] for c in other]}: list the categories of the annotation in the order of the training"
+        )
+
+
+def check_stored(classes: object, source: str) -> list[dict]:
+    """Classes that a file holds, checked. Raises ValueError naming the file and the entry that is none."""
+    if not isinstance(classes, (list, tuple)) or not classes:
+        raise ValueError(f"{source}: `classes` must be a list of classes, got {type(classes).__name__}")
+    for i, c in enumerate(classes):
+        if not isinstance(c, dict) or not _is_class(c):
+            raise ValueError(
+                f"{source}: entry {i} of `classes` must have id (a number), name (a text), isthing (0 or 1) and color "
+                f"(three numbers 0..255), got {str(c)[:200]}"
+            )
+    if len({c["id"] for c in classes}) < len(classes):
+        raise ValueError(f"{source}: `classes` holds an id twice")
+    return list(classes)
+
+
+def _is_class(c: dict) -> bool:
+    color = c.get("color")
+    return (
+        type(c.get("id")) is int
+        and isinstance(c.get("name"), str)
+        and c.get("isthing") in (0, 1)
+        and isinstance(color, (list, tuple))
+        and len(color) == 3
+        and all(type(v) is int and 0 <= v <= 255 for v in color)
+    )

@@ -1,0 +1,287 @@
+"""Images: one way to open a file, and one rule for each kind of pixel. datasets/README.md states the rules for users.
+
+A file is opened as one of few formats, so that no other reader (EPS starts Ghostscript) ever sees it. The size that its
+header declares is checked before anything is decoded. The EXIF orientation is applied, as detectron2 does: the
+annotation of a photo belongs to the image as a viewer shows it.
+"""
+
+import logging
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "PPM")
+MAX_PIXELS = 178_956_970  # of a file or an array; twice what Pillow warns of, and where Pillow itself stops
+EIGHT_BITS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr")  # Pillow's modes
+SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
+ORIENTATION = 0x0112  # EXIF's tag
+DIM = 16  # of 256 levels: an image of 12 bits in 16 has no more
+DIM_IMAGE = f"image of more than 8 bits that uses fewer than {DIM} of the 256 levels the model sees"
+BRIGHTEN = "multiply the values of all images by one number, so that they fill the range, or save them as 8 bits"
+ADVICE = "run tools/check_dataset.py on the dataset to list every such file"
+
+logger = logging.getLogger(__name__)
+_warned: set[str] = set()
+
+
+class DataError(ValueError):
+    """A file of a dataset is missing, unreadable or contradicts another; the message names it and the remedy."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A decoded file, turned upright.
+
+    raw: Pillow's name for how the file stores pixels, such as "RGB;16B"; format: such as "PNG"; orientation: that of
+    the EXIF data, 1 to 8, which has been applied.
+    """
+
+    image: Image.Image
+    raw: str
+    format: str
+    orientation: int
+
+    @property
+    def sixteen_bits(self) -> bool:
+        """Whether the file has 16 bits per channel."""
+        kind, _, bits = self.raw.partition(";")
+        stored = bits.startswith("16") and kind != "BGR"  # where it is the 16 bits of all three channels
+        return stored or self.image.mode in SIXTEEN_BITS or (self.format == "PPM" and self.image.mode == "I")
+
+    @property
+    def turned(self) -> bool:
+        """Whether the EXIF data turned or mirrored it and its size does not tell."""
+        return self.orientation in (2, 3, 4) or (self.orientation > 4 and self.image.width == self.image.height)
+
+
+def open_image(file_name: str | Path, kind: str = "image", formats: tuple[str, ...] = FORMATS) -> Opened:
+    """Decodes a file as one of `formats`. kind: what messages call it.
+
+    Raises DataError if it is missing, no regular file, damaged, of another format, of several pages, or declares more
+    than MAX_PIXELS.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(file_name).st_mode):
+            raise OSError("it is not a regular file")
+        with open(file_name, "rb") as file:
+            return _decode(file, formats)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{file_name}: {kind} not found; restore it or drop it from the annotations (datasets/README.md shows "
+            f"where each dataset's files belong); {ADVICE}"
+        ) from error
+    except UnidentifiedImageError as error:
+        raise DataError(
+            f"{file_name}: {kind} cannot be read (none of {', '.join(formats)}, or damaged); restore it or convert it "
+            f"to PNG; {ADVICE}"
+        ) from error
+    except Exception as error:  # Pillow's readers let through whatever a damaged file leads them to
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{file_name}: {kind} cannot be read ({reason}); restore it or drop it; {ADVICE}") from error
+
+
+def _decode(file: BinaryIO, formats: tuple[str, ...]) -> Opened:
+    image = _checked(Image.open(file, formats=formats))
+    if image.format == "PNG":  # the one format whose parts have checksums; Pillow ignores those of the pixels
+        image.verify()
+        file.seek(0)
+        image = Image.open(file, formats=formats)
+    raw, kind, orientation = _raw_mode(image), image.format or "", _orientation(image)
+    image.load()
+    # Pillow turns a TIFF by itself when it is loaded
+    upright = image if orientation == 1 else ImageOps.exif_transpose(image)
+    return Opened(upright, raw, kind, orientation)
+
+
+def _checked(image: Image.Image) -> Image.Image:
+    """The image, its pixels not decoded yet. Raises ValueError for too many pixels, or several pages."""
+    check_pixels(image.height, image.width)
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # a phone's JPEG holds previews beside it
+        raise ValueError("it holds several pages or frames: save each as a file of its own")
+    return image
+
+
+def check_pixels(height: int, width: int) -> None:
+    """Raises ValueError for an image without pixels, or with more than MAX_PIXELS."""
+    if height < 1 or width < 1:
+        raise ValueError(f"an image of {width}x{height} pixels is empty")
+    if height * width > MAX_PIXELS:
+        raise ValueError(
+            f"an image of {width}x{height} pixels is beyond the limit of {MAX_PIXELS} pixels: cut it into tiles, or "
+            "make it smaller"
+        )
+
+
+def _raw_mode(image: Image.Image) -> str:
+    tiles = getattr(image, "tile", None)
+    arguments = tiles[0][3] if tiles else ""
+    return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments or "")
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8; damaged EXIF data count as none, as in detectron2."""
+    try:
+        found = image.getexif().get(ORIENTATION, 1)
+    except Exception:
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def read_rgb(file_name: str | Path) -> np.ndarray:
+    """An image file of a dataset as uint8 RGB [H, W, 3], turned upright. Raises DataError.
+
+    Warns, once per process, of the first image whose annotation may be drawn on the image that was not turned, and of
+    the first of more than 8 bits that is nearly black.
+    """
+    opened = open_image(file_name)
+    rgb = to_rgb(opened, file_name)
+    for about, remedy in remarks(opened, rgb):
+        _warn_once(file_name, about, f"{remedy}. Others may be alike: tools/check_dataset.py lists them")
+    return rgb
+
+
+def _warn_once(source: str | Path, about: str, remedy: str) -> None:
+    if about not in _warned:
+        _warned.add(about)
+        logger.warning("%s: %s; %s", source, about, remedy)
+
+
+def remarks(opened: Opened, rgb: np.ndarray) -> list[tuple[str, str]]:
+    """(what is doubtful about an image that was read, what to do), where anything is."""
+    found = []
+    if opened.turned:
+        found.append(
+            (
+                "image turned or mirrored by its EXIF orientation, which its size does not tell",
+                "its annotation must be drawn on the image as viewers show it; make sure, and save the image turned, "
+                "without the tag (PIL.ImageOps.exif_transpose)",
+            )
+        )
+    deep = opened.sixteen_bits or opened.image.mode == "F"
+    if deep and 0 < np.max(np.asarray(opened.image)) and rgb.max() < DIM:
+        found.append((DIM_IMAGE, BRIGHTEN))
+    return found
+
+
+def to_rgb(opened: Opened, source: str | Path) -> np.ndarray:
+    """The pixels of a decoded image as uint8 RGB [H, W, 3], by the rules of datasets/README.md.
+
+    Grey is repeated, transparency dropped; of 16 bits the upper 8 are kept; float must lie in [0, 1]. Raises DataError
+    for a kind of pixel that has no rule; `source` names the image in the message.
+    """
+    image = opened.image
+    if image.mode in EIGHT_BITS:
+        if "transparency" in image.info:  # of a palette, where Pillow warns unless it goes through RGBA
+            image = image.convert("RGBA")
+        return np.asarray(image.convert("RGB"))
+    if image.mode in SIXTEEN_BITS or (image.mode == "I" and opened.sixteen_bits):
+        grey = (np.asarray(image).astype(np.int32) >> 8).astype(np.uint8)
+    elif image.mode == "F":
+        grey = _from_float(np.asarray(image), source)
+    else:
+        raise DataError(
+            f"{source}: there is no rule for pixels of Pillow's mode {image.mode}; save it as an 8-bit grey or RGB "
+            f"image, all images scaled alike; {ADVICE}"
+        )
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def _from_float(values: np.ndarray, source: str | Path) -> np.ndarray:
+    """Values in [0, 1] -> uint8 0..255, rounded."""
+    low, high = float(values.min()), float(values.max())
+    if not (0 <= low and high <= 1):  # NaN fails too
+        raise DataError(
+            f"{source}: values of a float image must lie in [0, 1], got {low:g}..{high:g}; divide by the largest value "
+            "possible, the same for all images, or give 8-bit values as uint8"
+        )
+    return np.rint(np.asarray(values, np.float64) * 255).astype(np.uint8)
+
+
+# --- from memory -----------------------------------------------------------------------------------------------------
+
+
+def rgb_from(image: str | os.PathLike | Image.Image | np.ndarray | torch.Tensor) -> np.ndarray:
+    """An image of any of these kinds as uint8 RGB [H, W, 3].
+
+    A file is read as `read_rgb` does; a PIL image likewise, its EXIF orientation applied. An array is [H, W],
+    [H, W, 1], [H, W, 3] RGB or [H, W, 4] with transparency, which is dropped; a tensor has the channels first. Values
+    are uint8, uint16 (the upper 8 bits count), bool, or float in [0, 1].
+    Raises ValueError saying what the image is and what it should be.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        return _warned_of_dim(open_image(os.fspath(image)), os.fspath(image))
+    if isinstance(image, Image.Image):
+        return _from_pil(image)
+    if isinstance(image, torch.Tensor):
+        return _from_array(_channels_last(image.detach().cpu()))
+    if isinstance(image, np.ndarray):
+        return _from_array(image)
+    raise ValueError(
+        f"expected an image, got {type(image).__name__}: give a path, a PIL image, a uint8 RGB array [H, W, 3] or a "
+        "tensor [3, H, W]"
+    )
+
+
+def _from_pil(image: Image.Image) -> np.ndarray:
+    name = getattr(image, "filename", "") or "PIL image"
+    try:
+        check_pixels(image.height, image.width)
+        raw, kind, orientation = _raw_mode(image), image.format or "", _orientation(image)
+        image.load()
+        upright = image if orientation == 1 else ImageOps.exif_transpose(image)
+    except Exception as error:  # it may still have to be read from its file
+        raise DataError(f"{name}: image cannot be read ({str(error) or type(error).__name__}); restore it") from error
+    return _warned_of_dim(Opened(upright, raw, kind, orientation), name)
+
+
+def _warned_of_dim(opened: Opened, name: str) -> np.ndarray:
+    """`to_rgb`; there is no annotation that the orientation could contradict."""
+    rgb = to_rgb(opened, name)
+    if (DIM_IMAGE, BRIGHTEN) in remarks(opened, rgb):
+        _warn_once(name, DIM_IMAGE, BRIGHTEN)
+    return rgb
+
+
+def _channels_last(tensor: torch.Tensor) -> np.ndarray:
+    if tensor.ndim == 3 and tensor.shape[0] not in (1, 3, 4):
+        raise ValueError(
+            f"expected a tensor [3, H, W] (or 1 or 4 channels, or [H, W]), got {list(tensor.shape)}: permute its axes"
+        )
+    if tensor.dtype == torch.bfloat16:  # which numpy has not
+        tensor = tensor.float()
+    return (tensor.permute(1, 2, 0) if tensor.ndim == 3 else tensor).numpy()
+
+
+def _from_array(array: np.ndarray) -> np.ndarray:
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise ValueError(
+            f"expected an array [H, W, 3], RGB (or 1 or 4 channels, or [H, W]), got {array.dtype} "
+            f"{list(array.shape)}: transpose it, or choose the channels"
+        )
+    check_pixels(*array.shape[:2])
+    planes = array[..., None] if array.ndim == 2 else array
+    values, planes = planes, _to_bytes(planes[..., :3])
+    if values.dtype.itemsize > 1 and values.max() > 0 and planes.max() < DIM:
+        _warn_once("image from memory", DIM_IMAGE, BRIGHTEN)
+    return np.repeat(planes, 3, axis=2) if planes.shape[2] == 1 else planes
+
+
+def _to_bytes(values: np.ndarray) -> np.ndarray:
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.uint16:
+        return (values >> 8).astype(np.uint8)
+    if values.dtype == bool:
+        return values.astype(np.uint8) * np.uint8(255)
+    if values.dtype.kind == "f":
+        return _from_float(values, "image from memory")
+    raise ValueError(
+        f"expected an image of uint8, uint16, bool, or float in [0, 1], got {values.dtype}: convert it, e.g. by "
+        ".astype('uint8') where the values are 0..255"
+    )
