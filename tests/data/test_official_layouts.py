@@ -36,6 +36,8 @@ PROGRAM = """
 import hashlib, json, sys
 import numpy as np, torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets.cityscapes_panoptic import load_cityscapes_panoptic
+from detectron2.data.datasets.coco_panoptic import load_coco_panoptic_json
 from detectron2.evaluation import COCOPanopticEvaluator
 from eco_m2f.config import add_eco_config
 from detectron2.config import get_cfg
@@ -44,10 +46,30 @@ from eco_m2f.data.panoptic_map import read_ids
 from eco_m2f.data.toy import draw_scene
 from PIL import Image
 
+def theirs(name):
+    # the records that detectron2's own loader makes of an official name
+    meta = MetadataCatalog.get(name)
+    load = load_cityscapes_panoptic if "cityscapes" in name else load_coco_panoptic_json
+    folders = (meta.image_root, meta.panoptic_root, meta.panoptic_json)
+    if "cityscapes" not in name:
+        folders = (meta.panoptic_json, meta.image_root, meta.panoptic_root)
+    return load(*folders, meta.as_dict())
+
+def alike(ours, theirs):
+    # whether ours say all that detectron2's do and that anything reads
+    for x, y in zip(ours, theirs, strict=True):
+        same = all(x[k] == y[k] for k in y if k != "segments_info")
+        kept = [{k: s[k] for k in ("id", "category_id", "iscrowd")} for s in y["segments_info"]]
+        if not same or [{k: s[k] for k in kept[0]} for s in x["segments_info"]] != kept:
+            return False
+    return True
+
 cfg = get_cfg()
 add_eco_config(cfg)
 cfg.INPUT.FORMAT, cfg.INPUT.IMAGE_SIZE, cfg.INPUT.MIN_SIZE_TEST = "RGB", 64, 64
 cfg.INPUT.DATASET_MAPPER_NAME, cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE = "coco_panoptic_lsj", 1.0, 1.0
+OFFICIAL = [f"{d}_{s}{e}" for s in ("train", "val") for d, e in
+            (("coco_2017", "_panoptic"), ("cityscapes_fine_panoptic", ""))]
 results = {}
 for name, classes in json.loads(sys.argv[1]).items():
     check_class_count(name, classes)
@@ -70,6 +92,7 @@ for name, classes in json.loads(sys.argv[1]).items():
     results[name] = {
         "counts": counts, "pq": evaluator.evaluate()["panoptic_seg"]["PQ"], "semantic": semantic,
         "findings": [str(f) for f in check_dataset(name, classes)],
+        "alike": alike(DatasetCatalog.get(name), theirs(name)) if name in OFFICIAL else None,
     }
 s = draw_scene(64, 1, "val", 2)
 results["digest"] = hashlib.sha256(s.image.tobytes() + s.ids.tobytes()).hexdigest()
@@ -164,6 +187,12 @@ def test_a_perfect_prediction_scores_100(results, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_checker_accepts_the_official_layout(results, name):
     assert results[name]["findings"] == []
+
+
+@pytest.mark.slow
+def test_records_of_official_names_equal_detectron2s(results):
+    told = {name: results[name]["alike"] for name in NAMES if results[name]["alike"] is not None}
+    assert len(told) == 4 and all(told.values()), told
 
 
 @pytest.mark.slow
