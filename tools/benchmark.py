@@ -311,6 +311,7 @@ class WholeModel:
     """A model, and a random image that it segments at any exit with `TAKING_PART` queries in the panoptic map."""
 
     def __init__(self, model: torch.nn.Module, size: tuple[int, int]):
+        from eco_m2f.gate import Gate
         from eco_m2f.modeling.early_exits import policy_shapes
         from eco_m2f.modeling.exit_policy import LinearGate
 
@@ -328,10 +329,10 @@ class WholeModel:
             for k, pred in predictions.items()
         }
         res5 = policy_shapes(model.backbone, model.head)["res5"]
-        self.gate = LinearGate(res5.channels, res5.stride, model.exits).to(images.tensor.device)
-        self.gate.weight.normal_()
-        self.gate.bias.zero_()
-        self.gate.loaded = True
+        self.gate = LinearGate(res5.channels, res5.stride, model.exits)
+        weight, bias = torch.randn(len(model.exits), res5.channels), torch.zeros(len(model.exits))
+        device = images.tensor.device
+        self.gate.use(Gate(weight.to(device), bias.to(device), model.exits, 0.0, "hard_ce", "res5", "0" * 64))
 
     def segment(self, exits: Sequence[int]) -> object:
         """A batch of the image, once for each exit."""

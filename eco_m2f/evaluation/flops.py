@@ -231,8 +231,7 @@ def postprocessing_flops(post, num_queries: int, padded: tuple[int, int], output
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     """Parameters of the parent's parts and their sum "total"; apart from it the weights of an "exit_policy".
 
-    What is in no part is "other". Buffers do not count, but for those of the policy: a gate is no parameter of the
-    parent, and keeps its weights so.
+    What is in no part is "other". Buffers do not count. A gate is no parameter of the parent: its policy tells its size.
     """
     model = getattr(model, "module", model)
     prefixes = {"backbone": "backbone.", **model.cost_parts}
@@ -243,7 +242,7 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
             count[part] = count.get(part, 0) + p.numel()
     count = {"total": sum(count.values()), **count}
     if hasattr(model, "exit_policy"):
-        count["exit_policy"] = sum(t.numel() for t in (*model.exit_policy.parameters(), *model.exit_policy.buffers()))
+        count["exit_policy"] = getattr(model.exit_policy, "num_weights", 0)
     return count
 
 

@@ -26,7 +26,8 @@ image_ids: B ids of the images, for policies that look them up; others ignore it
 It returns the exits (layer numbers, all of them in `policy.exits`) as an int64 CPU tensor [B], since the host groups
 the images by exit. An image's exit is a function of its own rows of the features and of its size, whatever else is in
 the batch. (These rows depend on how far the batch is padded, see `early_exits.py`.) A learned policy also has
-`logits(features, image_sizes) -> [B, len(policy.exits)]`, and raises RuntimeError as long as it has no weights.
+`logits(features, image_sizes) -> [B, len(policy.exits)]` and `num_weights`, and raises RuntimeError as long as it has
+no weights.
 No policy adds anything to the state dict of its parent.
 """
 
@@ -120,14 +121,23 @@ class LinearGate(nn.Module):
                 f"the gate {path} was fitted for parent weights {gate.parent_sha256[:12]}..., but runs beside "
                 f"{parent_sha256[:12]}...: load that parent, or run steps B and C again for this one"
             )
-        self._in_force = copy.deepcopy(gate)  # the caller may change the one that is returned
+        self.use(gate)
         return gate
+
+    def use(self, gate: Gate) -> None:
+        """Puts a gate into force, whatever weights it was fitted for; a copy of it, which nobody else can change."""
+        self._in_force = copy.deepcopy(gate)
 
     @property
     def exits(self) -> tuple[int, ...]:
         """Those of the gate in force; without one, those that the parent offers."""
         gate = self._in_force
         return self.offered_exits if gate is None else gate.exits
+
+    @property
+    def num_weights(self) -> int:
+        """How many numbers the gate consists of."""
+        return (self.in_channels + 1) * len(self.exits)
 
     def logits(self, features: Mapping[str, Tensor], image_sizes: Sequence[tuple[int, int]]) -> Tensor:
         """-> [B, len(self.exits)], in float32 at least."""
