@@ -27,7 +27,7 @@ from .checkpoint import Checkpointer
 from .command_line import HelpFormatter, argument_parser, hide_training_trace, launch, run  # noqa: F401, for the tools
 from .config import add_eco_config
 from .data import PanopticTestMapper, build_train_loader, check_class_count, register_from_config
-from .evaluation import evaluators_for
+from .evaluation import EvaluationError, evaluators_for
 from .modeling import DoViT, EarlyExits
 from .modeling.encoders.hybrid import fuse_for_deployment
 from .modeling.exit_policy import OracleExit
@@ -266,6 +266,7 @@ class Trainer(DefaultTrainer):
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=self, save_to_disk=comm.is_main_process())
+        self.failed_evaluation: EvaluationError | None = None
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -307,9 +308,20 @@ class Trainer(DefaultTrainer):
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         return build_test_loader(cfg, dataset_name)
 
-    @classmethod
-    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict:
-        return evaluate(cfg, model) if cfg.DATASETS.TEST else {}
+    def test(self, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict:
+        """Evaluates, in between and in the end. Evaluators that fail do not end the training, see `train`."""
+        try:
+            return evaluate(cfg, model) if cfg.DATASETS.TEST else {}
+        except EvaluationError as error:
+            self.failed_evaluation = error
+            logger.error("the training goes on, and ends with an error: %s", error)
+            return error.results
+
+    def train(self) -> None:
+        """Trains to the end. Raises EvaluationError then, where an evaluation on the way was not complete."""
+        super().train()
+        if self.failed_evaluation:
+            raise self.failed_evaluation
 
 
 def check_training(cfg: CfgNode, processes: int) -> None:
@@ -392,12 +404,13 @@ def build_trained(cfg: CfgNode, with_gate: bool = True) -> nn.Module:
 def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
     """Accuracy, and what exits or stopping tokens saved, on every DATASETS.TEST; empty on ranks but the first.
 
-    Raises ValueError where DATASETS.TEST is empty, or a dataset does not go with the model.
+    Raises ValueError where DATASETS.TEST is empty, or a dataset does not go with the model; EvaluationError, once all
+    others are through and printed, where evaluators failed.
     """
     if not cfg.DATASETS.TEST:
         raise ValueError("DATASETS.TEST is empty: name a dataset to evaluate on")
     check_datasets(cfg, cfg.DATASETS.TEST)
-    results = {}
+    results, failures, errors = {}, {}, []
     test = cfg.MODEL.MASK_FORMER.TEST
     for name in cfg.DATASETS.TEST:
         check_oracle(model, name)
@@ -411,10 +424,15 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
         )
         with autocast(cfg, model.device.type, cfg.TEST.AMP):
             results[name] = inference_on_dataset(model, build_test_loader(cfg, name), evaluator) or {}
+        failures |= {f"{kind} on {name}": reason for kind, reason in evaluator.failures.items()}
+        errors += evaluator.errors
         if comm.is_main_process():
             logger.info("results on %s:", name)
             print_csv_format(results[name])
-    return next(iter(results.values())) if len(results) == 1 else results
+    told = next(iter(results.values())) if len(results) == 1 else results
+    if failures:
+        raise EvaluationError(failures, told) from (ExceptionGroup("evaluators", errors) if errors else None)
+    return told
 
 
 def load_predictor(config_file: str, opts: Sequence[str] = ()) -> Callable:

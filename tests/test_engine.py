@@ -8,10 +8,11 @@ import pytest
 import torch
 from minis import CONFIGS, ECO, MINI, build, fill, make_batch
 from PIL import Image
-from tiny import Tiny, kept_log_handlers
+from tiny import Tiny, call, kept_log_handlers
 from torch import nn
 
 from eco_m2f import engine
+from eco_m2f.evaluation import SemanticEvaluator
 
 
 def load(*opts, config: str = ECO):
@@ -332,6 +333,23 @@ def test_a_training_writes_checkpoints_metrics_and_tensorboard_events(tiny):
     assert list((tiny.base / "run").glob("events.out.tfevents.*"))[0].stat().st_size > 100
     metrics = [json.loads(line) for line in (tiny.base / "run" / "metrics.json").read_text().splitlines()]
     assert math.isfinite(metrics[0]["total_loss"]) and any("panoptic_seg/PQ" in m for m in metrics)
+
+
+@pytest.mark.slow
+def test_an_evaluator_that_fails_costs_its_own_result_alone(tiny, tmp_path, monkeypatch, capfd, caplog):
+    """In the evaluations of a training, which goes on, and in one by itself; the exit status tells."""
+    monkeypatch.setattr(SemanticEvaluator, "summary", lambda self, rows: {}["no such class"])
+    options = ["SOLVER.MAX_ITER", 2, "TEST.EVAL_PERIOD", 1, "OUTPUT_DIR", tmp_path]
+    for flags in ([], ["--eval-only", "MODEL.WEIGHTS", tmp_path / "model_final.pth"]):
+        assert call("train_net", "--config-file", tiny.config(), *flags, *options) == 1
+        err = capfd.readouterr().err
+        assert "SemanticEvaluator on" in err and "no such class" in err and err.count("error: ") == 1
+        assert "Traceback" in caplog.text and caplog.text.count("Task: panoptic_seg") == (1 if flags else 2)
+        caplog.clear()
+        assert (tmp_path / "model_final.pth").is_file()
+        folder = tmp_path / "inference" / tiny.dataset("val")
+        assert set(json.loads((folder / "results.json").read_text())) == {"exits", "panoptic_seg", "segm"}
+        (folder / "results.json").unlink()
 
 
 class PowerCut(Exception):

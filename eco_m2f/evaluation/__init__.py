@@ -2,6 +2,8 @@
 
 from .boxes import BoxEvaluator, BoxGroundTruth, BoxTarget
 from .build import evaluators_for
+from .cityscapes_instances import CityscapesInstanceEvaluator, CityscapesInstances
+from .collect import EvaluationError, Evaluators
 from .exit_statistics import ExitStatistics
 from .instance import InstanceEvaluator
 from .panoptic import PanopticEvaluator
@@ -13,6 +15,10 @@ __all__ = [
     "BoxEvaluator",
     "BoxGroundTruth",
     "BoxTarget",
+    "CityscapesInstanceEvaluator",
+    "CityscapesInstances",
+    "EvaluationError",
+    "Evaluators",
     "ExitStatistics",
     "ImageStatistics",
     "InstanceEvaluator",

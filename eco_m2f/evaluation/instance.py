@@ -21,20 +21,13 @@ class InstanceEvaluator(RowEvaluator):
     """Reads `instances` of the outputs: pred_masks [N, H, W], scores, pred_classes (contiguous).
 
     Truth is the metadata's `json_file` (COCO instances) where that names a file, else the thing segments of the
-    panoptic annotation. `evaluate` returns {key: {AP, AP50, AP75, APs, APm, APl, AP-<class>}} in percent, NaN where no
-    object of that kind exists. `max_detections` is COCO's limit per image and class; 100 is the official one.
+    panoptic annotation. `evaluate` returns {"segm": {AP, AP50, AP75, APs, APm, APl, AP-<class>}} in percent, NaN where
+    no object of that kind exists. `max_detections` is COCO's limit per image and class; 100 is the official one.
     """
 
-    def __init__(
-        self,
-        ground_truth: PanopticGroundTruth,
-        output_dir: str | None = None,
-        max_detections: int = 100,
-        key: str = "segm",
-    ):
+    def __init__(self, ground_truth: PanopticGroundTruth, output_dir: str | None = None, max_detections: int = 100):
         self._ground_truth = ground_truth
         self._max_detections = max_detections
-        self._key = key
         json_file = getattr(ground_truth.metadata, "json_file", None)
         if json_file and not Path(json_file).is_file():
             raise ValueError(
@@ -54,7 +47,7 @@ class InstanceEvaluator(RowEvaluator):
             truth = COCO(self._json_file) if self._json_file else self._coco([t for _, t in rows.values()])
             result = average_precision(truth, detections, list(rows), self._max_detections)
         self.write("instances_predictions.json", detections)
-        return {self._key: result}
+        return {"segm": result}
 
     def _detections(self, image_id, instances) -> list[dict]:
         masks = instances.pred_masks.to("cpu", torch.uint8).numpy()
