@@ -336,20 +336,20 @@ def test_a_training_writes_checkpoints_metrics_and_tensorboard_events(tiny):
 
 
 @pytest.mark.slow
-def test_an_evaluator_that_fails_costs_its_own_result_alone(tiny, tmp_path, monkeypatch, capfd, caplog):
+def test_an_evaluator_that_fails_costs_its_own_result_alone(tiny, tmp_path, monkeypatch, capfd):
     """In the evaluations of a training, which goes on, and in one by itself; the exit status tells."""
     monkeypatch.setattr(SemanticEvaluator, "summary", lambda self, rows: {}["no such class"])
-    options = ["SOLVER.MAX_ITER", 2, "TEST.EVAL_PERIOD", 1, "OUTPUT_DIR", tmp_path]
-    for flags in ([], ["--eval-only", "MODEL.WEIGHTS", tmp_path / "model_final.pth"]):
+    weights = tmp_path / "train" / "model_final.pth"
+    for name, flags in {"train": [], "test": ["--eval-only", "MODEL.WEIGHTS", weights]}.items():
+        options = ["SOLVER.MAX_ITER", 2, "TEST.EVAL_PERIOD", 1, "OUTPUT_DIR", tmp_path / name]
         assert call("train_net", "--config-file", tiny.config(), *flags, *options) == 1
         err = capfd.readouterr().err
         assert "SemanticEvaluator on" in err and "no such class" in err and err.count("error: ") == 1
-        assert "Traceback" in caplog.text and caplog.text.count("Task: panoptic_seg") == (1 if flags else 2)
-        caplog.clear()
-        assert (tmp_path / "model_final.pth").is_file()
-        folder = tmp_path / "inference" / tiny.dataset("val")
-        assert set(json.loads((folder / "results.json").read_text())) == {"exits", "panoptic_seg", "segm"}
-        (folder / "results.json").unlink()
+        log = (tmp_path / name / "log.txt").read_text()
+        assert "Traceback" in log and log.count("Task: panoptic_seg") == (1 if flags else 2)
+        results = tmp_path / name / "inference" / tiny.dataset("val") / "results.json"
+        assert set(json.loads(results.read_text())) == {"exits", "panoptic_seg", "segm"}
+    assert weights.is_file()
 
 
 class PowerCut(Exception):

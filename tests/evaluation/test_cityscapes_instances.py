@@ -1,7 +1,7 @@
 """Cityscapes' AP against the benchmark's own script, and against cases that are counted by hand.
 
-tests/assets/cityscapes_ap.json holds what the script (cityscapesscripts 2.3.0) says of generated sets; where the package
-is installed it is asked again.
+tests/assets/cityscapes_ap.json holds what the script (cityscapesscripts 2.3.0) says of generated sets; where the
+package is installed it is asked again.
 """
 
 import importlib.util
