@@ -22,12 +22,21 @@ class Command:
 
     @property
     def words(self) -> list[str]:
-        return shlex.split(self.text)
+        """The script and its arguments, without what starts it on several machines."""
+        words = shlex.split(self.text)
+        start = next((i for i, word in enumerate(words) if SCRIPT.match(word)), 0)
+        return words[start:]
 
     @property
     def tool(self) -> str:
         """Stem of the script, or the program."""
         return Path(self.words[0]).stem if SCRIPT.match(self.words[0]) else self.words[0]
+
+    @property
+    def folder(self) -> str:
+        """Name of a working folder: a section is followed in one, and so are all configs."""
+        page = "configs" if self.page.startswith("configs/") else self.page.replace("/", "_")
+        return f"{page} {self.section}".strip().replace(":", "")
 
     @property
     def config(self) -> str | None:

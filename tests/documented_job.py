@@ -23,6 +23,8 @@ os.environ["DETECTRON2_DATASETS"] = str(FOLDER / "datasets")  # read when detect
 
 import torch  # noqa: E402
 from detectron2.config import CfgNode  # noqa: E402
+from detectron2.utils.env import seed_all_rng  # noqa: E402
+from detectron2.utils.logger import setup_logger  # noqa: E402
 from documented import Command  # noqa: E402
 from documented_weights import write_published  # noqa: E402
 from minis import CONFIGS, ROOT  # noqa: E402
@@ -101,14 +103,23 @@ class Result:
 
     text: str
     page: str
+    folder: str
     status: int
     seconds: float
     output: str
     run_as: str = ""
 
 
+def setup(cfg: CfgNode, args) -> None:
+    """detectron2's `default_setup` without what it prints, which is a third of the time of a run."""
+    Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+    setup_logger(cfg.OUTPUT_DIR)
+    seed_all_rng(max(cfg.SEED, 0))
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    engine.default_setup = setup
     write_all(FOLDER / "datasets")
     write_cells(FOLDER / "datasets")
     (FOLDER / "output").mkdir()
@@ -133,8 +144,7 @@ def parents_first(command: Command) -> tuple:
     """Configs before pages; of configs what converts weights, then parents, then what starts from them."""
     if not command.page.startswith("configs/"):
         return (1,)  # in the order of the pages
-    rank = (command.tool == "train_net") + ("--eval-only" not in command.words) + ("eco_" in Path(command.page).name)
-    return 0, rank, command.page
+    return 0, command.tool == "train_net", "eco_" in Path(command.page).name, command.page
 
 
 # --- a command -------------------------------------------------------------------------------------------------------
@@ -143,7 +153,7 @@ def parents_first(command: Command) -> tuple:
 def run(command: Command, runs: dict[str, Command]) -> Result:
     """runs: what has been run so far, by what it was."""
     start = time.process_time()
-    output, status, key = io.StringIO(), 1, command.text
+    output, status, key = io.StringIO(), 1, ""
     with working_folder(command), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
             key = key_of(command)
@@ -153,16 +163,16 @@ def run(command: Command, runs: dict[str, Command]) -> Result:
     first = runs.setdefault(key, command) if status == 0 else command
     run_as = "" if first is command else first.text
     seconds = time.process_time() - start
-    return Result(command.text, command.page, status, seconds, output.getvalue()[-3000:], run_as)
+    return Result(command.text, command.page, command.folder, status, seconds, output.getvalue()[-3000:], run_as)
 
 
 def key_of(command: Command) -> str:
-    """What is run. Of configs that differ in names of files alone, once they are shrunk, it is the same."""
-    if command.tool != "train_net" or not command.page.startswith("configs/"):
-        return command.text
+    """What is run. Trainings by configs that differ in names of files alone, once they are shrunk, are the same."""
+    if command.tool != "train_net" or "MODEL.WEIGHTS" in command.words or "OUTPUT_DIR" in command.words:
+        return f"{command.folder} {command.text}"
     cfg = config_of(command)
     cfg.merge_from_list([word for name in NAMES_ALONE for word in (name, type(value(cfg, name))())])
-    return f"{'--eval-only' in command.words} {cfg.dump()}"
+    return cfg.dump()
 
 
 def share(command: Command, first: Command) -> int:
@@ -191,8 +201,8 @@ def smaller(command: Command) -> dict:
     more = {"INPUT.CROP.SIZE": CROP.get(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE)}
     if cfg.INPUT.SIZE_DIVISIBILITY > 0:
         more["INPUT.SIZE_DIVISIBILITY"] = 64
-    if cfg.SOLVER.ACCUMULATION_STEPS > 1:
-        more["SOLVER.ACCUMULATION_STEPS"] = 2
+    if cfg.SOLVER.ACCUMULATION_STEPS > 1:  # of those with ResNet-50; others then are what eight GPUs run
+        more["SOLVER.ACCUMULATION_STEPS"] = 2 if "_R50_" in command.config else 1
     if cfg.MODEL.WEIGHTS.startswith("detectron2://") or "/vit_" in cfg.MODEL.WEIGHTS:
         more["MODEL.WEIGHTS"] = ""  # those are downloaded
     return {key: v for key, v in {**SMALL, **more}.items() if key not in command.words}
@@ -221,15 +231,14 @@ def flat(keys: dict) -> Iterator[str]:
 @contextlib.contextmanager
 def working_folder(command: Command) -> Iterator[None]:
     """Where a reader who follows the page would be: beside configs/ and output/, with the files that are given."""
-    page = "configs" if command.page.startswith("configs/") else command.page.replace("/", "_")
-    folder = FOLDER / "work" / f"{page} {command.section}".strip().replace(":", "")
-    folder.mkdir(parents=True, exist_ok=True)
-    places = {"configs": ROOT / "configs", "output": FOLDER / "output", "cells": FOLDER / "datasets" / "cells"}
-    places |= {path.name: path for path in (FOLDER / "published").iterdir()}
-    given = GIVEN.get(command.section, {}).items()
-    places |= {name: FOLDER / "output" / made / "model_final.pth" for name, made in given}
-    for name, place in places.items():
-        if not (folder / name).is_symlink():
+    folder = FOLDER / "work" / command.folder
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        places = {"configs": ROOT / "configs", "output": FOLDER / "output", "cells": FOLDER / "datasets" / "cells"}
+        places |= {path.name: path for path in (FOLDER / "published").iterdir()}
+        given = GIVEN.get(command.section, {}).items()
+        places |= {name: FOLDER / "output" / made / "model_final.pth" for name, made in given}
+        for name, place in places.items():
             (folder / name).symlink_to(place)
     with contextlib.chdir(folder):
         yield

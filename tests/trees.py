@@ -18,7 +18,7 @@ from eco_m2f.data.panoptic_map import ids_to_rgb
 from eco_m2f.data.toy import ToySpec, make_toy_dataset
 
 COUNT = {"train": 4, "val": 2}  # images
-SIZE = (48, 64)  # of COCO and ADE20K, height and width; every other image stands upright
+SIZE = (48, 64)  # of COCO and ADE20K, height and width; every other image to train on stands upright
 STREET = (64, 128)  # of Cityscapes
 TOY_SIZE = 64
 PERSON, CAR, SKY = 1, 3, 187  # COCO's category ids
@@ -53,7 +53,7 @@ def images(split: str, size: tuple[int, int]) -> Iterator[tuple[int, np.ndarray,
     """Number, ids and picture of each image: 300 and 77777 above 5000, and a strip of 0 at the bottom."""
     rng = np.random.default_rng(len(split))
     for i in range(COUNT[split]):
-        ids = np.full(size if i % 2 == 0 else size[::-1], 5000, dtype=np.int32)
+        ids = np.full(size[::-1] if split == "train" and i % 2 else size, 5000, dtype=np.int32)
         ids[10:30, 4 + i : 16], ids[8:24, 24 + i : 40], ids[-6:] = 300, 77777, 0
         colors = {300: (220, 60, 40), 77777: (40, 60, 220), 5000: (90, 160, 90), 0: (0, 0, 0)}
         picture = np.zeros((*ids.shape, 3), dtype=np.int64)

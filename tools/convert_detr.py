@@ -15,7 +15,7 @@ import torch
 from detectron2.data import MetadataCatalog
 
 from eco_m2f.command_line import converter_parser, run
-from eco_m2f.files import atomic_write
+from eco_m2f.files import atomic_write, prepare_output
 from eco_m2f.published import resnet_name
 from eco_m2f.safe_load import CheckpointError, read_checkpoint
 
@@ -28,6 +28,7 @@ def convert(source: Path, target: Path) -> str:
     """Write the converted checkpoint and return a line that tells what is in it."""
     if target.suffix != ".pth":
         raise CheckpointError(f"{target} must end in .pth, for it is written as PyTorch writes checkpoints")
+    prepare_output(target)
     weights = read_checkpoint(source)["model"]
     if PROBE not in weights or f"{BACKBONE}conv1.weight" not in weights:
         names = ", ".join(sorted(weights)[:3])
