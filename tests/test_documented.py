@@ -1,8 +1,8 @@
 """Every command that the pages and the configs teach is run, under the official names of the datasets.
 
 One process runs them all on generated trees (documented_job.py): a command as it stands, on one process in place of
-eight or of several machines, with KEY VALUE pairs behind it that make model and images small. What cannot be run here is listed with the
-reason and the test that stands for it.
+eight or of several machines, with KEY VALUE pairs behind it that make model and images small. What cannot be run here
+is listed with the reason and the test that stands for it.
 """
 
 import json

@@ -120,6 +120,19 @@ def test_evaluation_in_mixed_precision(tiny, precision):
     assert 0 <= results["panoptic_seg"]["PQ"] <= 100 and results["sem_seg"]["mIoU"] >= 0
 
 
+@pytest.mark.slow
+def test_several_views_are_evaluated_beside_the_image_itself(tiny, tmp_path):
+    """mIoU alone; one view at test size, not mirrored, is the image itself."""
+    options = ["TEST.AUG.ENABLED", True, "OUTPUT_DIR", str(tmp_path), "TEST.AUG.MAX_SIZE", 128]
+    one = ["TEST.AUG.MIN_SIZES", (64,), "TEST.AUG.FLIP", False]
+    cfg = engine.load_cfg(tiny.config(), [*options, *one])
+    results = engine.evaluate(cfg, engine.build_model(cfg).eval())
+    assert set(results) == {"exits", "panoptic_seg", "sem_seg", "segm", "sem_seg_TTA"}
+    assert results["sem_seg_TTA"] == pytest.approx(results["sem_seg"], nan_ok=True)
+    written = json.loads((tmp_path / "inference_TTA" / tiny.dataset("val") / "results.json").read_text())
+    assert set(written) == {"sem_seg"}
+
+
 def test_the_predictor_gives_what_the_evaluation_sees(tiny, tmp_path):
     """An image from memory, at its own size; by the exit that the options say."""
     cfg = engine.load_cfg(tiny.config())

@@ -6,6 +6,7 @@ from .cityscapes_instances import CityscapesInstanceEvaluator, CityscapesInstanc
 from .collect import EvaluationError, Evaluators
 from .exit_statistics import ExitStatistics
 from .instance import InstanceEvaluator
+from .multi_scale import MultiScale
 from .panoptic import PanopticEvaluator
 from .panoptic_quality import ImageStatistics, PanopticTarget, dataset_pq, image_statistics, total_statistics
 from .semantic import SemanticEvaluator
@@ -22,6 +23,7 @@ __all__ = [
     "ExitStatistics",
     "ImageStatistics",
     "InstanceEvaluator",
+    "MultiScale",
     "PanopticEvaluator",
     "PanopticTarget",
     "SemanticEvaluator",
