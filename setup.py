@@ -96,7 +96,7 @@ setup(
     long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=("eco_m2f", "eco_m2f.*")),
     package_data={"eco_m2f": ["**/*.yaml", "**/*.json", "**/*.csv"]},
     ext_modules=extensions(),

@@ -4,11 +4,47 @@ The keys of the parent carry their official Mask2Former names, so that official 
 this project are those under MODEL.ECO, MODEL.DETR, MODEL.TIMM, MODEL.PROSCALE, MODEL.HYBRID and MODEL.DOVIT;
 MASK_BRANCH, PIXEL_DECODER_AMP and TRANSFORMER_ENCODER_NAME of MODEL.SEM_SEG_HEAD; MASK_LOSS of MODEL.MASK_FORMER;
 SOLVER.AMP.PRECISION, SOLVER.ACCUMULATION_STEPS, TEST.AMP, TEST.COMPILE and DATASETS.CUSTOM. Each key is read somewhere;
-tests/test_config.py proves it.
+of detectron2's, those of WITHOUT_EFFECT are not. tests/test_config.py proves both.
 """
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.projects.deeplab import add_deeplab_config
+
+# Keys of detectron2 and its DeepLab, and nodes of keys, that nothing here reads, or only to leave them alone.
+WITHOUT_EFFECT = (
+    *("DATALOADER.REPEAT_SQRT", "DATALOADER.REPEAT_THRESHOLD"),
+    *("DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST", "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN"),
+    *("DATASETS.PROPOSAL_FILES_TEST", "DATASETS.PROPOSAL_FILES_TRAIN"),
+    *("GLOBAL.HACK", "INPUT.MASK_FORMAT", "VIS_PERIOD"),
+    *("MODEL.ANCHOR_GENERATOR", "MODEL.KEYPOINT_ON", "MODEL.MASK_ON", "MODEL.PANOPTIC_FPN", "MODEL.PROPOSAL_GENERATOR"),
+    *("MODEL.RETINANET", "MODEL.ROI_BOX_CASCADE_HEAD", "MODEL.ROI_BOX_HEAD", "MODEL.ROI_HEADS"),
+    *("MODEL.ROI_KEYPOINT_HEAD", "MODEL.ROI_MASK_HEAD", "MODEL.RPN"),
+    *("MODEL.SEM_SEG_HEAD.ASPP_CHANNELS", "MODEL.SEM_SEG_HEAD.ASPP_DILATIONS", "MODEL.SEM_SEG_HEAD.ASPP_DROPOUT"),
+    *("MODEL.SEM_SEG_HEAD.LOSS_TYPE", "MODEL.SEM_SEG_HEAD.PROJECT_CHANNELS", "MODEL.SEM_SEG_HEAD.PROJECT_FEATURES"),
+    "MODEL.SEM_SEG_HEAD.USE_DEPTHWISE_SEPARABLE_CONV",
+    *("SOLVER.BIAS_LR_FACTOR", "SOLVER.NESTEROV", "SOLVER.WEIGHT_DECAY_BIAS"),
+    *("TEST.KEYPOINT_OKS_SIGMAS", "TEST.PRECISE_BN"),
+)
+
+
+def set_in_vain(cfg: CfgNode) -> dict[str, object]:
+    """{key: value} of the keys without effect that are not at their default."""
+    default = get_cfg()
+    add_deeplab_config(default)
+    found: dict[str, object] = {}
+    for path in WITHOUT_EFFECT:
+        parts = path.split(".")
+        ours, theirs = cfg, default
+        for part in parts[:-1]:
+            ours, theirs = ours[part], theirs[part]
+        found |= _differences(path, ours[parts[-1]], theirs[parts[-1]])
+    return found
+
+
+def _differences(path: str, value, default) -> dict[str, object]:
+    if isinstance(value, CfgNode):
+        return {k: v for key in value for k, v in _differences(f"{path}.{key}", value[key], default[key]).items()}
+    return {} if value == default else {path: value}
 
 
 def add_eco_config(cfg: CfgNode) -> None:

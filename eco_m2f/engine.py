@@ -26,14 +26,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import Checkpointer
 from .command_line import HelpFormatter, argument_parser, hide_training_trace, launch, run  # noqa: F401, for the tools
-from .config import add_eco_config
+from .config import add_eco_config, set_in_vain
 from .config_file import read_config
 from .data import PanopticTestMapper, build_train_loader, check_at_start, check_class_count, register_from_config
 from .data.categories import SEMANTIC_TYPES
 from .data.classes import check_same_classes, dataset_classes
 from .data.datasets import parse_custom
 from .data.present import check_present, loading
-from .evaluation import evaluators_for
+from .evaluation import EvaluationError, Evaluators, MultiScale, evaluators_for
 from .modeling import DoViT, EarlyExits
 from .modeling.encoders.hybrid import fuse_for_deployment
 from .modeling.exit_policy import OracleExit
@@ -67,6 +67,8 @@ def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         if cfg.MODEL.DEVICE == "cpu" and part.NORM == "SyncBN":
             part.NORM = "BN"  # SyncBN's kernels exist on GPUs alone; the parameters are the same
     register_from_config(cfg.DATASETS.CUSTOM, cfg.DATASETS.TRAIN, absent_ok=True)
+    for key, value in set_in_vain(cfg).items() if comm.is_main_process() else ():
+        logger.warning("%s is %r, which has no effect: nothing here reads this key of detectron2", key, value)
     cfg.freeze()
     return cfg
 
@@ -343,6 +345,7 @@ class Trainer(DefaultTrainer):
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=self, save_to_disk=comm.is_main_process())
+        self.failed_evaluation: EvaluationError | None = None
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -399,9 +402,20 @@ class Trainer(DefaultTrainer):
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         return build_test_loader(cfg, dataset_name)
 
-    @classmethod
-    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict:
-        return evaluate(cfg, model) if cfg.DATASETS.TEST else {}
+    def test(self, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict:
+        """Evaluates, in between and in the end. Evaluators that fail do not end the training, see `train`."""
+        try:
+            return evaluate(cfg, model) if cfg.DATASETS.TEST else {}
+        except EvaluationError as error:
+            self.failed_evaluation = error
+            logger.error("the training goes on, and ends with an error: %s", error)
+            return error.results
+
+    def train(self) -> None:
+        """Trains to the end. Raises EvaluationError then, where an evaluation on the way was not complete."""
+        super().train()
+        if self.failed_evaluation:
+            raise self.failed_evaluation
 
 
 def check_training(cfg: CfgNode, processes: int) -> None:
@@ -520,30 +534,49 @@ def check_things_known(model: nn.Module, weights: str) -> None:
 def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
     """Accuracy, and what exits or stopping tokens saved, on every DATASETS.TEST; empty on ranks but the first.
 
-    Raises ValueError where DATASETS.TEST is empty, or a dataset does not go with the model.
+    With TEST.AUG.ENABLED also mIoU over several views of each image, as `sem_seg_TTA`, see `MultiScale`.
+
+    Raises ValueError where DATASETS.TEST is empty, or a dataset does not go with the model; EvaluationError, once all
+    others are through and printed, where evaluators failed.
     """
     if not cfg.DATASETS.TEST:
         raise ValueError("DATASETS.TEST is empty: name a dataset to evaluate on")
     check_datasets(cfg, cfg.DATASETS.TEST)
-    results = {}
-    test = cfg.MODEL.MASK_FORMER.TEST
+    judged = {"": model}
+    if cfg.TEST.AUG.ENABLED:
+        judged["_TTA"] = MultiScale.from_config(cfg, model)
+    results, failures, errors = {}, {}, []
     for name in cfg.DATASETS.TEST:
         check_model_classes(model, name)
         check_oracle(model, name)
-        evaluator = evaluators_for(
-            name,
-            os.path.join(cfg.OUTPUT_DIR, "inference"),
-            semantic_on=test.SEMANTIC_ON,
-            instance_on=test.INSTANCE_ON,
-            panoptic_on=test.PANOPTIC_ON,
-            max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
-        )
-        with autocast(cfg, model.device.type, cfg.TEST.AMP):
-            results[name] = inference_on_dataset(model, build_test_loader(cfg, name), evaluator) or {}
+        results[name] = {}
+        for suffix, part in judged.items():
+            evaluators = _evaluators(cfg, name, semantic_alone=bool(suffix))
+            with autocast(cfg, model.device.type, cfg.TEST.AMP):
+                found = inference_on_dataset(part, build_test_loader(cfg, name), evaluators) or {}
+            results[name] |= {f"{task}{suffix}": values for task, values in found.items()}
+            failures |= {f"{kind} on {name}": reason for kind, reason in evaluators.failures.items()}
+            errors += evaluators.errors
         if comm.is_main_process():
             logger.info("results on %s:", name)
             print_csv_format(results[name])
-    return next(iter(results.values())) if len(results) == 1 else results
+    told = next(iter(results.values())) if len(results) == 1 else results
+    if failures:
+        raise EvaluationError(failures, told) from (ExceptionGroup("evaluators", errors) if errors else None)
+    return told
+
+
+def _evaluators(cfg: CfgNode, dataset_name: str, semantic_alone: bool) -> Evaluators:
+    """semantic_alone: of several views, which go to a folder of their own."""
+    test = cfg.MODEL.MASK_FORMER.TEST
+    return evaluators_for(
+        dataset_name,
+        os.path.join(cfg.OUTPUT_DIR, "inference_TTA" if semantic_alone else "inference"),
+        semantic_on=test.SEMANTIC_ON,
+        instance_on=test.INSTANCE_ON and not semantic_alone,
+        panoptic_on=test.PANOPTIC_ON and not semantic_alone,
+        max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+    )
 
 
 def load_predictor(config_file: str, opts: Sequence[str] = ()) -> Predictor:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .files import atomic_write
+from .files import atomic_write, prepare_output
 from .safe_load import SHA256, STATE_DICTS, CheckpointError, read_checkpoint, weights_sha256, write_weights
 
 SWIN = "layers.0.blocks.0.attn.relative_position_bias_table"  # a tensor by which a Swin is known,
@@ -64,11 +64,15 @@ def read_backbone(path: str | os.PathLike) -> PublishedBackbone:
 
 
 def check_target(path: str | os.PathLike) -> None:
-    """Raises CheckpointError for a path that ends neither in .pkl nor in .safetensors."""
+    """Makes the folder of a file to be written.
+
+    Raises CheckpointError for a path that ends neither in .pkl nor in .safetensors.
+    """
     if Path(path).suffix not in (".pkl", ".safetensors"):
         raise CheckpointError(
             f"{path} must end in .pkl or .safetensors, for that is how it is recognised when it is loaded"
         )
+    prepare_output(path)
 
 
 def write_backbone(path: str | os.PathLike, weights: Mapping[str, Tensor]) -> None:

@@ -1,5 +1,6 @@
 """The published configs, the official keys, and that no key is declared in vain."""
 
+import argparse
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,10 +11,10 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.projects.deeplab import add_deeplab_config
 from minis import CONFIGS, PROSCALE, RT
-from tiny import Tiny
+from tiny import Tiny, kept_log_handlers
 
 from eco_m2f import engine
-from eco_m2f.config import add_eco_config
+from eco_m2f.config import WITHOUT_EFFECT, add_eco_config, set_in_vain
 from eco_m2f.modeling import DoViT, EarlyExits, EcoMaskFormer
 
 ALL = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml"))
@@ -126,7 +127,8 @@ def test_every_config_loads_and_its_model_builds(name, build):
     assert model.sem_seg_head.exits[-1] == cfg.MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS == num_layers(name)
     assert type(model.sem_seg_head.pixel_decoder.transformer).__name__ == ENCODERS.get(method_of(name), PARENTS_ENCODER)
     if isinstance(model, EcoMaskFormer):
-        assert model.exits == tuple(k for k in model.sem_seg_head.exits if k >= 2 or "proscale111" in name)
+        first = {"proscale": 1, "lite": 3}.get(method_of(name), 2)  # of Lite the paper excludes 2
+        assert model.exits == tuple(k for k in model.sem_seg_head.exits if k >= first)
         assert model.exit_policy.exits == model.exits[-1:] and cfg.MODEL.ECO.MAX_EXIT == model.exits[-1]
     for backbone in BACKBONES:
         if backbone in name:
@@ -420,7 +422,14 @@ VARIANTS = {
 }
 
 
-def test_each_key_is_read_by_what_trains_and_evaluates(tiny, monkeypatch):
+@pytest.fixture(scope="module")
+def seen(tiny) -> set[str]:
+    """The keys that are read by setting up, training and evaluating models of all kinds, and by predicting."""
+    with pytest.MonkeyPatch.context() as patch:
+        return read_keys(tiny, patch)
+
+
+def read_keys(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     reads = Reads(monkeypatch)
     monkeypatch.setattr(engine, "register_from_config", spy := Spy(engine.register_from_config))
     absent = () if find_spec("timm") else ("timm",)  # an optional package; its keys are read where it is installed
@@ -443,14 +452,60 @@ def test_each_key_is_read_by_what_trains_and_evaluates(tiny, monkeypatch):
             )
             engine.build_model(reads.watch(cfg))
     engine.gate_settings(reads.watch(engine.load_cfg(tiny.config())))
-    engine.evaluate(cfg := reads.watch(engine.load_cfg(tiny.config())), engine.build_model(cfg).eval())
+    several = ["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (64,), "TEST.AUG.FLIP", False]
+    cfg = reads.watch(engine.load_cfg(tiny.config(), several))
+    engine.evaluate(cfg, engine.build_model(cfg).eval())
     with monkeypatch.context() as patch:
         patch.setattr(engine, "load_cfg", lambda *_: cfg)
         patch.setattr(engine, "build_trained", lambda cfg: engine.build_model(cfg).eval())
+        patch.setattr(engine, "setup_logger", lambda *_, **__: None)
         engine.load_predictor("")
+        with kept_log_handlers():
+            engine.setup(argparse.Namespace(config_file="", opts=[], eval_only=False))
     assert spy.called  # DATASETS.CUSTOM is read while the config is loaded, before it can be watched
-    unread = own_keys() - reads.seen - {"DATASETS.CUSTOM"}
-    assert {key for key in unread if not (absent and key.startswith("MODEL.TIMM."))} == set()
+    unread_package = {key for key in own_keys() if absent and key.startswith("MODEL.TIMM.")}
+    return reads.seen | {"DATASETS.CUSTOM"} | unread_package
+
+
+def test_each_key_is_read_by_what_trains_and_evaluates(seen):
+    assert own_keys() - seen == set()
+
+
+READ_ELSEWHERE = {  # keys of detectron2 that take effect, though the models of this test do not show it
+    "CUDNN_BENCHMARK": "read in the file that detectron2's default_setup writes",
+    "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": "of a crop",
+    "SOLVER.NUM_DECAYS": "of the scheduler WarmupStepWithFixedGammaLR",
+    "SOLVER.MOMENTUM": "of SGD",
+    "MODEL.WEIGHTS": "loaded before a training or an evaluation",
+    "TEST.EXPECTED_RESULTS": "compared after a training",
+    "VERSION": "of the format of the file",
+    **dict.fromkeys(("MODEL.RESNETS.RES4_DILATION", "MODEL.RESNETS.RES5_MULTI_GRID"), "of DeepLab's ResNet"),
+    "MODEL.RESNETS.STEM_TYPE": "of DeepLab's ResNet",
+    **dict.fromkeys(f"MODEL.FPN.{key}" for key in ("FUSE_TYPE", "IN_FEATURES", "NORM", "OUT_CHANNELS")),  # of an FPN
+}
+
+
+def test_the_keys_without_effect_are_those_that_nothing_reads(seen):
+    """TEST.PRECISE_BN is read by detectron2's trainer, whose hook for it does not run here."""
+    every = get_cfg()
+    add_eco_config(every)
+    named = {key for key in leaves(every) if any(f"{key}.".startswith(f"{path}.") for path in WITHOUT_EFFECT)}
+    assert set(leaves(every)) - seen - set(READ_ELSEWHERE) | {"TEST.PRECISE_BN.ENABLED"} == named
+    assert set(READ_ELSEWHERE) & seen <= {"CUDNN_BENCHMARK"}
+
+
+def test_a_key_without_effect_is_told_with_its_value(tiny, caplog):
+    options = ["TEST.PRECISE_BN.ENABLED", True, "MODEL.RPN.NMS_THRESH", 0.5, "SOLVER.NESTEROV", False]
+    engine.load_cfg(tiny.config(), options)
+    told = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert [message.split(", which")[0] for message in told] == [
+        *("MODEL.RPN.NMS_THRESH is 0.5", "TEST.PRECISE_BN.ENABLED is True")
+    ]
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_no_config_of_ours_sets_a_key_without_effect(name):
+    assert set_in_vain(engine.load_cfg(str(CONFIGS / name), ["MODEL.DEVICE", "cpu"])) == {}
 
 
 class Spy:

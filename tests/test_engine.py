@@ -9,10 +9,11 @@ import torch
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from minis import CONFIGS, ECO, MINI, build, fill, make_batch
 from PIL import Image
-from tiny import Tiny, kept_log_handlers
+from tiny import Tiny, call, kept_log_handlers
 from torch import nn
 
 from eco_m2f import engine
+from eco_m2f.evaluation import SemanticEvaluator
 
 
 def load(*opts, config: str = ECO):
@@ -118,6 +119,19 @@ def test_evaluation_in_mixed_precision(tiny, precision):
     results = engine.evaluate(cfg, model)
     assert dtypes == {getattr(torch, precision)}
     assert 0 <= results["panoptic_seg"]["PQ"] <= 100 and results["sem_seg"]["mIoU"] >= 0
+
+
+@pytest.mark.slow
+def test_several_views_are_evaluated_beside_the_image_itself(tiny, tmp_path):
+    """mIoU alone; one view at test size, not mirrored, is the image itself."""
+    options = ["TEST.AUG.ENABLED", True, "OUTPUT_DIR", str(tmp_path), "TEST.AUG.MAX_SIZE", 128]
+    one = ["TEST.AUG.MIN_SIZES", (64,), "TEST.AUG.FLIP", False]
+    cfg = engine.load_cfg(tiny.config(), [*options, *one])
+    results = engine.evaluate(cfg, engine.build_model(cfg).eval())
+    assert set(results) == {"exits", "panoptic_seg", "sem_seg", "segm", "sem_seg_TTA"}
+    assert results["sem_seg_TTA"] == pytest.approx(results["sem_seg"], nan_ok=True)
+    written = json.loads((tmp_path / "inference_TTA" / tiny.dataset("val") / "results.json").read_text())
+    assert set(written) == {"sem_seg"}
 
 
 def test_the_predictor_gives_what_the_evaluation_sees(tiny, tmp_path):
@@ -396,6 +410,23 @@ def test_a_training_writes_checkpoints_metrics_and_tensorboard_events(tiny):
     assert list((tiny.base / "run").glob("events.out.tfevents.*"))[0].stat().st_size > 100
     metrics = [json.loads(line) for line in (tiny.base / "run" / "metrics.json").read_text().splitlines()]
     assert math.isfinite(metrics[0]["total_loss"]) and any("panoptic_seg/PQ" in m for m in metrics)
+
+
+@pytest.mark.slow
+def test_an_evaluator_that_fails_costs_its_own_result_alone(tiny, tmp_path, monkeypatch, capfd):
+    """In the evaluations of a training, which goes on, and in one by itself; the exit status tells."""
+    monkeypatch.setattr(SemanticEvaluator, "summary", lambda self, rows: {}["no such class"])
+    weights = tmp_path / "train" / "model_final.pth"
+    for name, flags in {"train": [], "test": ["--eval-only", "MODEL.WEIGHTS", weights]}.items():
+        options = ["SOLVER.MAX_ITER", 2, "TEST.EVAL_PERIOD", 1, "OUTPUT_DIR", tmp_path / name]
+        assert call("train_net", "--config-file", tiny.config(), *flags, *options) == 1
+        err = capfd.readouterr().err
+        assert "SemanticEvaluator on" in err and "no such class" in err and err.count("error: ") == 1
+        log = (tmp_path / name / "log.txt").read_text()
+        assert "Traceback" in log and log.count("Task: panoptic_seg") == (1 if flags else 2)
+        results = tmp_path / name / "inference" / tiny.dataset("val") / "results.json"
+        assert set(json.loads(results.read_text())) == {"exits", "panoptic_seg", "segm"}
+    assert weights.is_file()
 
 
 class PowerCut(Exception):

@@ -15,7 +15,7 @@ import torch
 from detectron2.data import MetadataCatalog
 
 from eco_m2f.command_line import converter_parser, run
-from eco_m2f.files import atomic_write
+from eco_m2f.files import atomic_write, prepare_output
 from eco_m2f.published import resnet_name
 from eco_m2f.safe_load import CheckpointError, read_checkpoint, write_weights
 
@@ -28,6 +28,7 @@ def convert(source: Path, target: Path) -> str:
     """Write the converted checkpoint and return a line that tells what is in it."""
     if target.suffix not in (".pth", ".safetensors"):
         raise CheckpointError(f"{target} must end in .pth or .safetensors, for that is how it is recognised")
+    prepare_output(target)
     weights = read_checkpoint(source)["model"]
     missing = [name for name in PROBES if name not in weights or not weights[name].dim()]
     if missing:

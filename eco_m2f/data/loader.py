@@ -15,24 +15,22 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .mappers import build_train_mapper
+from .sizes import add_known_sizes, are_wide
 
 
 def build_train_loader(cfg: CfgNode, seed: int) -> DataLoader:
     """Endless batches of mapped images of DATASETS.TRAIN, IMS_PER_BATCH in all processes together.
 
-    Its `batch_sampler` is a `TrainBatches`, to be told where to start. Raises ValueError for another SAMPLER_TRAIN, or
-    an ASPECT_RATIO_GROUPING of a dataset whose records have no sizes.
+    Its `batch_sampler` is a `TrainBatches`, to be told where to start. Raises ValueError for another SAMPLER_TRAIN.
     """
     loader = cfg.DATALOADER
     if loader.SAMPLER_TRAIN != "TrainingSampler":
         raise ValueError(f"DATALOADER.SAMPLER_TRAIN must be TrainingSampler, not {loader.SAMPLER_TRAIN!r}")
     records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=loader.FILTER_EMPTY_ANNOTATIONS)
-    if loader.ASPECT_RATIO_GROUPING and any("width" not in r for r in records):
-        raise ValueError(
-            f"the sizes of the images of {cfg.DATASETS.TRAIN} are not known before they are read: set "
-            "DATALOADER.ASPECT_RATIO_GROUPING to False"
-        )
-    groups = [loader.ASPECT_RATIO_GROUPING and r["width"] > r["height"] for r in records]
+    groups = [False] * len(records)
+    if loader.ASPECT_RATIO_GROUPING:
+        add_known_sizes(records, cfg.DATASETS.TRAIN)
+        groups = are_wide(records)
     batches = TrainBatches(
         groups, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), seed, comm.get_rank(), comm.get_world_size()
     )

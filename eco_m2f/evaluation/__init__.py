@@ -2,8 +2,11 @@
 
 from .boxes import BoxEvaluator, BoxGroundTruth, BoxTarget
 from .build import evaluators_for
+from .cityscapes_instances import CityscapesInstanceEvaluator, CityscapesInstances
+from .collect import EvaluationError, Evaluators
 from .exit_statistics import ExitStatistics
 from .instance import InstanceEvaluator
+from .multi_scale import MultiScale
 from .panoptic import PanopticEvaluator
 from .panoptic_quality import ImageStatistics, PanopticTarget, dataset_pq, image_statistics, total_statistics
 from .semantic import SemanticEvaluator
@@ -13,9 +16,14 @@ __all__ = [
     "BoxEvaluator",
     "BoxGroundTruth",
     "BoxTarget",
+    "CityscapesInstanceEvaluator",
+    "CityscapesInstances",
+    "EvaluationError",
+    "Evaluators",
     "ExitStatistics",
     "ImageStatistics",
     "InstanceEvaluator",
+    "MultiScale",
     "PanopticEvaluator",
     "PanopticTarget",
     "SemanticEvaluator",

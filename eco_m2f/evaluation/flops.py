@@ -231,7 +231,8 @@ def postprocessing_flops(post, num_queries: int, padded: tuple[int, int], output
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     """Parameters of the parent's parts and their sum "total"; apart from it the weights of an "exit_policy".
 
-    What is in no part is "other". Buffers do not count. A gate is no parameter of the parent: its policy tells its size.
+    What is in no part is "other". Buffers do not count. A gate is no parameter of the parent; its policy tells its
+    size.
     """
     model = getattr(model, "module", model)
     prefixes = {"backbone": "backbone.", **model.cost_parts}

@@ -58,6 +58,10 @@ class PanopticGroundTruth:
     def __len__(self) -> int:
         return len(self._annotations)
 
+    def image_ids(self) -> list:
+        """The annotated images, in the order of the JSON."""
+        return list(self._annotations)
+
     def image(self, image_id) -> PanopticImage:
         """Raises ValueError for an image without annotation."""
         if image_id not in self._annotations:

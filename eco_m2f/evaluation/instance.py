@@ -25,20 +25,13 @@ class InstanceEvaluator(RowEvaluator):
     """Reads `instances` of the outputs: pred_masks [N, H, W], scores, pred_classes (contiguous).
 
     Truth is the metadata's `json_file` (COCO instances) where that names a file, else the thing segments of the
-    panoptic annotation. `evaluate` returns {key: {AP, AP50, AP75, APs, APm, APl, AP-<class>}} in percent, NaN where no
-    object of that kind exists. `max_detections` is COCO's limit per image and class; 100 is the official one.
+    panoptic annotation. `evaluate` returns {"segm": {AP, AP50, AP75, APs, APm, APl, AP-<class>}} in percent, NaN where
+    no object of that kind exists. `max_detections` is COCO's limit per image and class; 100 is the official one.
     """
 
-    def __init__(
-        self,
-        ground_truth: PanopticGroundTruth,
-        output_dir: str | None = None,
-        max_detections: int = 100,
-        key: str = "segm",
-    ):
+    def __init__(self, ground_truth: PanopticGroundTruth, output_dir: str | None = None, max_detections: int = 100):
         self._ground_truth = ground_truth
         self._max_detections = max_detections
-        self._key = key
         self._things = [c for c in ground_truth.categories if c["isthing"]]
         json_file = getattr(ground_truth.metadata, "json_file", None)
         self._given = GivenInstances(json_file, self._things) if json_file else None
@@ -57,7 +50,7 @@ class InstanceEvaluator(RowEvaluator):
             truth = coco_of(images, self._things, [o for _, (_, objects) in rows.values() for o in objects])
             result = average_precision(truth, detections, list(rows), self._max_detections)
         self.write("instances_predictions.json", detections)
-        return {self._key: result}
+        return {"segm": result}
 
     def _detections(self, image_id, instances) -> list[dict]:
         masks = instances.pred_masks.to("cpu", torch.uint8).numpy()

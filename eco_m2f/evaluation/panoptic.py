@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from .collect import RowEvaluator
+from .collect import RowEvaluator, without_nan
 from .ground_truth import PanopticGroundTruth
 from .panoptic_quality import ImageStatistics, dataset_pq, total_statistics
 from .quality import PanopticMeasure
@@ -48,12 +48,7 @@ class PanopticEvaluator(RowEvaluator):
 
     def _write(self, result: dict, rows: dict) -> None:
         name = {c["id"]: c.get("name", str(c["id"])) for c in self._ground_truth.categories}
-        groups = {g: _without_nan(result[g]) for g in ("All", "Things", "Stuff")}
+        groups = {g: without_nan(result[g]) for g in ("All", "Things", "Stuff")}
         per_class = {name[c]: row for c, row in result["per_class"].items()}
         per_image = {str(image_id): row.pq() for image_id, row in rows.items()}
         self.write("panoptic.json", {**groups, "per_class": per_class, "per_image_pq": per_image})
-
-
-def _without_nan(row: Mapping) -> dict:
-    """JSON knows no NaN."""
-    return {key: None if np.isnan(value) else value for key, value in row.items()}

@@ -3,7 +3,6 @@
 Names resolve $DETECTRON2_DATASETS when detectron2 is imported, so all of it runs in one fresh process.
 """
 
-import csv
 import hashlib
 import json
 import os
@@ -11,13 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from detectron2.data import MetadataCatalog
-from PIL import Image
+from trees import write_all
 
-from eco_m2f.data.panoptic_map import ids_to_rgb
-from eco_m2f.data.toy import ToySpec, draw_scene, make_toy_dataset
+from eco_m2f.data.toy import draw_scene
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = {
@@ -100,74 +96,10 @@ print(json.dumps(results))
 """
 
 
-def _write_coco(base: Path) -> None:
-    """One image a split, as JPEG: a person (1), a crowd of persons, sky (187) and some void."""
-    meta = MetadataCatalog.get("coco_2017_val_panoptic")
-    things = meta.thing_dataset_id_to_contiguous_id
-    ids_of = {i: c for table in (things, meta.stuff_dataset_id_to_contiguous_id) for c, i in table.items()}
-    categories = [
-        {"id": ids_of[i], "name": n, "isthing": int(ids_of[i] in things)} for i, n in enumerate(meta.thing_classes)
-    ]
-    ids = np.full((48, 64), 5000, dtype=np.int32)
-    ids[10:30, 10:20], ids[10:30, 30:50], ids[40:] = 300, 77777, 0
-    segments = [
-        {"id": i, "category_id": c, "iscrowd": int(i == 77777), "area": int((ids == i).sum())}
-        for i, c in ((300, 1), (77777, 1), (5000, 187))
-    ]
-    (base / "annotations").mkdir(parents=True)
-    for split, number in (("train", 9), ("val", 139)):
-        stem = f"{number:012d}"
-        for folder in (f"{split}2017", f"panoptic_{split}2017"):
-            (base / folder).mkdir()
-        Image.new("RGB", (64, 48), (9, 99, 199)).save(base / f"{split}2017" / f"{stem}.jpg")
-        Image.fromarray(ids_to_rgb(ids)).save(base / f"panoptic_{split}2017" / f"{stem}.png")
-        content = {
-            "images": [{"id": number, "file_name": f"{stem}.jpg", "height": 48, "width": 64}],
-            "annotations": [{"image_id": number, "file_name": f"{stem}.png", "segments_info": segments}],
-            "categories": categories,
-        }
-        (base / "annotations" / f"panoptic_{split}2017.json").write_text(json.dumps(content))
-
-
-def _write_cityscapes(base: Path) -> None:
-    ids = np.full((32, 64), 7, dtype=np.uint16)
-    ids[:10], ids[8:16, 10:20], ids[8:16, 30:40], ids[30:] = 23, 26001, 24, 1
-    for split, city in (("train", "aachen"), ("val", "munster")):
-        for kind in ("gtFine", "leftImg8bit"):
-            (base / kind / split / city).mkdir(parents=True)
-        stem = f"{city}_000003_000019"
-        Image.fromarray(ids).save(base / "gtFine" / split / city / f"{stem}_gtFine_instanceIds.png")
-        Image.new("RGB", (64, 32)).save(base / "leftImg8bit" / split / city / f"{stem}_leftImg8bit.png")
-
-
-def _write_nuclei(raw: Path) -> None:
-    for folder in ("images", "instance_ids"):
-        (raw / folder).mkdir(parents=True)
-    rows = [("image_id", "width", "height", "num_nuclei")]
-    for name in "abcd":
-        ids = np.zeros((30, 30), dtype=np.uint16)
-        ids[3:9, 3:9], ids[9:20, 9:15] = 1, 2
-        Image.fromarray(ids).save(raw / "instance_ids" / f"{name}.png")
-        Image.new("RGB", (30, 30)).save(raw / "images" / f"{name}.png")
-        rows.append((name, 30, 30, 2))
-    with (raw / "index.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
-
-
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, script) -> dict:
+def results(tmp_path_factory) -> dict:
     root = tmp_path_factory.mktemp("datasets")
-    _write_coco(root / "coco")
-    coco = root / "coco"
-    script("datasets/prepare_coco_semantic").prepare(
-        coco / "annotations" / "panoptic_val2017.json", coco / "panoptic_val2017", coco / "panoptic_semseg_val2017"
-    )
-    _write_cityscapes(root / "cityscapes")
-    for split in ("train", "val"):
-        script("datasets/prepare_cityscapes_panoptic").prepare(root / "cityscapes", split)
-    _write_nuclei(root / "raw")
-    script("datasets/prepare_nuclei").prepare(root / "raw", root / "nuclei")
-    make_toy_dataset(root / "toy", ToySpec(num_train=2, num_val=1, size=64))
+    write_all(root)
     environment = {**os.environ, "DETECTRON2_DATASETS": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(NAMES)], env=environment, cwd=ROOT, capture_output=True, text=True
@@ -199,17 +131,21 @@ def test_records_of_official_names_equal_detectron2s(results):
 def test_instances_of_the_training_mapper(results):
     """One per segment, crowds left out."""
     counts = {name: results[name]["counts"] for name in NAMES}
-    assert counts["coco_2017_train_panoptic"] == counts["coco_2017_val_panoptic_with_sem_seg"] == [2]
-    assert counts["cityscapes_fine_panoptic_train"] == counts["cityscapes_fine_panoptic_val"] == [3]
+    assert counts["coco_2017_train_panoptic"] == [3, 2, 2, 2] and counts["coco_2017_val_panoptic_with_sem_seg"] == [
+        3,
+        2,
+    ]
+    assert counts["cityscapes_fine_panoptic_train"] == [3] * 4 and counts["cityscapes_fine_panoptic_val"] == [3] * 2
     assert counts["nuclei_panoptic_train"] == [3, 3] and counts["nuclei_panoptic_test"] == [3]
-    segments = draw_scene(64, 0, "val", 0).segments
-    assert counts["toy_panoptic_val"] == [sum(not s["iscrowd"] for s in segments)]
+    scenes = [draw_scene(64, 0, "val", i) for i in range(2)]
+    assert counts["toy_panoptic_val"] == [sum(not s["iscrowd"] for s in scene.segments) for scene in scenes]
 
 
 @pytest.mark.slow
 def test_semantic_maps_hold_contiguous_classes(results):
-    assert results["coco_2017_val_panoptic_with_sem_seg"]["semantic"] == [[0, 119, 255]]  # person, sky, void
-    assert results["cityscapes_fine_panoptic_val"]["semantic"] == [[0, 10, 11, 13, 255]]
+    found = results["coco_2017_val_panoptic_with_sem_seg"]["semantic"]
+    assert found == [[0, 2, 119, 255], [0, 119, 255]]  # person, car, sky, void
+    assert results["cityscapes_fine_panoptic_val"]["semantic"] == [[0, 10, 11, 13, 255]] * 2
 
 
 @pytest.mark.slow

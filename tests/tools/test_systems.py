@@ -45,7 +45,7 @@ SYSTEMS = {
     "Lite-M2F": System(
         f"{CITYSCAPES}/lite/lite_maskformer2_swin_tiny_bs16_90k.yaml",
         f"{CITYSCAPES}/lite/lite_eco_maskformer2_swin_tiny_bs16_90k.yaml",
-        (2, 3, 4, 5, 6),
+        (3, 4, 5, 6),
     ),
     "PRO-SCALE, exits in the last stage": System(
         f"{COCO}/proscale/proscale333_maskformer2_R50_bs16_50ep.yaml",
