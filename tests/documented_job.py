@@ -94,6 +94,8 @@ GIVEN = {  # by section: a file that the reader has from before, and which run h
     },
     "Tokens that stop: DoViT": {"dovit.pth": "ade20k/dovit_vit_base_mask_bs16_160k"},
     "DETR": {"eco.pth": "coco/eco_detr_R50"},
+    "Good to know": {"eco.pth": "cityscapes/eco_maskformer2_swin_tiny"},
+    "Files that are not trusted": {"eco.pth": "cityscapes/eco_maskformer2_swin_tiny"},
 }
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write the weights of a checkpoint (.pth, .pkl) alone as .safetensors, to share or to deploy them.
 
-    python tools/export_weights.py output/model_final.pth eco.safetensors
+    python tools/export_weights.py eco.pth eco.safetensors
 
 The classes come along; the optimizer's state and all else is left out. The file holds the sha256 of its weights, which
 is compared whenever it is loaded, and nothing in it can run code. MODEL.WEIGHTS takes it as it takes a .pth; --resume

@@ -35,7 +35,8 @@ def make(tmp_path):
             for label in table
         ]
         annotations = [{**x, "segments_info": []} for x in inputs]
-        path.write_text(json.dumps({"images": [], "annotations": annotations, "categories": categories}))
+        images = [{**x, "id": x["image_id"]} for x in inputs]
+        path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
         cityscapes_set.register(NAME, tmp_path, panoptic_json=str(path), panoptic_root=str(tmp_path))
         return PanopticGroundTruth(NAME), inputs, outputs
 
