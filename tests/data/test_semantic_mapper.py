@@ -112,12 +112,13 @@ def test_spoiled_maps_are_told(png_record, semantic_cfg, spoil, message):
         build_train_mapper(semantic_cfg)(png_record)
 
 
-def test_grouping_by_shape_needs_sizes(png_record, semantic_cfg, forget):
+@pytest.mark.parametrize("grouped", [True, False])
+def test_images_without_known_sizes_are_batched(png_record, semantic_cfg, forget, grouped):
     DatasetCatalog.register("no_sizes", lambda: [dict(png_record)])
     semantic_cfg.DATASETS.TRAIN, semantic_cfg.DATALOADER.NUM_WORKERS = ("no_sizes",), 0
     semantic_cfg.SOLVER.IMS_PER_BATCH = 2
-    with pytest.raises(ValueError, match="ASPECT_RATIO_GROUPING to False"):
-        build_train_loader(semantic_cfg, seed=0)
-    semantic_cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
-    batch = next(iter(build_train_loader(semantic_cfg, seed=0)))
+    semantic_cfg.DATALOADER.ASPECT_RATIO_GROUPING = grouped
+    loader = build_train_loader(semantic_cfg, seed=0)
+    assert loader.batch_sampler.groups.tolist() == [int(grouped)]  # 60 x 40 is wide
+    batch = next(iter(loader))
     assert [x["sem_seg"].shape for x in batch] == [(40, 60)] * 2

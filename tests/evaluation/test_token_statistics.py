@@ -66,7 +66,7 @@ def test_class_maps_alone_are_judged_by_miou(semantic_set, tmp_path):
     expected = {"IoU-sky": 50.0, "IoU-sea": 50.0, "mIoU": 50.0, "pACC": 200 / 3}
     assert {k: result["sem_seg"][k] for k in expected} == pytest.approx(expected)
     written = {p.name for p in (tmp_path / "out" / "class_maps").iterdir()}
-    assert written == {"semantic.json", "tokens.json"}
+    assert written == {"semantic.json", "tokens.json", "results.json"}
 
 
 def test_class_maps_alone_need_a_semantic_model(semantic_set):
