@@ -30,12 +30,15 @@ def make(tmp_path):
         inputs, outputs = cityscapes_set.write(tmp_path, seed)
         path = tmp_path / "panoptic.json"
         categories = [
-            {"id": label, "name": str(label), "isthing": int(label in meta.thing_dataset_id_to_contiguous_id)}
-            for table in (meta.thing_dataset_id_to_contiguous_id, meta.stuff_dataset_id_to_contiguous_id)
-            for label in table
+            {"id": label, "name": meta.stuff_classes[i], "isthing": isthing}
+            for isthing, table in enumerate(
+                (meta.stuff_dataset_id_to_contiguous_id, meta.thing_dataset_id_to_contiguous_id)
+            )
+            for label, i in table.items()
         ]
-        annotations = [{**x, "segments_info": []} for x in inputs]
-        images = [{**x, "id": x["image_id"]} for x in inputs]
+        ids = [x["image_id"] for x in inputs]
+        annotations = [{"image_id": i, "file_name": f"{i}.png", "segments_info": []} for i in ids]
+        images = [{"id": i, "file_name": f"{i}_leftImg8bit.png"} for i in ids]
         path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
         cityscapes_set.register(NAME, tmp_path, panoptic_json=str(path), panoptic_root=str(tmp_path))
         return PanopticGroundTruth(NAME), inputs, outputs
