@@ -71,6 +71,12 @@ def test_what_is_not_run_is_tested_elsewhere():
     assert [path for _, path in NOT_RUN.values() if not (ROOT / path).is_file()] == []
 
 
+def test_the_configs_that_commands_name_exist():
+    """Also of those that are not run."""
+    named = {word for command in COMMANDS for word in command.words if word.startswith("configs/")}
+    assert len(named) > 100 and [word for word in named if not (ROOT / word).is_file()] == []
+
+
 def test_commands_are_found_wherever_they_stand(tmp_path):
     block = "python tools/a.py x  # remark\nmake b \\\n  C=1\na file\n"
     text = f"## Part\n```\n{block}```\n`tools/c.py --d`, `tools/e.py`, `pip install f && make g`\n    make h\n"
