@@ -51,11 +51,11 @@ def test_a_folder_is_supported_as_the_table_says(folder):
     assert told == ("no: " + ", ".join(missing) if missing else "yes")
     cfg = engine.load_cfg(str(CONFIGS / PARENT), options(mapper, dataset, classes))
     if not missing:
-        engine.check_datasets(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+        engine.check_number_of_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
         assert type(build_train_mapper(cfg)) is MAPPERS[mapper]
         return
     with pytest.raises(ValueError, match=f"{mapper}|{dataset}"):
-        engine.check_datasets(cfg, cfg.DATASETS.TRAIN)
+        engine.check_number_of_classes(cfg, cfg.DATASETS.TRAIN)
         build_train_mapper(cfg)
 
 

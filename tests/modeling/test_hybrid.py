@@ -74,7 +74,8 @@ def test_a_model_in_training_is_not_fused(encoder):
 @torch.no_grad()
 def test_a_predictor_is_fused_and_says_what_the_model_does(tmp_path, monkeypatch):
     model = fill(build(PARENT, *RT))
-    torch.save({"model": model.state_dict()}, tmp_path / "rt.pth")
+    classes = [{"id": i, "name": f"thing {i}", "isthing": 1, "color": [i, i, i]} for i in range(7)]
+    torch.save({"model": model.state_dict(), "classes": classes}, tmp_path / "rt.pth")
     seen = []
     original = RepVGGBlock.forward
     monkeypatch.setattr(RepVGGBlock, "forward", lambda self, x: seen.append(self.fused) or original(self, x))
