@@ -209,6 +209,8 @@ def quick_compiler(tmp_path, monkeypatch):
     compiler.chmod(0o755)
     monkeypatch.setattr(config.cpp, "cxx", (None, str(compiler)))
     monkeypatch.setattr(config, "compile_threads", 1)
+    # Plain loops: finding out which vector instructions there are takes longer than the kernels.
+    monkeypatch.setattr("torch._inductor.cpu_vec_isa.valid_vec_isa_list", list)
     monkeypatch.setattr(config, "freezing", False)  # what it turns on ends with this test
     yield
     torch._dynamo.reset()
