@@ -67,10 +67,14 @@ def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         if cfg.MODEL.DEVICE == "cpu" and part.NORM == "SyncBN":
             part.NORM = "BN"  # SyncBN's kernels exist on GPUs alone; the parameters are the same
     register_from_config(cfg.DATASETS.CUSTOM, cfg.DATASETS.TRAIN, absent_ok=True)
-    for key, value in set_in_vain(cfg).items() if comm.is_main_process() else ():
-        logger.warning("%s is %r, which has no effect: nothing here reads this key of detectron2", key, value)
     cfg.freeze()
     return cfg
+
+
+def warn_of_keys_without_effect(cfg: CfgNode) -> None:
+    """A warning for each key of detectron2 or Mask2Former that is set, and that nothing here reads."""
+    for key, value in set_in_vain(cfg).items() if comm.is_main_process() else ():
+        logger.warning("%s is %r, which has no effect: nothing here reads this key", key, value)
 
 
 @contextlib.contextmanager
@@ -112,6 +116,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         )
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="eco_m2f")
+    warn_of_keys_without_effect(cfg)
     if before is not None:
         warn_of_changes(before, yaml.safe_load(cfg.dump()))
     return cfg
@@ -586,6 +591,7 @@ def load_predictor(config_file: str, opts: Sequence[str] = ()) -> Predictor:
     too. Example: `load_predictor("configs/toy/eco.yaml", ["MODEL.WEIGHTS", "model.pth"])(image)["panoptic_seg"]`.
     """
     cfg = load_cfg(config_file, opts)
+    warn_of_keys_without_effect(cfg)
     model = fuse_for_deployment(build_trained(cfg))
     if cfg.TEST.COMPILE:
         compile_for_deployment(model)

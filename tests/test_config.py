@@ -496,7 +496,7 @@ def test_the_keys_without_effect_are_those_that_nothing_reads(seen):
 
 def test_a_key_without_effect_is_told_with_its_value(tiny, caplog):
     options = ["TEST.PRECISE_BN.ENABLED", True, "MODEL.RPN.NMS_THRESH", 0.5, "SOLVER.NESTEROV", False]
-    engine.load_cfg(tiny.config(), options)
+    engine.warn_of_keys_without_effect(engine.load_cfg(tiny.config(), options))
     told = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert [message.split(", which")[0] for message in told] == [
         *("MODEL.RPN.NMS_THRESH is 0.5", "TEST.PRECISE_BN.ENABLED is True")

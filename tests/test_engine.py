@@ -241,6 +241,13 @@ def test_unknown_precision_is_refused():
         engine.autocast(load("SOLVER.AMP.PRECISION", "float8"), "cpu", True)
 
 
+def test_a_key_without_effect_is_told_with_its_value_where_a_run_is_set_up(tiny, tmp_path):
+    words = ["--config-file", tiny.config(), "TEST.PRECISE_BN.ENABLED", "True", "OUTPUT_DIR", str(tmp_path / "out")]
+    engine.setup(engine.argument_parser("").parse_args(words))
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "TEST.PRECISE_BN.ENABLED is True, which has no effect" in log and log.count("has no effect") == 1
+
+
 # --- the optimizer ---------------------------------------------------------------------------------------------------
 
 
