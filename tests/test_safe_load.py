@@ -326,6 +326,15 @@ def test_what_is_no_safetensors_is_refused(tmp_path, content):
         read_checkpoint(tmp_path / "m.safetensors")
 
 
+def test_a_name_that_safetensors_hold_twice_is_refused(tmp_path):
+    header = (
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}}'
+    )
+    (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(CheckpointError, match="w.safetensors .*its header holds a name twice"):
+        read_checkpoint(tmp_path / "w.safetensors")
+
+
 def test_a_tensor_beyond_the_end_of_safetensors_is_refused(tmp_path):
     header = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
     (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\x00" * 16)
