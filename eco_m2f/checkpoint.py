@@ -115,7 +115,11 @@ def _fault(value: torch.Tensor, wanted: torch.dtype) -> str:
         return "it is a " + ("meta" if value.is_meta else "quantized" if value.is_quantized else "sparse") + " tensor"
     if _kind(value.dtype) != _kind(wanted):
         return f"{value.dtype} in the checkpoint, {wanted} in the model"
-    broken = value.numel() - int(torch.isfinite(value.to(wanted)).sum())
+    try:
+        taken = value.to(wanted)
+    except NotImplementedError:  # such as two numbers in a byte
+        return f"{value.dtype} in the checkpoint, of which PyTorch makes no {wanted}"
+    broken = value.numel() - int(torch.isfinite(taken).sum())
     return f"{broken} of {value.numel()} values are NaN or infinite" if broken else ""
 
 
@@ -375,12 +379,14 @@ def _damage(path: Path) -> str:
     """What is wrong with a checkpoint written here; "" where nothing is."""
     if not path.is_file():
         return "does not exist"
-    if not zipfile.is_zipfile(path):  # the index stands at an archive's end
-        return f"is truncated ({path.stat().st_size} bytes)"
     try:
+        if not zipfile.is_zipfile(path):  # the index stands at an archive's end
+            return f"is truncated ({path.stat().st_size} bytes)"
         check_archive(path)
     except CheckpointError as error:
         return f"is damaged: {error.__cause__}"
+    except zipfile.BadZipFile as error:  # of the index's own end
+        return f"is damaged: {error}"
     return ""
 
 

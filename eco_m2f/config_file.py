@@ -65,7 +65,10 @@ def _base_path(base: object, path: Path) -> Path:
         raise ValueError(
             f"the config file {path} has the {BASE} {base!r}: name a file on this machine, download it first"
         )
-    found = path.parent / Path(base).expanduser()
+    try:
+        found = path.parent / Path(base).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"the config file {path} has the {BASE} {base!r}, a folder of an unknown user") from error
     if not found.is_file():
         state = "is a folder or a device" if found.exists() else "does not exist"
         raise ValueError(f"the config file {path} has the {BASE} {base!r}, but {found} {state}")

@@ -319,12 +319,11 @@ class _SparseStatistics:
     def total(self, columns: np.ndarray) -> ImageStatistics:
         """The sums per category when image i takes the exit of columns[i]."""
         entries = self._entries(np.arange(len(columns)) * self.num_exits + columns)
-        category = self.category[entries]
-        length = int(category.max(initial=-1)) + 1
-        sums = [np.bincount(category, values[entries], length) for values in (self.iou, self.tp, self.fp, self.fn)]
+        ids, category = np.unique(self.category[entries], return_inverse=True)  # an id may be as large as 2^31 - 1
+        sums = [np.bincount(category, values[entries], len(ids)) for values in (self.iou, self.tp, self.fp, self.fn)]
         present = np.flatnonzero(sums[1] + sums[2] + sums[3])
         iou, *counts = (s[present] for s in sums)
-        return ImageStatistics(present, iou, *(c.astype(np.int64) for c in counts))
+        return ImageStatistics(ids[present], iou, *(c.astype(np.int64) for c in counts))
 
     def subset(self, rows: np.ndarray) -> "_SparseStatistics":
         slots = (rows[:, None] * self.num_exits + np.arange(self.num_exits)).ravel()

@@ -221,6 +221,10 @@ def check_rows(table: pa.Table, manifest: Mapping, channels: int | None = None) 
         if name in names:
             values = values_of(table, name)
             _refuse(table, name, ~passes(values), values, wanted)
+    if "stat_category" in names and len(values_of(table, "stat_category")):
+        kindless = [c["id"] for c in manifest["categories"] if "isthing" not in c]
+        if kindless:
+            raise DerivedDatasetError(f"it has statistics of PQ, but category {kindless[0]} lacks isthing")
     if {"stat_iou", "stat_tp", "stat_exit"} <= names:
         iou = values_of(table, "stat_iou")
         _refuse(table, "stat_iou", iou > values_of(table, "stat_tp") + ROUNDING, iou, "at most the number of matches")

@@ -1,6 +1,8 @@
 """Reads the shards of a derived dataset, Parquet files, and checks them as `derived_schema` says."""
 
 import json
+import os
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from .derived_schema import (
     values_of,
 )
 
+LARGEST_FACTOR, LARGEST_REST = 64, 2**26  # what a shard unpacks to: of zeros a small one may be packed well
 METADATA = (b"eco_m2f", b"sha256", b"images")  # the manifest and the shard's number; digests of columns; of images
 
 
@@ -52,7 +55,10 @@ def read_shard(
 ) -> pa.Table:
     """Raises DerivedDatasetError if the shard is damaged, belongs to another dataset, or holds what cannot be."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe never ends
+            raise DerivedDatasetError("it is not a regular file")
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            _check_amount(file.metadata, path.stat().st_size, len(shard_indices(manifest, shard)))
             metadata = {k: json.loads(v) for k, v in file.schema_arrow.metadata.items() if k in METADATA}
             written = dict(metadata.get(b"sha256", {}))
             table = file.read(columns=columns)
@@ -72,6 +78,16 @@ def read_shard(
         raise DerivedDatasetError("it belongs to another derived dataset")
     check_rows(table, manifest, channels)
     return table
+
+
+def _check_amount(about: pq.FileMetaData, size: int, rows: int) -> None:
+    """Raises DerivedDatasetError where a shard's own table tells of other rows, or of far more values than its size."""
+    if about.num_rows != rows:
+        raise DerivedDatasetError("it belongs to another derived dataset")
+    chunks = (about.row_group(g).column(c) for g in range(about.num_row_groups) for c in range(about.num_columns))
+    unpacked = sum(max(chunk.total_uncompressed_size, 8 * chunk.num_values) for chunk in chunks)
+    if unpacked > LARGEST_FACTOR * size + LARGEST_REST:
+        raise DerivedDatasetError(f"it says to unpack to {unpacked} bytes, far more than its own {size}")
 
 
 def _first_line(error: Exception) -> str:

@@ -61,6 +61,9 @@ def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     with _explained("the list of options KEY VALUE"):
         cfg.merge_from_list(list(opts))
         check_numbers(cfg)
+    for key in ("TRAIN", "TEST"):
+        if not all(isinstance(name, str) for name in cfg.DATASETS[key]):
+            raise ValueError(f"DATASETS.{key} is {cfg.DATASETS[key]!r}, where names of datasets are needed")
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     for part in (cfg.MODEL.RESNETS, cfg.MODEL.HYBRID, cfg.MODEL.DOVIT):

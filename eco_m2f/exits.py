@@ -6,6 +6,7 @@ alpha, the sampling of exits and the tie rule are this project's own choices, si
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -179,7 +180,8 @@ def check_has_minimum(loss: str, quality, exits: Sequence[int], beta: float, max
 def check_exits(exits: Sequence[int]) -> tuple[int, ...]:
     """The exits as a tuple of ints. Raises ValueError unless they are positive whole numbers that strictly increase."""
     values = tuple(int(k) for k in exits)
-    if not values or values != tuple(exits) or values[0] < 1 or any(a >= b for a, b in zip(values, values[1:])):
+    good = values and values == tuple(exits) and values[0] >= 1 and values[-1] < 2**31  # as a derived dataset has them
+    if not good or any(a >= b for a, b in zip(values, values[1:])):
         raise ValueError(f"exits must be positive layer numbers in increasing order, such as [2, 3, 4, 5, 6]: {exits}")
     return values
 
@@ -194,7 +196,7 @@ def exits_up_to(exits: Sequence[int], max_exit: int) -> tuple[int, ...]:
 
 def check_beta(beta: float) -> None:
     """Raises ValueError unless beta is a finite number >= 0."""
-    if not math.isfinite(beta) or beta < 0:
+    if not 0 <= beta <= sys.float_info.max:  # an int may be beyond every float
         raise ValueError(f"beta must be a finite number >= 0, not {beta}: 10 already means the first exit for all")
 
 

@@ -56,7 +56,8 @@ class Gate:
                 found = f"{value.layout} {value.dtype}" if isinstance(value, Tensor) else type(value)
                 raise ValueError(f"{name} must be a dense float32 tensor, not {found}")
         shapes = list(self.weight.shape), list(self.bias.shape)
-        if self.weight.dim() != 2 or self.weight.shape[0] != len(self.exits) or shapes[1] != [len(self.exits)]:
+        fits = self.weight.dim() == 2 and self.weight.numel() and self.weight.shape[0] == len(self.exits)
+        if not fits or shapes[1] != [len(self.exits)]:
             raise ValueError(f"a gate over exits {self.exits} needs weight [E, C] and bias [E], not {shapes}")
         if not (self.weight.isfinite().all() and self.bias.isfinite().all()):
             raise ValueError("the gate's weights are not finite: its fit diverged; lower the learning rate or raise l2")

@@ -6,7 +6,6 @@ runs code when it is read. Archives of the older format have no digest: there th
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .files import atomic_write
+from .torch_files import check_checksums, read_archive
 
 FORMAT = "eco_m2f.gate.v2"
 OLD_FORMAT = "eco_m2f.gate.v1"
@@ -83,13 +83,8 @@ def _read_safetensors(path: Path) -> dict:
 
 
 def _read_archive(path: Path) -> dict:
-    with zipfile.ZipFile(path) as archive:
-        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-            raise ValueError("it unpacks to more than it is")
-        if damaged := archive.testzip():
-            raise ValueError(f"the checksum of {damaged} is wrong")
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    tensors = [value for value in content.values() if isinstance(value, Tensor)] if isinstance(content, dict) else []
-    if sum(tensor.numel() for tensor in tensors) > path.stat().st_size:
-        raise ValueError("its tensors are larger than the file")
-    return content
+    check_checksums(path)
+    content = read_archive(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}")
+    return dict(content)

@@ -149,6 +149,8 @@ def _check_sound(
     (loss, utilities), (beta, max_exit, _) = target, budget
     start = gate_loss(loss, torch.zeros_like(utilities), utilities).item()
     about = f"the fit of beta {beta:g}, K {max_exit}, loss {loss} ran away"
+    if not math.isfinite(start):
+        raise ValueError(f"{about}: beta times an exit's cost is beyond what a number can be; take a smaller beta")
     if not math.isfinite(value) or value > start + max(0.5 * abs(start), 0.05):
         raise ValueError(f"{about}: its loss went from {start:.4g} to {value:.4g}; lower Adam's rate, or take lbfgs")
     if value < 0:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import mmap
 import os
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -129,6 +130,7 @@ def _mapped(path: Path) -> Iterator[tuple[mmap.mmap, int]]:
 
 
 def _read_safetensors(path: Path) -> dict:
+    _check_names_once(path)
     with safe_open(path, framework="pt") as file:
         notes = file.metadata() or {}
         weights = {name: file.get_tensor(name) for name in file.keys()}
@@ -137,6 +139,20 @@ def _read_safetensors(path: Path) -> dict:
     if "classes" in notes:  # what they are is checked by who takes them
         content["classes"] = json.loads(notes["classes"])
     return content | ({"matching_heuristics": True} if notes.get("matching_heuristics") == "True" else {})
+
+
+def _check_names_once(path: Path) -> None:
+    """Raises ValueError where the header names a tensor twice, of which the reader would take one."""
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = file.read(min(length, path.stat().st_size))
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({name for name, _ in pairs}) < len(pairs):
+            raise ValueError("its header holds a name twice")
+        return dict(pairs)
+
+    json.loads(header, object_pairs_hook=once)
 
 
 # --- the state dict --------------------------------------------------------------------------------------------------

@@ -31,6 +31,8 @@ def check_records(archive: zipfile.ZipFile, size: int) -> None:
         raise ValueError("its records are compressed in a way that torch.save does not know")  # and without bound
     if len({record.filename for record in records}) < len(records):
         raise ValueError("two of its records have the same name")
+    if any(record.compress_size > size for record in records):  # zipfile would reserve that much
+        raise ValueError("a record says to be larger than the file")
     if sum(record.file_size for record in records) > MAX_INFLATION * size:
         raise ValueError("its records say to be far larger than the file: torch.save does not compress them")
 

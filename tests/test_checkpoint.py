@@ -306,6 +306,7 @@ def test_a_torch_file_under_a_pickles_name_is_read_as_what_it_is(tmp_path, model
         (torch.full((CLASSES + 1,), 1e300, dtype=torch.float64), "4 of 4 values are NaN or infinite"),  # as float32
         (torch.ones(CLASSES + 1).to_sparse(), "it is a sparse tensor"),
         (torch.ones(CLASSES + 1, device="meta"), "it is a meta tensor"),
+        (torch.ones(CLASSES + 1, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), "torch.float4_e2m1fn_x2 in the"),
         (torch.quantize_per_tensor(torch.ones(CLASSES + 1), 0.1, 0, torch.qint8), "it is a quantized tensor"),
     ],
 )
@@ -620,6 +621,17 @@ def test_a_resumed_run_never_starts_from_a_damaged_checkpoint(tmp_path, model, r
     expected = r"names model_2\.pth, which is damaged: Bad CRC-32 .*to go on from model_1\.pth"
     with pytest.raises(CheckpointError, match=expected):
         Checkpointer(Tree(SHAPES), str(tmp_path), trainer=Optimizer()).resume_or_load("", resume=True)
+
+
+def test_damage_to_the_very_end_of_an_archive_is_told_too(tmp_path, model):
+    for name in ("model_1", "model_2"):
+        Checkpointer(model, str(tmp_path), trainer=Run()).save(name)
+    path = tmp_path / "model_2.pth"
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x06\x07") + 16] = 2  # on so many disks
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"names model_2\.pth, which is damaged: .*disks.*to go on from model_1"):
+        Checkpointer(model, str(tmp_path), trainer=Run()).resume_or_load("", resume=True)
 
 
 def test_a_last_checkpoint_that_is_no_text_is_told(tmp_path, model):

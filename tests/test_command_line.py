@@ -15,6 +15,8 @@ from eco_m2f import command_line
 from eco_m2f.checkpoint import CheckpointError
 from eco_m2f.data.panoptic_map import DataError
 
+pytestmark = pytest.mark.slow
+
 
 def fail_with(error: BaseException):
     raise error

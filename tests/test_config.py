@@ -508,6 +508,12 @@ def test_no_config_of_ours_sets_a_key_without_effect(name):
     assert set_in_vain(engine.load_cfg(str(CONFIGS / name), ["MODEL.DEVICE", "cpu"])) == {}
 
 
+@pytest.mark.parametrize("key", ["DATASETS.TRAIN", "DATASETS.TEST"])
+def test_names_of_datasets_are_texts(key):
+    with pytest.raises(ValueError, match=rf"{key} is .*\[1\].*, where names of datasets are needed"):
+        engine.load_cfg(str(CONFIGS / LEAVES[0]), [key, "[[1]]"])
+
+
 class Spy:
     def __init__(self, function):
         self.function, self.called = function, False

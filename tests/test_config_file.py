@@ -86,6 +86,7 @@ WRONG = {
     "base of a number": ("_BASE_: 3", "on this machine"),
     "base of nothing": ("_BASE_:", "on this machine"),
     "base of a device": ("_BASE_: /dev/zero", "a folder or a device"),
+    "base of an unknown user": ("_BASE_: ~no-such-user/x.yaml", "a folder of an unknown user"),
     "its own base": ("_BASE_: a.yaml", "is its own _BASE_: a.yaml -> a.yaml"),
 }
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +99,55 @@ def test_what_no_image_can_have_is_refused_by_shard_row_and_value(folder, messag
     as_first_format(folder, WRONG[message])
     with pytest.raises(DerivedDatasetError, match=f"{SHARD} cannot be used, {message}.*derive the dataset anew"):
         DerivedDataset.load(folder)
+
+
+def test_a_shard_that_is_no_file_is_not_waited_for(folder):
+    (folder / SHARD).unlink()
+    os.mkfifo(folder / SHARD)
+    with pytest.raises(DerivedDatasetError, match=f"{SHARD} cannot be used, it is not a regular file"):
+        DerivedDataset.load(folder)
+
+
+def test_a_shard_that_unpacks_to_far_more_than_it_is_is_refused_unread(folder):
+    def inflate(columns: dict) -> None:
+        columns["feature"] = [np.zeros(10**7 // 5, np.float32)] * 5
+
+    as_first_format(folder, inflate)
+    pq.write_table(pq.read_table(folder / SHARD), folder / SHARD, compression="zstd")
+    assert (folder / SHARD).stat().st_size < 10**6
+    with pytest.raises(DerivedDatasetError, match=f"{SHARD} cannot be used, it says to unpack to .* bytes, far more"):
+        DerivedDataset.load(folder)
+
+
+def test_statistics_of_categories_without_a_kind_are_refused(folder):
+    as_first_format(folder)
+    manifest = read_manifest(folder)
+    del manifest["categories"][1]["isthing"]
+    _with_manifest(folder, manifest)
+    with pytest.raises(DerivedDatasetError, match="has statistics of PQ, but category 2 lacks isthing"):
+        DerivedDataset.load(folder)
+
+
+def test_the_largest_category_id_costs_no_memory(folder):
+    as_first_format(folder, with_entry(1, category=2**31 - 1))
+    manifest = read_manifest(folder)
+    manifest["categories"].append({"id": 2**31 - 1, "name": "last", "isthing": 1})
+    _with_manifest(folder, manifest)
+    tracemalloc.start()
+    data = DerivedDataset.load(folder)
+    assert 0 < data.dataset_pq([2] * len(data))["All"] < 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10**8
+
+
+def _with_manifest(folder: Path, manifest: dict) -> None:
+    """Writes a manifest of the first format, and into the shards too."""
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    for path in folder.glob("*.parquet"):
+        table = pq.read_table(path)
+        about = {**manifest, "shard": json.loads(table.schema.metadata[b"eco_m2f"])["shard"]}
+        pq.write_table(table.replace_schema_metadata({"eco_m2f": json.dumps(about)}), path, use_dictionary=False)
 
 
 def test_the_first_format_is_still_read_and_not_written(folder):

@@ -159,6 +159,13 @@ def test_negative_utilities_of_some_images_alone_run_away_without_a_penalty(opti
     assert sound.fit["train_loss"] > -10
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_beta_beyond_numbers_is_refused_with_the_remedy(optimizer):
+    features, quality = make_data(n=300)
+    with pytest.raises(ValueError, match="ran away: beta times .*; take a smaller beta"):
+        fit_gate(features, quality, EXITS, 1.7e308, 6, "soft_ce", optimizer=optimizer, **SOURCE)
+
+
 @pytest.mark.parametrize("loss", sorted(GATE_LOSSES))
 def test_a_rate_at_which_adam_diverges_is_refused(loss):
     features, quality = make_data(n=300)

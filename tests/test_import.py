@@ -10,6 +10,8 @@ import pytest
 
 from eco_m2f.requirements import HOW_TO_INSTALL, require
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = ("cv2", "panopticapi", "timm")
 BLOCK = f"""

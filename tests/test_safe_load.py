@@ -164,6 +164,15 @@ def test_a_compressed_archive_is_read_if_it_is_no_bomb(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_record_that_says_to_be_larger_than_the_file_is_refused_unread(saved):
+    content = bytearray(saved.read_bytes())
+    entry = content.index(b"PK\x01\x02")
+    content[entry + 20 : entry + 24] = struct.pack("<I", 2**31)  # its compressed size, which zipfile reserves
+    saved.write_bytes(content)
+    with pytest.raises(CheckpointError, match="a record says to be larger than the file"):
+        check_archive(saved)
+
+
 def test_two_records_of_one_name_are_refused(saved):
     with zipfile.ZipFile(saved, "a") as archive:
         archive.writestr("m/data/0", b"\x00" * 256)
@@ -315,6 +324,15 @@ def test_what_is_no_safetensors_is_refused(tmp_path, content):
     (tmp_path / "m.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"m\.safetensors"):
         read_checkpoint(tmp_path / "m.safetensors")
+
+
+def test_a_name_that_safetensors_hold_twice_is_refused(tmp_path):
+    header = (
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}}'
+    )
+    (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(CheckpointError, match="w.safetensors .*its header holds a name twice"):
+        read_checkpoint(tmp_path / "w.safetensors")
 
 
 def test_a_tensor_beyond_the_end_of_safetensors_is_refused(tmp_path):

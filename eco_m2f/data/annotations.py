@@ -9,6 +9,7 @@ are there twice, images without an entry, categories that nobody declares, files
 
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -136,6 +137,8 @@ def leaves_folder(file_name: str) -> bool:
 
 def _bytes(json_file: str | Path, kind: Kind) -> bytes:
     try:
+        if not stat.S_ISREG(os.stat(json_file).st_mode):  # a pipe never ends, nor does /dev/zero
+            raise OSError("it is not a regular file")
         return Path(json_file).read_bytes().removeprefix(BOM)
     except FileNotFoundError as error:
         raise DataError(

@@ -92,9 +92,16 @@ def _decode(file: BinaryIO, formats: tuple[str, ...]) -> Opened:
         image.verify()
         file.seek(0)
         image = Image.open(file, formats=formats)
-    raw, kind, orientation = _raw_mode(image), image.format or "", _orientation(image)
+    return _turned(image)
+
+
+def _turned(image: Image.Image) -> Opened:
+    """Decodes an image and turns it upright. Raises what Pillow does for damage."""
+    raw, kind = _raw_mode(image), image.format or ""
+    if kind == "PNG":  # to look for its EXIF data loads it too, and would hide that this fails
+        image.load()
+    orientation = _orientation(image)  # before the loading, for Pillow then turns a TIFF by itself
     image.load()
-    # Pillow turns a TIFF by itself when it is loaded
     upright = image if orientation == 1 else ImageOps.exif_transpose(image)
     return Opened(upright, raw, kind, orientation)
 
@@ -232,12 +239,10 @@ def _from_pil(image: Image.Image) -> np.ndarray:
     name = getattr(image, "filename", "") or "PIL image"
     try:
         check_pixels(image.height, image.width)
-        raw, kind, orientation = _raw_mode(image), image.format or "", _orientation(image)
-        image.load()
-        upright = image if orientation == 1 else ImageOps.exif_transpose(image)
+        opened = _turned(image)
     except Exception as error:  # it may still have to be read from its file
         raise DataError(f"{name}: image cannot be read ({str(error) or type(error).__name__}); restore it") from error
-    return _warned_of_dim(Opened(upright, raw, kind, orientation), name)
+    return _warned_of_dim(opened, name)
 
 
 def _warned_of_dim(opened: Opened, name: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 
 import pytest
 
@@ -217,6 +218,13 @@ def test_missing_files_and_folders(tmp_path):
         read(tmp_path / "none.json", PANOPTIC)
     with pytest.raises(DataError, match="not a readable JSON file"):
         read(tmp_path, PANOPTIC)
+
+
+def test_a_pipe_or_a_device_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pan.json")
+    for path in (tmp_path / "pan.json", "/dev/zero"):
+        with pytest.raises(DataError, match=f"{path}: not a readable JSON file .it is not a regular file"):
+            read(path, PANOPTIC)
 
 
 def test_categories_alone_do_not_mind_the_rest(written):

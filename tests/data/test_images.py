@@ -138,6 +138,17 @@ def test_a_damaged_checksum_of_a_png_is_seen(tmp_path):
         read_rgb(path)
 
 
+@pytest.mark.parametrize("pixels", [b"xxxx", zlib.compress(bytes(110))[:-8] + b"xxxxxxxx"])
+def test_pixels_of_a_png_that_do_not_unpack_are_refused(tmp_path, pixels):
+    """The checksums are right, and looking for EXIF data meets the damage first."""
+    path = tmp_path / "a.png"
+    header = _chunk(b"IHDR", struct.pack(">IIBBBBB", 7, 5, 8, 2, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + _chunk(b"IDAT", pixels) + _chunk(b"IEND", b""))
+    for read in (read_rgb, rgb_from, lambda p: rgb_from(Image.open(p))):
+        with pytest.raises(DataError, match="a.png.*cannot be read"):
+            read(path)
+
+
 # --- orientation -----------------------------------------------------------------------------------------------------
 
 

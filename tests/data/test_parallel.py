@@ -16,6 +16,8 @@ from tiny import is_running, tool_environment
 from eco_m2f.data import parallel
 from eco_m2f.data.parallel import alongside
 
+pytestmark = pytest.mark.slow
+
 
 def work(folder: Path, job: int) -> tuple[int, int]:
     """Later jobs are quicker than earlier ones; notes which are done."""

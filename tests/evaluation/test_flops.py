@@ -32,6 +32,8 @@ from eco_m2f.evaluation.flops import (
 from eco_m2f.modeling.encoders.msdeform import MSDeformEncoderLayer
 from eco_m2f.modeling.postprocessing import PostProcessor
 
+pytestmark = pytest.mark.slow
+
 BACKBONES = {
     "swin_t": "swin/maskformer2_swin_tiny_{}.yaml",
     "swin_s": "swin/maskformer2_swin_small_{}.yaml",

@@ -16,6 +16,8 @@ from eco_m2f.modeling.exit_policy import FixedExit
 from eco_m2f.published import resnet_name
 from eco_m2f.safe_load import CheckpointError
 
+pytestmark = pytest.mark.slow
+
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm")
 TIMM = ("resnet18", "convnext_atto", "tf_efficientnet_lite0", "mobilenetv3_small_100")
 SWIN = ("MODEL.SWIN.EMBED_DIM", 12, "MODEL.SWIN.DEPTHS", [1, 1, 1, 1], "MODEL.SWIN.NUM_HEADS", [1, 1, 2, 2])

@@ -16,6 +16,8 @@ from eco_m2f import engine
 from eco_m2f.budget import Gate
 from eco_m2f.derived import parent_sha256
 
+pytestmark = pytest.mark.slow
+
 SIZES = ((64, 96), (30, 70))  # the second is padded to the first: of boxes, half of its tokens
 
 

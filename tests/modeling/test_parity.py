@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from eco_m2f.modeling.transformer_decoder import MultiScaleMaskedTransformerDecoder
 
+pytestmark = pytest.mark.slow
+
 PARENTS = {
     "coco_r50": "coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml",
     "coco_swin_t": "coco/panoptic-segmentation/swin/maskformer2_swin_tiny_bs16_50ep.yaml",

@@ -13,6 +13,8 @@ import torch
 from eco_m2f.ops import build_info, compiled_backends
 from eco_m2f.ops.extension import cpu_sampler, extension_path
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 NO_TOOLKIT = "/nonexistent/cuda"
 

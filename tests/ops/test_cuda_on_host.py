@@ -9,6 +9,8 @@ import pytest
 import torch
 from op_cases import make_case, run
 
+pytestmark = pytest.mark.slow
+
 SIZES = ("batch", "tokens", "heads", "channels", "queries", "levels", "points")
 SHAPE_A = {"batch": 1, "tokens": 43008, "heads": 8, "channels": 32, "queries": 43008, "levels": 3, "points": 4}
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 KERNELS = Path(__file__).parents[2] / "eco_m2f" / "ops" / "csrc" / "cuda"
 SITE = Path(sysconfig.get_paths()["purelib"])
 TORCH_INCLUDE = SITE / "torch" / "include"

@@ -12,6 +12,8 @@ from eco_m2f.command_line import run
 from eco_m2f.engine import build_model, load_cfg
 from eco_m2f.evaluation.flops import ExitCosts
 
+pytestmark = pytest.mark.slow
+
 TOY = CONFIGS / "toy" / "eco_maskformer2_toy.yaml"
 LAYERS = "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS"
 

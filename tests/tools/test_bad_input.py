@@ -15,6 +15,8 @@ from eco_m2f.data.panoptic_map import ids_to_rgb
 from eco_m2f.derived import DerivedDataset, parent_sha256
 from eco_m2f.gate import Gate
 
+pytestmark = pytest.mark.slow
+
 CHANNELS = 128  # of res5 in the tiny model
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from tiny import Tiny
 
+pytestmark = pytest.mark.slow
+
 TINY = tool.Shape(((2, 3), (4, 6)), heads=2, channels=4)
 DECODER = tool.Shape(((2, 3), (4, 6)), queries=5, heads=2, channels=4)
 

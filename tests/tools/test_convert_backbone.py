@@ -15,6 +15,8 @@ from eco_m2f.checkpoint import Checkpointer
 from eco_m2f.published import resnet_name
 from eco_m2f.safe_load import CheckpointError
 
+pytestmark = pytest.mark.slow
+
 SWIN = "coco/panoptic-segmentation/swin/maskformer2_swin_tiny_moby_bs16_50ep.yaml"
 R50 = "coco/panoptic-segmentation/maskformer2_R50_dino_bs16_50ep.yaml"
 MINI_SWIN = ["MODEL.SWIN.EMBED_DIM", 12, "MODEL.SWIN.DEPTHS", [2, 2, 2, 2], "MODEL.SWIN.NUM_HEADS", [1, 2, 4, 8]]
