@@ -49,10 +49,13 @@ MOSTLY = 0.5  # the share of void pixels from which on PQ says little
 LOOKED_AT = 3  # images whose files are looked for when a tool starts
 
 
-def check_class_count(dataset_name: str, num_classes: int, annotation: str = "panoptic") -> None:
+def check_class_count(
+    dataset_name: str, num_classes: int, annotation: str = "panoptic", reference: str | None = None
+) -> None:
     """Raises ValueError unless MODEL.SEM_SEG_HEAD.NUM_CLASSES is the dataset's number of categories.
 
     annotation: what the model needs. "panoptic": things and stuff count; "boxes": COCO's detection format.
+    reference: the training set; where the categories differ from its, the message tells that: no number will do.
     """
     if annotation == "boxes":
         count = len(_box_metadata(dataset_name).thing_classes)
@@ -62,6 +65,8 @@ def check_class_count(dataset_name: str, num_classes: int, annotation: str = "pa
         meta = _metadata(dataset_name)
         count = len(meta.thing_dataset_id_to_contiguous_id) + len(meta.stuff_dataset_id_to_contiguous_id)
     if count != num_classes:
+        if reference is not None and reference != dataset_name:
+            check_same_classes(reference, dataset_name, MetadataCatalog.get(dataset_name))
         raise ValueError(
             f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}, but dataset {dataset_name!r} has {count} categories: "
             f"set it to {count}, or choose another dataset"

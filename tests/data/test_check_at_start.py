@@ -7,7 +7,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from eco_m2f.data import check_at_start, check_dataset, register_from_config
+from eco_m2f.data import check_at_start, check_class_count, check_dataset, register_from_config
 from eco_m2f.data.panoptic_map import DataError
 
 
@@ -183,3 +183,21 @@ def test_an_instance_json_is_compared_with_the_panoptic_one(two, tree):
         if refused:
             with pytest.raises(ValueError, match="instances.json"):
                 check_at_start(["train"], evaluated=["train"])
+
+
+def test_a_split_with_a_category_more_is_not_met_by_another_number(two):
+    """Which NUM_CLASSES is right for one of them is wrong for the other."""
+    register_from_config(two(lambda c: c["categories"].append({"id": 8, "name": "cat", "isthing": 1})))
+    with pytest.raises(ValueError, match="categories of dataset 'val' are not those of .*only the former .8 cat"):
+        check_class_count("val", 3, reference="train")
+    with pytest.raises(ValueError, match="NUM_CLASSES is 5, but dataset 'train' has 3"):
+        check_class_count("train", 5, reference="train")
+
+
+def test_a_name_too_long_for_the_file_system_is_a_missing_file(tree, forget):
+    tree.content["images"][0]["file_name"] = "a" * 3000
+    tree.save()
+    register_from_config([f"name=train,{tree.spec}"])
+    with pytest.raises(DataError, match="missing image"):
+        check_at_start(["train"])
+    assert "missing image" in {f.kind for f in check_dataset("train")}
