@@ -124,13 +124,14 @@ def check_dataset(
     if content is None:
         return [*findings, *found]
     instances, more = (None, []) if boxes else _read_instances(meta)
+    instances = None if more else instances  # what it lacks may be among what is wrong
     findings += found + more
     if boxes:
         findings += check_box_json(content, meta, not found)
         files = list(_box_files(content.images, meta))
     else:
         findings += check_json(content, meta, not found, instances)
-        files = list(_panoptic_files(content, meta, instances=None if more else instances))
+        files = list(_panoptic_files(content, meta, instances=instances))
     if sample is not None and sample < len(files):
         files = random.Random(seed).sample(files, sample)
     pixels = void = 0

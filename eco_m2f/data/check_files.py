@@ -100,7 +100,7 @@ def compare_objects(files: ImageFiles, ids: np.ndarray) -> Iterator[Finding]:
             mask = rle.decode(run_lengths(o.segmentation, ids.shape)).astype(bool)
         except ValueError as error:
             told = f"{files.image}: an object of category {o.category_id} in the instance JSON has {error}"
-            yield Finding("unusable mask in the instance JSON", told, "correct it there, or delete the object")
+            yield Finding("unusable mask in the instance JSON", told, "correct it there")
             return
         covered[o.category_id] = covered.get(o.category_id, False) | mask
     segments_of: dict[int, list[int]] = {}
