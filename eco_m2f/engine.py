@@ -471,8 +471,9 @@ def check_number_of_classes(cfg: CfgNode, names: Sequence[str]) -> None:
     known = cfg.MODEL.META_ARCHITECTURE in META_ARCH_REGISTRY  # else building the model says what is wrong
     parent = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE) if known else None
     annotation = getattr(parent, "annotation", "panoptic")
+    training = next((name for name in cfg.DATASETS.TRAIN if name in DatasetCatalog.list()), None)
     for name in dict.fromkeys(names):
-        check_class_count(name, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, annotation)
+        check_class_count(name, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, annotation, training)
 
 
 def check_model_classes(model: nn.Module, dataset_name: str) -> None:

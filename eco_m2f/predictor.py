@@ -56,13 +56,20 @@ class Predictor:
     def _check_memory(self, height: int, width: int) -> None:
         """Raises ValueError where the host's memory cannot hold the masks, for which the system would end the process.
 
-        Counted is what is sure to be made: the masks of all queries and the scores of all classes, float32.
+        Counted per pixel, in bytes, are the masks of all queries and the scores of all classes, float32, and what the
+        instances take while they are made: see `instance_inference`.
         """
         post = getattr(self.model, "postprocessor", self.model)
-        planes = getattr(post, "num_classes", 0) if getattr(post, "semantic_on", True) else 0
+        held = 4 * getattr(post, "num_classes", 0) if getattr(post, "semantic_on", True) else 0
         if getattr(post, "semantic_on", False) or getattr(post, "instance_on", False):
-            planes += self.model.head.predictor.query_embed.num_embeddings
-        needed, free = 4 * planes * height * width, available_memory()
+            queries = self.model.head.predictor.query_embed.num_embeddings
+            held += 4 * queries
+            if getattr(post, "instance_on", False):
+                classes = post.num_classes if post.thing_classes is None else len(post.thing_classes)
+                found = min(post.detections_per_image, queries * classes)
+                # binary masks, once as floats; then either two copies more for the scores, or those of the instances
+                held += 5 * queries + max(8 * queries, 5 * found)
+        needed, free = held * height * width, available_memory()
         if self.model.device.type == "cpu" and free is not None and needed > free:
             raise ValueError(
                 f"an image of {width}x{height} pixels {TOO_LARGE} ({needed / 1e9:.1f} GB needed, {free / 1e9:.1f} free)"

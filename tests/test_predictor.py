@@ -62,8 +62,10 @@ def test_thin_and_tiny_images_give_a_result_at_their_size(predict, shape):
 
 
 def test_an_image_whose_masks_do_not_fit_into_the_memory_is_refused(predict, monkeypatch):
-    """12 queries and 9 classes in float32, 64 x 64."""
-    monkeypatch.setattr("eco_m2f.predictor.available_memory", lambda: 4 * 21 * 64 * 64)
+    """12 queries and 9 classes in float32, 64 x 64; binary masks of the queries, also as floats; 60 instances."""
+    post = predict.model.postprocessor
+    assert min(post.detections_per_image, 12 * len(post.thing_classes)) == 60 and post.instance_on
+    monkeypatch.setattr("eco_m2f.predictor.available_memory", lambda: (4 * 21 + 5 * 12 + 5 * 60) * 64 * 64)
     predict(np.zeros((64, 64, 3), np.uint8))
     with pytest.raises(ValueError, match="65x64 pixels is too large.*tiles"):
         predict(np.zeros((64, 65, 3), np.uint8))

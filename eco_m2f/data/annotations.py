@@ -331,6 +331,11 @@ def _check_segments(content: PanopticContent, known: set[int]) -> Iterator[Findi
 
 
 def _check_objects(content: DetectionContent, known: set[int]) -> Iterator[Finding]:
+    boxes = [o.bbox for o in content.annotations if hasattr(o, "bbox")]
+    if all(0 <= min(x, y) and max(x + w, y + h) <= 1 for x, y, w, h in boxes) and any(v % 1 for b in boxes for v in b):
+        told = f"every bbox lies in [0, 1], such as {list(boxes[0])}"
+        remedy = "boxes are in pixels: multiply x and width by the image's width, y and height by its height"
+        yield Finding("boxes in shares of the image", told, remedy)
     for i, o in enumerate(content.annotations):
         if o.category_id not in known:
             yield Finding("unknown category", f"{_object(i, o)}: {o.category_id}", "declare it in `categories`")

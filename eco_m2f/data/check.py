@@ -27,7 +27,7 @@ from .annotations import (
     repeated,
 )
 from .categories import SEMANTIC_TYPES, check_same_categories, registered_categories, same_categories
-from .check_files import ImageFiles, check_files, compare_class_map, missing_files
+from .check_files import ImageFiles, check_files, compare_class_map, compare_objects, missing_files
 from .datasets.coco_boxes import EVALUATOR_TYPE
 from .datasets.coco_panoptic_like import EVALUATOR_TYPE as OWN
 from .panoptic_map import DataError, read_ids
@@ -49,10 +49,13 @@ MOSTLY = 0.5  # the share of void pixels from which on PQ says little
 LOOKED_AT = 3  # images whose files are looked for when a tool starts
 
 
-def check_class_count(dataset_name: str, num_classes: int, annotation: str = "panoptic") -> None:
+def check_class_count(
+    dataset_name: str, num_classes: int, annotation: str = "panoptic", reference: str | None = None
+) -> None:
     """Raises ValueError unless MODEL.SEM_SEG_HEAD.NUM_CLASSES is the dataset's number of categories.
 
     annotation: what the model needs. "panoptic": things and stuff count; "boxes": COCO's detection format.
+    reference: the training set; where the categories differ from its, the message tells that: no number will do.
     """
     if annotation == "boxes":
         count = len(_box_metadata(dataset_name).thing_classes)
@@ -62,6 +65,8 @@ def check_class_count(dataset_name: str, num_classes: int, annotation: str = "pa
         meta = _metadata(dataset_name)
         count = len(meta.thing_dataset_id_to_contiguous_id) + len(meta.stuff_dataset_id_to_contiguous_id)
     if count != num_classes:
+        if reference is not None and reference != dataset_name:
+            check_same_classes(reference, dataset_name, MetadataCatalog.get(dataset_name))
         raise ValueError(
             f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}, but dataset {dataset_name!r} has {count} categories: "
             f"set it to {count}, or choose another dataset"
@@ -84,11 +89,15 @@ def check_at_start(names: Sequence[str], reference: str | None = None, evaluated
         registered, listed = registered_categories(meta), [c.as_dict() for c in content.categories]
         json_file = meta.panoptic_json if panoptic else meta.json_file
         check_same_categories(registered, listed, f"dataset {name!r} as it is registered", str(json_file))
-        few = _panoptic_files if panoptic else _box_files
-        _check_some_files(few(content if panoptic else content.images, meta, LOOKED_AT))
-        if panoptic and name in evaluated and getattr(meta, "json_file", None):
-            for finding in _check_instances(content, read(meta.json_file, INSTANCES, _outside(meta)), meta, False):
+        if not panoptic:
+            _check_some_files(_box_files(content.images, meta, LOOKED_AT))
+            continue
+        instances = None
+        if name in evaluated and getattr(meta, "json_file", None):
+            instances = read(meta.json_file, INSTANCES, _outside(meta))
+            for finding in _check_instances(content, instances, meta, False):
                 raise DataError(f"{meta.json_file}: {finding}")
+        _check_some_files(_panoptic_files(content, meta, LOOKED_AT, instances), getattr(meta, "json_file", None))
 
 
 def check_dataset(
@@ -114,8 +123,15 @@ def check_dataset(
     content, found = examine_file(meta.json_file if boxes else meta.panoptic_json, kind_of(meta), _outside(meta))
     if content is None:
         return [*findings, *found]
-    findings += found + list((check_box_json if boxes else check_json)(content, meta, not found))
-    files = list(_box_files(content.images, meta) if boxes else _panoptic_files(content, meta))
+    instances, more = (None, []) if boxes else _read_instances(meta)
+    instances = None if more else instances  # what it lacks may be among what is wrong
+    findings += found + more
+    if boxes:
+        findings += check_box_json(content, meta, not found)
+        files = list(_box_files(content.images, meta))
+    else:
+        findings += check_json(content, meta, not found, instances)
+        files = list(_panoptic_files(content, meta, instances=instances))
     if sample is not None and sample < len(files):
         files = random.Random(seed).sample(files, sample)
     pixels = void = 0
@@ -139,10 +155,13 @@ def examine_file(json_file: str | Path, kind: Kind, outside: bool = False) -> tu
         return None, [Finding("unusable JSON", str(error), "datasets/README.md tells the format")]
 
 
-def check_json(content: PanopticContent, meta, whole: bool = True) -> Iterator[Finding]:
+def check_json(
+    content: PanopticContent, meta, whole: bool = True, instances: InstanceContent | None = None
+) -> Iterator[Finding]:
     """What a panoptic JSON reveals beside plain mistakes: other categories, and images without a usable mask.
 
-    whole: whether the content is the whole file; else what it lacks may be among what is wrong.
+    whole: whether the content is the whole file; else what it lacks may be among what is wrong; instances: the instance
+    JSON, if there is one.
     """
     yield from _check_categories(content, meta, {s.category_id for a in content.annotations for s in a.segments_info})
     yield from _check_images(content.images)
@@ -154,12 +173,16 @@ def check_json(content: PanopticContent, meta, whole: bool = True) -> Iterator[F
         if a.segments_info and all(s.iscrowd for s in a.segments_info):
             remedy = "nothing can be learned from it: remove it from a training set"
             yield Finding("crowd-only annotation", a.file_name, remedy)
-    # COCO's own instance JSON is a download of its own, which only AP needs
-    if getattr(meta, "json_file", None) and (Path(meta.json_file).is_file() or meta.evaluator_type == OWN):
-        instances, found = examine_file(meta.json_file, INSTANCES, _outside(meta))
-        yield from found
-        if instances is not None:
-            yield from _check_instances(content, instances, meta, counts=True)
+    if instances is not None:
+        yield from _check_instances(content, instances, meta, counts=True)
+
+
+def _read_instances(meta) -> tuple[InstanceContent | None, list[Finding]]:
+    """The instance JSON of a panoptic dataset, if it has one, and what is wrong in it by itself."""
+    # COCO's own is a download of its own, which only AP needs
+    if not getattr(meta, "json_file", None) or not (Path(meta.json_file).is_file() or meta.evaluator_type == OWN):
+        return None, []
+    return examine_file(meta.json_file, INSTANCES, _outside(meta))
 
 
 def check_box_json(content: DetectionContent, meta, whole: bool = True) -> Iterator[Finding]:
@@ -338,8 +361,14 @@ def _mostly_void(share: float) -> Finding:
     )
 
 
-def _panoptic_files(content: PanopticContent, meta, most: int | None = None) -> Iterator[ImageFiles]:
+def _panoptic_files(
+    content: PanopticContent, meta, most: int | None = None, instances: InstanceContent | None = None
+) -> Iterator[ImageFiles]:
     """What there is to look at of every annotated image whose entries are right; of `most` of them, evenly spread."""
+    things = {c.id for c in content.categories if c.isthing}
+    objects: dict = {} if instances is None else {image.id: [] for image in instances.images}
+    for o in () if instances is None else instances.annotations:
+        objects.get(o.image_id, []).append(o)
     images = {image.id: image for image in content.images}
     classes = {**meta.stuff_dataset_id_to_contiguous_id, **meta.thing_dataset_id_to_contiguous_id}
     for a in _spread(content.annotations, most):
@@ -355,6 +384,8 @@ def _panoptic_files(content: PanopticContent, meta, most: int | None = None) -> 
             classes={s.id: classes.get(s.category_id, 255) for s in a.segments_info},
             ignore=getattr(meta, "ignore_label", 255),
             num_classes=len(classes),
+            things={s.id: s.category_id for s in a.segments_info if s.category_id in things and not s.iscrowd},
+            objects=objects.get(a.image_id),
         )
 
 
@@ -372,11 +403,14 @@ def _size(image: Image) -> tuple[int, int] | None:
     return None if image.height is None or image.width is None else (image.height, image.width)
 
 
-def _check_some_files(files: Iterable[ImageFiles]) -> None:
-    """Raises DataError where a file is missing, or a class map contradicts its panoptic PNG."""
+def _check_some_files(files: Iterable[ImageFiles], instances: str | None = None) -> None:
+    """Raises DataError where a file is missing, or class map or `instances` JSON contradict the panoptic PNG."""
     for one in files:
         found = list(missing_files(one))
         if not found and one.class_map is not None:
             found = list(compare_class_map(one, read_ids(one.panoptic, one.areas)))
+        if not found and one.objects is not None:
+            for finding in compare_objects(one, read_ids(one.panoptic, one.areas)):
+                raise DataError(f"{instances}: {finding}; {ADVICE}")
         for finding in found:
             raise DataError(f"{finding}. datasets/README.md shows the layout of each dataset; {ADVICE}")

@@ -1,16 +1,20 @@
 """What the files of one image reveal: the image, its panoptic PNG and its class map, against what the JSON says."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
+from pycocotools import mask as rle
 
 from .annotations import Finding
 from .images import open_image, remarks, to_rgb
+from .masks import run_lengths
 from .panoptic_map import NOT_ITS_IDS, RENUMBER, VOID, DataError, read_classes, read_ids
+from .schema import MaskedObject
 
 STRAY = 0.01  # the share of labelled pixels from which on a class map contradicts its panoptic PNG
+UNCOVERED = 0.5  # the share of the things' pixels, outside the objects of an instance JSON, that contradicts it
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class ImageFiles:
     classes: dict[int, int] = field(default_factory=dict)  # segment id -> contiguous class
     ignore: int = 255  # void in the class map
     num_classes: int = 0
+    things: dict[int, int] = field(default_factory=dict)  # segment id of a thing -> category id
+    objects: list[MaskedObject] | None = None  # of the instance JSON, if there is one
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ def missing_files(files: ImageFiles) -> Iterator[Finding]:
         "semantic PNG": "restore it; datasets/README.md tells how it is made",
     }
     for kind, path in zip(remedies, (files.image, files.panoptic, files.class_map)):
-        if path is not None and not Path(path).is_file():
+        if path is not None and not os.path.isfile(path):  # also for a name too long for the file system
             yield Finding(f"missing {kind}", path, remedies[kind])
 
 
@@ -74,10 +80,38 @@ def compare_class_map(files: ImageFiles, ids: np.ndarray) -> Iterator[Finding]:
         yield Finding("unknown class in a class map", told, "classes are contiguous, in the order of the categories")
     expected = _classes_of(ids, files)
     labelled = (classes != files.ignore) & (expected != files.ignore)
+    if not labelled.any() and (expected != files.ignore).any():
+        told = f"{files.class_map}: it labels no pixel that {files.panoptic} labels"
+        yield Finding("class map contradicts panoptic PNG", told, "make it again from the panoptic PNG")
     share = float((classes != expected)[labelled].mean()) if labelled.any() else 0.0
     if share > STRAY:
         told = f"{files.class_map}: {share:.0%} of the labelled pixels have another class than in {files.panoptic}"
         yield Finding("class map contradicts panoptic PNG", told, "make it again from the panoptic PNG")
+
+
+def compare_objects(files: ImageFiles, ids: np.ndarray) -> Iterator[Finding]:
+    """The masks of the instance JSON against the things of the panoptic PNG, whose segment ids are given.
+
+    Objects may overlap, hence be larger than their segments; but the segments of a category must lie in its objects.
+    """
+    covered: dict[int, np.ndarray] = {}
+    for o in files.objects or ():
+        try:
+            mask = rle.decode(run_lengths(o.segmentation, ids.shape)).astype(bool)
+        except ValueError as error:
+            told = f"{files.image}: an object of category {o.category_id} in the instance JSON has {error}"
+            yield Finding("unusable mask in the instance JSON", told, "correct it there")
+            return
+        covered[o.category_id] = covered.get(o.category_id, False) | mask
+    segments_of: dict[int, list[int]] = {}
+    for segment, category in files.things.items():
+        segments_of.setdefault(category, []).append(segment)
+    drawn = {category: np.isin(ids, segments) for category, segments in segments_of.items()}
+    pixels = sum(int(mask.sum()) for mask in drawn.values())
+    outside = sum(int((mask & ~covered[c]).sum() if c in covered else mask.sum()) for c, mask in drawn.items())
+    if outside > UNCOVERED * pixels:
+        told = f"{files.image}: {outside / pixels:.0%} of the pixels of its things lie in no object of their category"
+        yield Finding("instances contradict panoptic PNG", told, "make both from the same annotation")
 
 
 def by(size: tuple[int, ...]) -> str:
@@ -87,13 +121,13 @@ def by(size: tuple[int, ...]) -> str:
 
 def _check_files(files: ImageFiles) -> Checked:
     found = list(missing_files(files))
-    image = _image_size(files.image, found) if Path(files.image).is_file() else None
+    image = _image_size(files.image, found) if os.path.isfile(files.image) else None
     if image is not None and files.size is not None and image != files.size:
         told = f"{files.image} is {by(image)} pixels, the JSON says {by(files.size)}"
         found.append(Finding("image size differs from JSON", told, "correct width and height in the JSON"))
     if image is not None and min(image) < 2:
         found.append(Finding("image one pixel thin", f"{files.image} ({by(image)})", "remove it from the dataset"))
-    if files.panoptic is None or not Path(files.panoptic).is_file():
+    if files.panoptic is None or not os.path.isfile(files.panoptic):
         return Checked(found)
     try:
         ids = read_ids(files.panoptic, files.areas)
@@ -103,8 +137,10 @@ def _check_files(files: ImageFiles) -> Checked:
         told = f"{files.panoptic} is {by(ids.shape)} pixels, its image {by(image)}"
         found.append(Finding("PNG size differs from image", told, "make the PNG again at the image's size"))
     found += _compare(files, ids)
-    if files.class_map is not None and Path(files.class_map).is_file():
+    if files.class_map is not None and os.path.isfile(files.class_map):
         found += compare_class_map(files, ids)
+    if files.objects is not None:
+        found += compare_objects(files, ids)
     return Checked(found, ids.size, int((ids == VOID).sum()))
 
 

@@ -21,6 +21,8 @@ MAX_PIXELS = 178_956_970  # of a file or an array; twice what Pillow warns of, a
 EIGHT_BITS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr")  # Pillow's modes
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 ORIENTATION = 0x0112  # EXIF's tag
+BITS, SAMPLE_FORMAT, SIGNED = 258, 339, 2  # TIFF's tags and their values
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
 DIM = 16  # of 256 levels: an image of 12 bits in 16 has no more
 DIM_IMAGE = f"image of more than 8 bits that uses fewer than {DIM} of the 256 levels the model sees"
 BRIGHTEN = "multiply the values of all images by one number, so that they fill the range, or save them as 8 bits"
@@ -111,7 +113,19 @@ def _checked(image: Image.Image) -> Image.Image:
     check_pixels(image.height, image.width)
     if getattr(image, "is_animated", False) and image.format != "MPO":  # a phone's JPEG holds previews beside it
         raise ValueError("it holds several pages or frames: save each as a file of its own")
+    if image.format == "TIFF":
+        _check_samples(image)
     return image
+
+
+def _check_samples(image: Image.Image) -> None:
+    """Raises ValueError for a TIFF whose numbers Pillow hands out without what the file says they mean."""
+    tags = image.tag_v2
+    few_bits = max(np.atleast_1d(tags.get(BITS, 1))) <= 16  # for more there is no rule at all
+    if few_bits and SIGNED in np.atleast_1d(tags.get(SAMPLE_FORMAT, 1)):
+        raise ValueError("its values are signed: shift them to 0 and above, all images alike, and save them unsigned")
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO and image.mode not in ("1", "L"):
+        raise ValueError("0 is white in it (WhiteIsZero): invert its values, and save it with 0 as black")
 
 
 def check_pixels(height: int, width: int) -> None:
@@ -226,6 +240,8 @@ def rgb_from(image: str | os.PathLike | Image.Image | np.ndarray | torch.Tensor)
     if isinstance(image, Image.Image):
         return _from_pil(image)
     if isinstance(image, torch.Tensor):
+        if image.is_meta:
+            raise ValueError("expected an image, got a tensor on the meta device, which has no values")
         return _from_array(_channels_last(image.detach().cpu()))
     if isinstance(image, np.ndarray):
         return _from_array(image)
@@ -260,7 +276,13 @@ def _channels_last(tensor: torch.Tensor) -> np.ndarray:
         )
     if tensor.dtype == torch.bfloat16:  # which numpy has not
         tensor = tensor.float()
-    return (tensor.permute(1, 2, 0) if tensor.ndim == 3 else tensor).numpy()
+    try:
+        return (tensor.permute(1, 2, 0) if tensor.ndim == 3 else tensor).numpy()
+    except (TypeError, RuntimeError) as error:  # sparse, quantized, or of a type that numpy has not
+        raise ValueError(
+            f"expected a tensor of uint8, uint16, bool, or float in [0, 1], got {tensor.dtype}, {tensor.layout} "
+            f"({error}): convert it, e.g. by .to_dense(), .dequantize() or .float()"
+        ) from error
 
 
 def _from_array(array: np.ndarray) -> np.ndarray:
@@ -280,7 +302,7 @@ def _from_array(array: np.ndarray) -> np.ndarray:
 def _to_bytes(values: np.ndarray) -> np.ndarray:
     if values.dtype == np.uint8:
         return values
-    if values.dtype == np.uint16:
+    if values.dtype.kind == "u" and values.dtype.itemsize == 2:  # in either order of bytes
         return (values >> 8).astype(np.uint8)
     if values.dtype == bool:
         return values.astype(np.uint8) * np.uint8(255)

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .images import DataError
 from .mappers import build_train_mapper
 from .sizes import add_known_sizes, are_wide
 
@@ -26,7 +27,7 @@ def build_train_loader(cfg: CfgNode, seed: int) -> DataLoader:
     loader = cfg.DATALOADER
     if loader.SAMPLER_TRAIN != "TrainingSampler":
         raise ValueError(f"DATALOADER.SAMPLER_TRAIN must be TrainingSampler, not {loader.SAMPLER_TRAIN!r}")
-    records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=loader.FILTER_EMPTY_ANNOTATIONS)
+    records = _records(cfg.DATASETS.TRAIN, loader.FILTER_EMPTY_ANNOTATIONS)
     groups = [False] * len(records)
     if loader.ASPECT_RATIO_GROUPING:
         add_known_sizes(records, cfg.DATASETS.TRAIN)
@@ -36,6 +37,20 @@ def build_train_loader(cfg: CfgNode, seed: int) -> DataLoader:
     )
     dataset = SeededDataset(DatasetFromList(records, copy=False), build_train_mapper(cfg))
     return DataLoader(dataset, batch_sampler=batches, num_workers=loader.NUM_WORKERS, collate_fn=list)
+
+
+def _records(names: Sequence[str], filter_empty: bool) -> list[dict]:
+    """detectron2's dataset dicts; filter_empty: without the images that have no box, or crowds alone."""
+    try:
+        return get_detection_dataset_dicts(names, filter_empty=filter_empty)
+    except AssertionError as error:
+        if not str(error).startswith("No valid data found"):
+            raise
+        files = [getattr(MetadataCatalog.get(name), "json_file", None) or name for name in names]
+        raise DataError(
+            f"{', '.join(map(str, files))}: no image has an object that is not a crowd, so nothing can be learned: add "
+            "objects to `annotations`"
+        ) from error
 
 
 class TrainBatches(Sampler):

@@ -12,11 +12,11 @@ from pycocotools.cocoeval import COCOeval
 
 from ..data.annotations import read
 from ..data.categories import check_same_categories
+from ..data.masks import run_lengths
 from ..data.panoptic_map import DataError
 from ..data.schema import INSTANCES
 from .collect import RowEvaluator
 from .ground_truth import PanopticGroundTruth
-from .masks import run_lengths
 
 _AREAS = ("all", "small", "medium", "large")  # the order of pycocotools' area ranges
 

@@ -7,7 +7,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from eco_m2f.data import check_at_start, check_dataset, register_from_config
+from eco_m2f.data import check_at_start, check_class_count, check_dataset, register_from_config
 from eco_m2f.data.panoptic_map import DataError
 
 
@@ -142,18 +142,24 @@ def test_class_maps_are_compared_with_the_panoptic_png(two, tree):
     with pytest.raises(DataError, match=r"class map contradicts panoptic PNG: .*classes/1.png"):
         check_at_start(["train"])
     assert [f.kind for f in check_dataset("train")] == ["class map contradicts panoptic PNG"] * 2
+    _write_class_maps(tree, (255, 255, 255))
+    assert [f.kind for f in check_dataset("train")] == ["class map contradicts panoptic PNG"] * 2
     _write_class_maps(tree, (0, 1, 3))
     assert "unknown class in a class map" in {f.kind for f in check_dataset("train")}
 
 
 def _instances(tree, change=lambda c: None) -> str:
-    square = [[1, 1, 9, 1, 9, 9, 1, 9]]
-    objects = [{"image_id": i, "category_id": c, "segmentation": square} for i, c in ((1, 7), (1, 90), (2, 7), (2, 7))]
+    whole = [[0, 0, 60, 0, 60, 40, 0, 40]]  # objects may overlap
+    objects = [{"image_id": i, "category_id": c, "segmentation": whole} for i, c in ((1, 7), (1, 90), (2, 7), (2, 7))]
     content = {"images": [{"id": 1}, {"id": 2}], "annotations": objects}
     content["categories"] = [{"id": 7, "name": "car"}, {"id": 90, "name": "dog"}]
     change(content)
     (tree.base / "instances.json").write_text(json.dumps(content))
     return f",instances={tree.base / 'instances.json'}"
+
+
+MASKS_DIFFER = "instances contradict panoptic PNG"
+TURNED = {"size": [60, 40], "counts": [0, 2400]}
 
 
 def test_an_instance_json_is_compared_with_the_panoptic_one(two, tree):
@@ -166,10 +172,32 @@ def test_an_instance_json_is_compared_with_the_panoptic_one(two, tree):
         (lambda c: (c["images"].pop(), c["annotations"].clear()), "image missing in the instance JSON", True),
         (lambda c: c["annotations"].pop(1), "instances contradict panoptic JSON", False),
         (lambda c: c["annotations"][0].update(segmentation=[[1, 1, 9, 9]]), "object without a mask", True),
+        (lambda c: [o.update(segmentation=[[1, 30, 9, 30, 9, 39]]) for o in c["annotations"]], MASKS_DIFFER, True),
+        (lambda c: c["annotations"].__delitem__(slice(0, 2)), MASKS_DIFFER, True),
+        (lambda c: c["annotations"][1].update(segmentation=TURNED), "unusable mask in the instance JSON", True),
+        (lambda c: c["annotations"][1].update(segmentation={**TURNED, "counts": "zz#"}), "unusable mask", True),
     ):
         _instances(tree, change)
-        assert kind in {f.kind for f in check_dataset("train")}
+        assert any(f.kind.startswith(kind) for f in check_dataset("train"))
         check_at_start(["train"])  # training does not read it
         if refused:
             with pytest.raises(ValueError, match="instances.json"):
                 check_at_start(["train"], evaluated=["train"])
+
+
+def test_a_split_with_a_category_more_is_not_met_by_another_number(two):
+    """Which NUM_CLASSES is right for one of them is wrong for the other."""
+    register_from_config(two(lambda c: c["categories"].append({"id": 8, "name": "cat", "isthing": 1})))
+    with pytest.raises(ValueError, match="categories of dataset 'val' are not those of .*only the former .8 cat"):
+        check_class_count("val", 3, reference="train")
+    with pytest.raises(ValueError, match="NUM_CLASSES is 5, but dataset 'train' has 3"):
+        check_class_count("train", 5, reference="train")
+
+
+def test_a_name_too_long_for_the_file_system_is_a_missing_file(tree, forget):
+    tree.content["images"][0]["file_name"] = "a" * 3000
+    tree.save()
+    register_from_config([f"name=train,{tree.spec}"])
+    with pytest.raises(DataError, match="missing image"):
+        check_at_start(["train"])
+    assert "missing image" in {f.kind for f in check_dataset("train")}

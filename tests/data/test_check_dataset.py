@@ -114,6 +114,9 @@ BOX_FAULTS = {  # what the JSON says; the fixture's images and boxes are good
     "malformed annotation entry": lambda c: c["annotations"][0].update(bbox=[1, 2, None, 4]),
     "empty box": lambda c: (c["annotations"][0]["bbox"].__setitem__(3, 0), c["annotations"][0].pop("area")),
     "area off": lambda c: c["annotations"][0].update(area=1000),
+    "boxes in shares of the image": lambda c: [
+        o.update(bbox=[0.1, 0.2, 0.5, 0.3], area=None) for o in c["annotations"]
+    ],
     "no object": lambda c: c["annotations"].clear(),
     "no image": lambda c: (c["images"].clear(), c["annotations"].clear()),
     "image file used twice": lambda c: c["images"].append({"id": 2, "file_name": "1.png"}),

@@ -8,7 +8,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
-from eco_m2f.data import build_train_mapper, check_class_count, register_from_config
+from eco_m2f.data import build_train_loader, build_train_mapper, check_class_count, register_from_config
 from eco_m2f.data.panoptic_map import DataError, read_ids
 from eco_m2f.data.toy import CATEGORIES, ToySpec, make_toy_dataset
 
@@ -93,6 +93,17 @@ def test_boxes_move_with_the_image(own, box_cfg):
             if inner.size:
                 assert (inner > 150).all() == (c == 1)
     assert counts == {1, 2} and len(sizes) > 2  # some crops lost a box
+
+
+@pytest.mark.parametrize("change", [lambda a: a.clear(), lambda a: [o.update(iscrowd=1) for o in a]])
+def test_a_training_set_without_an_object_is_named(own, box_cfg, change):
+    path, content = own
+    change(content["annotations"])
+    path.write_text(json.dumps(content))
+    register(path)
+    box_cfg.DATASETS.TRAIN = ("own_boxes",)
+    with pytest.raises(DataError, match=f"{path.name}: no image has an object that is not a crowd"):
+        build_train_loader(box_cfg, seed=0)
 
 
 def test_a_dataset_without_boxes_is_named(tree, forget, box_cfg):

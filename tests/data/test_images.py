@@ -125,6 +125,27 @@ def test_what_has_no_rule_is_refused_by_name(tmp_path, case):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "sample, tags, told",
+    [
+        ("<i2", {339: 2}, "its values are signed"),
+        ("i1", {339: 2}, "its values are signed"),
+        ("<u2", {262: 0}, "0 is white in it"),
+        ("<f4", {262: 0, 339: 3}, "0 is white in it"),
+    ],
+)
+def test_a_tiff_whose_numbers_mean_something_else_is_refused(tmp_path, sample, tags, told):
+    bits = 8 * np.dtype(sample).itemsize
+    tags = {256: 7, 257: 5, 258: bits, 259: 1, 262: 1, 273: 134, 277: 1, 278: 5, 279: 35 * bits // 8, 339: 1, **tags}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    path = tmp_path / "image.tif"
+    path.write_bytes(
+        struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4) + GREY.astype(sample).tobytes()
+    )
+    with pytest.raises(DataError, match=f"image.tif: .*{told}"):
+        read_rgb(path)
+
+
 def test_a_damaged_checksum_of_a_png_is_seen(tmp_path):
     """Pillow alone reads on and gives other pixels."""
     path = tmp_path / "a.png"
@@ -287,6 +308,10 @@ def test_paths_are_images_too(tmp_path):
         (np.full((4, 4), 200.0), r"\[0, 1\], got 200..200"),
         (torch.zeros(8, 9, 3), r"tensor \[3, H, W\].*got \[8, 9, 3\]: permute"),
         (np.lib.stride_tricks.as_strided(np.zeros(1, np.uint8), (20000, 20000, 3), (0, 0, 0)), "limit of 178956970"),
+        (torch.zeros(3, 8, 9).to_sparse(), "got torch.float32, torch.sparse_coo.*to_dense"),
+        (torch.zeros(3, 8, 9, device="meta"), "meta device"),
+        (torch.quantize_per_tensor(torch.zeros(3, 8, 9), 0.1, 0, torch.quint8), "got torch.quint8.*dequantize"),
+        (torch.zeros(3, 8, 9).to(torch.float8_e4m3fn), "got torch.float8_e4m3fn"),
         ("/none.png", "/none.png: image not found"),
     ],
 )

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as rle
 
+from eco_m2f.data.masks import run_lengths
 from eco_m2f.data.schema import Rle
-from eco_m2f.evaluation.masks import run_lengths
 
 SIZE = (37, 53)
 

@@ -2,8 +2,8 @@
 
 from pycocotools import mask as rle
 
-from ..data.annotations import is_polygon
-from ..data.schema import Rle
+from .annotations import is_polygon
+from .schema import Rle
 
 
 def run_lengths(segmentation: list[list[float]] | Rle, size: tuple[int, int]) -> dict:
