@@ -237,7 +237,7 @@ def test_a_broken_annotation_ends_it_by_name_and_finished_shards_stay(case, whol
     finally:
         path.write_bytes(png)
     assert {p.name for p in (tmp_path / "derived").glob("*.parquet")} == {"shard-00000.parquet", "shard-00001.parquet"}
-    case.derive(tmp_path / "derived", workers=workers)
+    case.derive(tmp_path / "derived")
     assert contents(tmp_path / "derived") == contents(whole)
 
 
