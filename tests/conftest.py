@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
-from minis import ROOT, build, fill, make_batch
+
+ROOT = Path(__file__).resolve().parents[1]
+# What imports PyTorch is imported where it is used: the process that hands tests out to others needs none of it.
 
 
 @pytest.fixture(scope="session")
@@ -27,17 +28,23 @@ def assets() -> Path:
 
 @pytest.fixture(scope="session")
 def build_mini():
+    from minis import build
+
     return build
 
 
 @pytest.fixture(scope="session")
 def fill_weights():
+    from minis import fill
+
     return fill
 
 
 @pytest.fixture(scope="session")
 def mini_batch():
     """Two images of different sizes with instances, the same on every run."""
+    from minis import make_batch
+
     return make_batch()
 
 
@@ -47,6 +54,10 @@ def oracle_json(shared):
 
 
 def pytest_configure(config):
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # it only hands out
+    import torch
+
     torch.set_num_threads(1)  # of several test processes each has a core
 
 
