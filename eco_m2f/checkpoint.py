@@ -26,7 +26,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.utils.file_io import PathManager
 
-from .data.classes import check_same_classes, check_stored
+from .data.categories import check_same_classes
+from .data.classes import check_stored
 from .files import atomic_write, file_sha256, remove_leftovers
 from .safe_load import CheckpointError, check_archive, read_checkpoint
 

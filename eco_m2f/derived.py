@@ -8,7 +8,6 @@ Format: `manifest.json` with the provenance, and Parquet shards of a fixed range
 bytes depend on its rows and the provenance alone, not on how many processes shared the work.
 """
 
-import hashlib
 import itertools
 import json
 import logging
@@ -19,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from torch import Tensor
 
 from .derived_schema import (
@@ -49,7 +47,8 @@ from .derived_shards import (
 )
 from .evaluation.panoptic_quality import ImageStatistics, dataset_pq
 from .exits import check_exits
-from .files import atomic_write
+from .files import atomic_write, remove_leftovers
+from .safe_load import weights_sha256
 
 __all__ = [
     "MANIFEST",
@@ -154,8 +153,7 @@ class ShardWriter:
         missing = []
         for shard in range(rank, self.num_shards, world_size):
             path = shard_path(self.directory, shard)
-            for leftover in self.directory.glob(f".{path.name}.*.tmp"):
-                leftover.unlink(missing_ok=True)
+            remove_leftovers(self.directory, path.name)
             if not path.exists():
                 missing.append(shard)
             elif reason := problem(path, self.manifest, shard):
@@ -370,14 +368,7 @@ def parent_sha256(state_dict: Mapping[str, Tensor]) -> str:
 
     Keys of the exit policy ("exit_policy.") do not count: they are not the parent's.
     """
-    digest = hashlib.sha256()
-    for name in sorted(state_dict):
-        if name.startswith("exit_policy."):
-            continue
-        value = state_dict[name].detach().cpu().contiguous()
-        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return weights_sha256({name: v for name, v in state_dict.items() if not name.startswith("exit_policy.")})
 
 
 # --- the manifest ----------------------------------------------------------------------------------------------------

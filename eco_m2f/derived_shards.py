@@ -1,8 +1,6 @@
 """Reads the shards of a derived dataset, Parquet files, and checks them as `derived_schema` says."""
 
 import json
-import os
-import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -55,7 +53,7 @@ def read_shard(
 ) -> pa.Table:
     """Raises DerivedDatasetError if the shard is damaged, belongs to another dataset, or holds what cannot be."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe never ends
+        if not path.is_file():  # a pipe never ends
             raise DerivedDatasetError("it is not a regular file")
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             _check_amount(file.metadata, path.stat().st_size, len(shard_indices(manifest, shard)))

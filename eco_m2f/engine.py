@@ -29,8 +29,8 @@ from .command_line import HelpFormatter, argument_parser, hide_training_trace, l
 from .config import add_eco_config, set_in_vain
 from .config_file import read_config
 from .data import PanopticTestMapper, build_train_loader, check_at_start, check_class_count, register_from_config
-from .data.categories import SEMANTIC_TYPES
-from .data.classes import check_same_classes, dataset_classes
+from .data.categories import SEMANTIC_TYPES, by_position, check_same_classes
+from .data.classes import dataset_classes
 from .data.datasets import parse_custom
 from .data.present import check_present, loading
 from .evaluation import EvaluationError, Evaluators, MultiScale, evaluators_for
@@ -461,9 +461,8 @@ def check_datasets(cfg: CfgNode, names: Sequence[str]) -> None:
     register_from_config(wanted, cfg.DATASETS.TRAIN)  # those that are absent end here
     check_number_of_classes(cfg, names)
     check_present(*names)
-    training = [name for name in cfg.DATASETS.TRAIN if name in DatasetCatalog.list()]
     evaluated = cfg.DATASETS.TEST if cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON else ()
-    check_at_start(names, training[0] if training else None, evaluated)
+    check_at_start(names, _training_set(cfg), evaluated)
 
 
 def check_number_of_classes(cfg: CfgNode, names: Sequence[str]) -> None:
@@ -471,9 +470,13 @@ def check_number_of_classes(cfg: CfgNode, names: Sequence[str]) -> None:
     known = cfg.MODEL.META_ARCHITECTURE in META_ARCH_REGISTRY  # else building the model says what is wrong
     parent = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE) if known else None
     annotation = getattr(parent, "annotation", "panoptic")
-    training = next((name for name in cfg.DATASETS.TRAIN if name in DatasetCatalog.list()), None)
     for name in dict.fromkeys(names):
-        check_class_count(name, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, annotation, training)
+        check_class_count(name, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, annotation, _training_set(cfg))
+
+
+def _training_set(cfg: CfgNode) -> str | None:
+    """The dataset that says which classes there are: the first of DATASETS.TRAIN that is registered."""
+    return next((name for name in cfg.DATASETS.TRAIN if name in DatasetCatalog.list()), None)
 
 
 def check_model_classes(model: nn.Module, dataset_name: str) -> None:
@@ -482,8 +485,8 @@ def check_model_classes(model: nn.Module, dataset_name: str) -> None:
     if not trained:
         return
     classes = dataset_classes(dataset_name)
-    if MetadataCatalog.get(dataset_name).get("evaluator_type") in SEMANTIC_TYPES:  # names in their order: no ids
-        trained, classes = ([{"id": i, "name": c["name"]} for i, c in enumerate(of)] for of in (trained, classes))
+    if MetadataCatalog.get(dataset_name).get("evaluator_type") in SEMANTIC_TYPES:
+        trained, classes = by_position(trained), by_position(classes)
     check_same_classes(trained, classes, "the model", f"dataset {dataset_name!r}")
 
 

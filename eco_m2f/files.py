@@ -7,9 +7,10 @@ import fcntl
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 
 @contextlib.contextmanager
@@ -50,16 +51,24 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def remove_leftovers(folder: str | os.PathLike) -> None:
+def remove_leftovers(folder: str | os.PathLike, name: str = "*") -> None:
     """Removes the unfinished files of `atomic_write` that a killed process left in a folder; those in use stay.
 
-    A process number would not tell the two apart: it may be another machine's, or have been given anew.
+    name: of the file that was to be written; by default any. A process number would not tell which are in use: it may
+    be another machine's, or have been given anew.
     """
-    for path in Path(folder).glob(".*.tmp"):
+    for path in Path(folder).glob(f".{name}.*.tmp"):
         if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and path.is_file():
             with contextlib.suppress(OSError), open(path, "r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """Opens a file to read its bytes. Raises OSError where it is none: a pipe never ends, nor does /dev/zero."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("it is not a regular file")
+    return open(path, "rb")
 
 
 def prepare_output(path: str | os.PathLike) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .files import atomic_write
+from .safe_load import weights_sha256
 from .torch_files import check_checksums, read_archive
 
 FORMAT = "eco_m2f.gate.v2"
@@ -68,12 +69,7 @@ def _taken_from(content: dict) -> tuple[object, bool]:
 
 
 def _digest(tensors: Mapping[str, Tensor], values: Mapping) -> str:
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return hashlib.sha256((json.dumps(values, sort_keys=True) + weights_sha256(tensors)).encode()).hexdigest()
 
 
 def _read_safetensors(path: Path) -> dict:

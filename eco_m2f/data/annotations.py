@@ -9,7 +9,6 @@ are there twice, images without an entry, categories that nobody declares, files
 
 import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from ..files import open_regular
 from .panoptic_map import DataError
 from .schema import (
     DETECTION,
@@ -137,9 +137,8 @@ def leaves_folder(file_name: str) -> bool:
 
 def _bytes(json_file: str | Path, kind: Kind) -> bytes:
     try:
-        if not stat.S_ISREG(os.stat(json_file).st_mode):  # a pipe never ends, nor does /dev/zero
-            raise OSError("it is not a regular file")
-        return Path(json_file).read_bytes().removeprefix(BOM)
+        with open_regular(json_file) as file:
+            return file.read().removeprefix(BOM)
     except FileNotFoundError as error:
         raise DataError(
             f"{json_file}: {kind.name} JSON not found; datasets/README.md tells where each dataset's files belong "

@@ -37,6 +37,24 @@ def same_categories(reference: Sequence[Mapping], other: Sequence[Mapping]) -> b
     return len(reference) == len(other) and all(c["id"] in by_id and _equal(c, by_id[c["id"]]) for c in reference)
 
 
+def check_same_classes(
+    reference: Sequence[Mapping], other: Sequence[Mapping], of_reference: str, of_other: str
+) -> None:
+    """As `check_same_categories`, and raises ValueError, with both lists, unless they are in the same order too."""
+    check_same_categories(reference, other, of_reference, of_other)
+    if [c["id"] for c in reference] != [c["id"] for c in other]:
+        raise ValueError(
+            f"{of_reference} has the classes {[c['name'] for c in reference]} in this order, {of_other} has "
+            f"{[c['name'] for c in other]}, the same categories in different orders: register both by one list "
+            "DATASETS.CUSTOM, or list the categories of the annotation in the order of the training"
+        )
+
+
+def by_position(categories: Sequence[Mapping]) -> list[dict]:
+    """The categories as class maps know them: their place in the list is their id, and there are no kinds."""
+    return [{"id": i, "name": c["name"]} for i, c in enumerate(categories)]
+
+
 def in_order_of(reference: Sequence[Mapping], categories: Sequence[Mapping]) -> list[Mapping]:
     """The categories in the order of a reference that lists the same ones; as they are where it lists others."""
     if not same_categories(reference, categories):
@@ -54,7 +72,7 @@ def registered_categories(metadata) -> list[dict]:
     stuff = getattr(metadata, "stuff_dataset_id_to_contiguous_id", None)
     names = getattr(metadata, "stuff_classes", None) or getattr(metadata, "thing_classes", None) or []
     if not (things or stuff) or getattr(metadata, "evaluator_type", None) in SEMANTIC_TYPES:
-        return [{"id": i, "name": name} for i, name in enumerate(names)]
+        return by_position([{"name": name} for name in names])
     classes = sorted({**(stuff or {}), **(things or {})}.items(), key=lambda entry: entry[1])
     if stuff is None:  # boxes
         return [{"id": c, "name": metadata.thing_classes[i]} for c, i in classes]

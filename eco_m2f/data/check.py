@@ -26,7 +26,14 @@ from .annotations import (
     read_registered,
     repeated,
 )
-from .categories import SEMANTIC_TYPES, check_same_categories, registered_categories, same_categories
+from .categories import (
+    SEMANTIC_TYPES,
+    by_position,
+    check_same_categories,
+    check_same_classes,
+    registered_categories,
+    same_categories,
+)
 from .check_files import ImageFiles, check_files, compare_class_map, compare_objects, missing_files
 from .datasets.coco_boxes import EVALUATOR_TYPE
 from .datasets.coco_panoptic_like import EVALUATOR_TYPE as OWN
@@ -66,7 +73,7 @@ def check_class_count(
         count = len(meta.thing_dataset_id_to_contiguous_id) + len(meta.stuff_dataset_id_to_contiguous_id)
     if count != num_classes:
         if reference is not None and reference != dataset_name:
-            check_same_classes(reference, dataset_name, MetadataCatalog.get(dataset_name))
+            check_same_as_training(reference, dataset_name, MetadataCatalog.get(dataset_name))
         raise ValueError(
             f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}, but dataset {dataset_name!r} has {count} categories: "
             f"set it to {count}, or choose another dataset"
@@ -82,7 +89,7 @@ def check_at_start(names: Sequence[str], reference: str | None = None, evaluated
     for name in dict.fromkeys(names):
         meta = MetadataCatalog.get(name)
         if reference is not None and name != reference:
-            check_same_classes(reference, name, meta)
+            check_same_as_training(reference, name, meta)
         if _is_semantic(name):
             continue
         content, panoptic = read_registered(meta), kind_of(meta) is PANOPTIC
@@ -267,24 +274,18 @@ def _check_reference(reference: str | None, name: str, meta) -> Iterator[Finding
         return
     _registered(reference, lambda n: "panoptic" in n)
     try:
-        check_same_classes(reference, name, meta)
+        check_same_as_training(reference, name, meta)
     except ValueError as error:
         yield Finding("categories other than the training set's", str(error), "both must list the same categories")
 
 
-def check_same_classes(reference: str, name: str, meta) -> None:
+def check_same_as_training(reference: str, name: str, meta) -> None:
     """Raises ValueError unless a dataset has the classes of the training set `reference`, numbered alike."""
-    training = MetadataCatalog.get(reference)
-    ours, theirs = registered_categories(meta), registered_categories(training)
-    whose = f"the training set {reference!r} (the first of DATASETS.TRAIN)", f"dataset {name!r}"
-    if _is_semantic(name) or _is_semantic(reference):  # class maps know no ids: names in their order
-        ours, theirs = ([{"id": i, "name": c["name"]} for i, c in enumerate(of)] for of in (ours, theirs))
-    check_same_categories(theirs, ours, *whose)
-    if [c["id"] for c in ours] != [c["id"] for c in theirs]:
-        raise ValueError(
-            f"{whose[1]} and {whose[0]} are registered with the same categories in different orders: "
-            "register both by one list DATASETS.CUSTOM, or give register_coco_panoptic_like the same `categories`"
-        )
+    ours, theirs = registered_categories(meta), registered_categories(MetadataCatalog.get(reference))
+    if _is_semantic(name) or _is_semantic(reference):
+        ours, theirs = by_position(ours), by_position(theirs)
+    of_theirs = f"the training set {reference!r} (the first of DATASETS.TRAIN)"
+    check_same_classes(theirs, ours, of_theirs, f"dataset {name!r}")
 
 
 def _check_categories(content: Content, meta, used: set[int]) -> Iterator[Finding]:

@@ -4,11 +4,11 @@ A class is a dict with `id` (the dataset's own), `name`, `isthing` and `color` (
 order of the model's classes. They are plain values, so that a checkpoint can hold them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from detectron2.data import MetadataCatalog
 
-from .categories import check_same_categories, registered_categories
+from .categories import registered_categories
 from .datasets.coco_panoptic_like import category_colors
 
 
@@ -27,16 +27,6 @@ def _colors(metadata, classes: list[dict]) -> Sequence[Sequence[int]]:
     """The colours of a dataset's metadata; made up where there are none for each class."""
     tables = (getattr(metadata, key, None) or () for key in ("stuff_colors", "thing_colors"))
     return next((table for table in tables if len(table) == len(classes)), None) or category_colors(classes)
-
-
-def check_same_classes(trained: Sequence[Mapping], other: Sequence[Mapping], of_trained: str, of_other: str) -> None:
-    """Raises ValueError, with both lists, unless both are the same classes in the same order."""
-    check_same_categories(trained, other, of_trained, of_other)
-    if [c["id"] for c in trained] != [c["id"] for c in other]:
-        raise ValueError(
-            f"{of_trained} has the classes {[c['name'] for c in trained]} in this order, {of_other} has "
-            f"{[c['name'] for c in other]}: list the categories of the annotation in the order of the training"
-        )
 
 
 def check_stored(classes: object, source: str) -> list[dict]:

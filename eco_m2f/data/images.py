@@ -7,7 +7,6 @@ annotation of a photo belongs to the image as a viewer shows it.
 
 import logging
 import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +14,8 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..files import open_regular
 
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "PPM")
 MAX_PIXELS = 178_956_970  # of a file or an array; twice what Pillow warns of, and where Pillow itself stops
@@ -69,9 +70,7 @@ def open_image(file_name: str | Path, kind: str = "image", formats: tuple[str, .
     than MAX_PIXELS.
     """
     try:
-        if not stat.S_ISREG(os.stat(file_name).st_mode):
-            raise OSError("it is not a regular file")
-        with open(file_name, "rb") as file:
+        with open_regular(file_name) as file:
             return _decode(file, formats)
     except FileNotFoundError as error:
         raise DataError(
@@ -152,6 +151,17 @@ def _orientation(image: Image.Image) -> int:
     except Exception:
         return 1
     return found if found in range(1, 9) else 1
+
+
+def header_size(file_name: str | Path) -> tuple[int, int]:
+    """(height, width) of an image as it is shown, turned as its EXIF says; (0, 0) if the header cannot be read."""
+    try:
+        with open_regular(file_name) as file:
+            image = Image.open(file, formats=FORMATS)
+            turned = "exif" in image.info and _orientation(image) > 4
+    except Exception:  # who decodes the file says what is wrong with it
+        return 0, 0
+    return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def read_rgb(file_name: str | Path) -> np.ndarray:

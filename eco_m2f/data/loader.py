@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .images import DataError
 from .mappers import build_train_mapper
-from .sizes import add_known_sizes, are_wide
+from .sizes import are_wide
 
 
 def build_train_loader(cfg: CfgNode, seed: int) -> DataLoader:
@@ -28,10 +28,7 @@ def build_train_loader(cfg: CfgNode, seed: int) -> DataLoader:
     if loader.SAMPLER_TRAIN != "TrainingSampler":
         raise ValueError(f"DATALOADER.SAMPLER_TRAIN must be TrainingSampler, not {loader.SAMPLER_TRAIN!r}")
     records = _records(cfg.DATASETS.TRAIN, loader.FILTER_EMPTY_ANNOTATIONS)
-    groups = [False] * len(records)
-    if loader.ASPECT_RATIO_GROUPING:
-        add_known_sizes(records, cfg.DATASETS.TRAIN)
-        groups = are_wide(records)
+    groups = are_wide(records) if loader.ASPECT_RATIO_GROUPING else [False] * len(records)
     batches = TrainBatches(
         groups, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), seed, comm.get_rank(), comm.get_world_size()
     )

@@ -16,7 +16,7 @@ def run_lengths(segmentation: list[list[float]] | Rle, size: tuple[int, int]) ->
         polygons = [points for points in segmentation if is_polygon(points)]
         if not polygons:
             raise ValueError("no polygon of three points or more: correct it, or delete the object")
-        return _as_text(rle.merge(rle.frPyObjects(polygons, *size)))
+        return as_text(rle.merge(rle.frPyObjects(polygons, *size)))
     if tuple(segmentation.size) != size:
         raise ValueError(f"a mask of {segmentation.size} (height, width) in an image of {size}: correct one of them")
     counts = segmentation.counts
@@ -24,7 +24,7 @@ def run_lengths(segmentation: list[list[float]] | Rle, size: tuple[int, int]) ->
     if sum(counts) != size[0] * size[1] or min(counts, default=0) < 0:
         told = f"run lengths of {sum(counts)} pixels in all in a mask of {size[0] * size[1]}"
         raise ValueError(f"{told}: write the mask anew")
-    return _as_text(rle.frPyObjects({"size": list(size), "counts": counts}, *size))
+    return as_text(rle.frPyObjects({"size": list(size), "counts": counts}, *size))
 
 
 def _counts_of(text: str) -> list[int]:
@@ -49,6 +49,6 @@ def _counts_of(text: str) -> list[int]:
     return counts
 
 
-def _as_text(code: dict) -> dict:
+def as_text(code: dict) -> dict:
     """A code that can be written as JSON."""
     return {"size": [int(n) for n in code["size"]], "counts": code["counts"].decode("ascii")}

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
+from ..data.images import DataError, open_image
 from .collect import RowEvaluator, without_nan
 from .ground_truth import PanopticGroundTruth
 
@@ -69,10 +69,9 @@ class CityscapesInstances:
         """[H, W] integers. Raises ValueError where the file cannot be read or is no map of ids."""
         path = self.path(image_id)
         try:
-            with Image.open(path) as png:
-                ids = np.asarray(png)
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"{path}: cannot be read ({error}): {ADVICE}") from error
+            ids = np.asarray(open_image(path, "PNG of instance ids", ("PNG",)).image)
+        except DataError as error:
+            raise ValueError(f"{error}; {ADVICE}") from error
         if ids.ndim != 2:
             raise ValueError(f"{path}: expected one channel of 16 bits, got shape {ids.shape}: {ADVICE}")
         return ids.astype(np.int64)

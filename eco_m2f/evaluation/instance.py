@@ -12,7 +12,7 @@ from pycocotools.cocoeval import COCOeval
 
 from ..data.annotations import read
 from ..data.categories import check_same_categories
-from ..data.masks import run_lengths
+from ..data.masks import as_text, run_lengths
 from ..data.panoptic_map import DataError
 from ..data.schema import INSTANCES
 from .collect import RowEvaluator
@@ -170,5 +170,4 @@ def _mean(precision: np.ndarray) -> float:
 
 def _encode(mask: np.ndarray) -> dict:
     """Run-length code of a uint8 mask, its counts as text so that it can be written as JSON."""
-    code = rle.encode(np.asfortranarray(mask))
-    return {"size": [int(n) for n in code["size"]], "counts": code["counts"].decode("ascii")}
+    return as_text(rle.encode(np.asfortranarray(mask)))

@@ -2,7 +2,8 @@
 
 import pytest
 
-from eco_m2f.data.classes import check_same_classes, check_stored, dataset_classes
+from eco_m2f.data.categories import check_same_classes
+from eco_m2f.data.classes import check_stored, dataset_classes
 from eco_m2f.data.datasets import register_from_config
 
 CAR, SKY = (

@@ -9,10 +9,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from trees import write_all
 
+from eco_m2f.data.annotations import CITYSCAPES, class_map_file, image_file
+from eco_m2f.data.schema import Image
 from eco_m2f.data.toy import draw_scene
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,6 +92,7 @@ for name, classes in json.loads(sys.argv[1]).items():
         "counts": counts, "pq": evaluator.evaluate()["panoptic_seg"]["PQ"], "semantic": semantic,
         "findings": [str(f) for f in check_dataset(name, classes)],
         "alike": alike(DatasetCatalog.get(name), theirs(name)) if name in OFFICIAL else None,
+        "sized": all(r["height"] > 0 and r["width"] > 0 for r in DatasetCatalog.get(name)),
     }
 s = draw_scene(64, 1, "val", 2)
 results["digest"] = hashlib.sha256(s.image.tobytes() + s.ids.tobytes()).hexdigest()
@@ -139,6 +143,24 @@ def test_instances_of_the_training_mapper(results):
     assert counts["nuclei_panoptic_train"] == [3, 3] and counts["nuclei_panoptic_test"] == [3]
     scenes = [draw_scene(64, 0, "val", i) for i in range(2)]
     assert counts["toy_panoptic_val"] == [sum(not s["iscrowd"] for s in scene.segments) for scene in scenes]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_records_have_the_sizes_that_the_json_states(results, name):
+    """So that images are grouped by aspect ratio without a look at their files."""
+    assert results[name]["sized"]
+
+
+def test_a_dot_in_the_path_of_cityscapes_is_part_of_it():
+    """detectron2's own loader of the panoptic set cuts the path there."""
+    metadata = SimpleNamespace(
+        evaluator_type=CITYSCAPES, image_root="/a.b/leftImg8bit/train", gt_dir="/a.b/gtFine/train"
+    )
+    image, annotation = Image(id="aachen_000001_000019", file_name="x"), None
+    assert image_file(metadata, image) == "/a.b/leftImg8bit/train/aachen/aachen_000001_000019_leftImg8bit.png"
+    found = class_map_file(metadata, image, annotation)
+    assert found == "/a.b/gtFine/train/aachen/aachen_000001_000019_gtFine_labelTrainIds.png"
 
 
 @pytest.mark.slow
