@@ -7,6 +7,8 @@ SOLVER.AMP.PRECISION, SOLVER.ACCUMULATION_STEPS, TEST.AMP, TEST.COMPILE and DATA
 of detectron2's, those of WITHOUT_EFFECT are not. tests/test_config.py proves both.
 """
 
+from collections.abc import Mapping
+
 from detectron2.config import CfgNode, get_cfg
 from detectron2.projects.deeplab import add_deeplab_config
 
@@ -31,20 +33,17 @@ def set_in_vain(cfg: CfgNode) -> dict[str, object]:
     """{key: value} of the keys without effect that are not at their default."""
     default = get_cfg()
     add_deeplab_config(default)
+    ours, nodes = leaves(cfg), tuple(f"{path}." for path in WITHOUT_EFFECT)
+    unread = {key: value for key, value in leaves(default).items() if f"{key}.".startswith(nodes)}
+    return {key: ours[key] for key, value in unread.items() if ours[key] != value}
+
+
+def leaves(cfg: Mapping, prefix: str = "") -> dict[str, object]:
+    """{dotted key: value} of a config, as a CfgNode or as the YAML that it is written as."""
     found: dict[str, object] = {}
-    for path in WITHOUT_EFFECT:
-        parts = path.split(".")
-        ours, theirs = cfg, default
-        for part in parts[:-1]:
-            ours, theirs = ours[part], theirs[part]
-        found |= _differences(path, ours[parts[-1]], theirs[parts[-1]])
+    for key, value in cfg.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
-
-
-def _differences(path: str, value, default) -> dict[str, object]:
-    if isinstance(value, CfgNode):
-        return {k: v for key in value for k, v in _differences(f"{path}.{key}", value[key], default[key]).items()}
-    return {} if value == default else {path: value}
 
 
 def add_eco_config(cfg: CfgNode) -> None:

@@ -65,11 +65,6 @@ def derive(
         raise ValueError(f"--workers must be 0 or more, got {workers}")
     check_datasets(cfg, [dataset_name])
     check_model_classes(model, dataset_name)
-    with locked_folder(directory) if comm.is_main_process() else contextlib.nullcontext():
-        _derive(cfg, model, dataset_name, directory, shard_size, workers, hash_images)
-
-
-def _derive(cfg, model, dataset_name, directory, shard_size, workers, hash_images) -> None:
     with loading(dataset_name):
         records = DatasetCatalog.get(dataset_name)
     measure = model.measure.of(dataset_name)
@@ -78,15 +73,29 @@ def _derive(cfg, model, dataset_name, directory, shard_size, workers, hash_image
     def images(indices: Sequence[int]) -> dict[str, str]:
         return image_digests([records[i] for i in indices], hash_images)
 
-    writer = open_writer(directory, provenance, len(records), shard_size, images)
+    with locked_folder(directory) if comm.is_main_process() else contextlib.nullcontext():
+        writer = open_writer(directory, provenance, len(records), shard_size, images)
+        write_missing(cfg, model, measure, records, writer, workers)
+
+
+def write_missing(
+    cfg: CfgNode, model: EarlyExits, measure: Measure, records: Sequence[dict], writer: ShardWriter, workers: int
+) -> None:
+    """Derives and writes those of the missing shards that are this process's share."""
     shards = writer.missing(comm.get_rank(), comm.get_world_size())
     wanted = [i for s in shards for i in writer.indices(s)]
     logger.info("%d of %d shards are missing here: %d images", len(shards), writer.num_shards, len(wanted))
     clock = _Clock()
     with contextlib.closing(derived_rows(cfg, model, measure, [records[i] for i in wanted], workers, clock)) as made:
         rows = iter(
-            tqdm(made, total=len(wanted), desc=dataset_name, disable=not comm.is_main_process(), unit="image")
-        )  # fmt: skip
+            tqdm(
+                made,
+                total=len(wanted),
+                desc=writer.manifest["dataset"],
+                disable=not comm.is_main_process(),
+                unit="image",
+            )
+        )
         for shard in shards:
             writer.write(shard, [next(rows) for _ in writer.indices(shard)])
     if wanted:

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import Checkpointer
 from .command_line import HelpFormatter, argument_parser, hide_training_trace, launch, run  # noqa: F401, for the tools
-from .config import add_eco_config, set_in_vain
+from .config import add_eco_config, leaves, set_in_vain
 from .config_file import read_config
 from .data import PanopticTestMapper, build_train_loader, check_at_start, check_class_count, register_from_config
 from .data.categories import SEMANTIC_TYPES, by_position, check_same_classes
@@ -95,17 +95,21 @@ def _explained(source: str) -> Iterator[None]:
 
 def check_numbers(cfg: CfgNode) -> None:
     """Raises ValueError, naming the key, for numbers that are NaN or infinite, and a training without iterations."""
-    rest = list(cfg.items())
-    while rest:
-        key, value = rest.pop()
-        if isinstance(value, dict):
-            rest.extend((f"{key}.{name}", item) for name, item in value.items())
-        elif isinstance(value, list | tuple):
-            rest.extend((key, item) for item in value)
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{key} is {value}, where a finite number is needed")
+    for key, value in leaves(cfg).items():
+        for number in _numbers(value):
+            if not math.isfinite(number):
+                raise ValueError(f"{key} is {number}, where a finite number is needed")
     if cfg.SOLVER.MAX_ITER < 1:
         raise ValueError(f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}, where at least 1 iteration is needed")
+
+
+def _numbers(value: object) -> Iterator[float]:
+    """The floats in a value, or in its items."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(item)
 
 
 def setup(args: argparse.Namespace) -> CfgNode:

@@ -1,10 +1,12 @@
 """Whether a training goes on with other settings than it was begun with."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
+
+from .config import leaves
 
 logger = logging.getLogger(__name__)
 SECTIONS = ("MODEL", "INPUT", "DATASETS", "SOLVER", "SEED")  # what the weights depend on
@@ -35,15 +37,7 @@ def warn_of_changes(before: Mapping, now: Mapping) -> None:
 
 def changed_settings(before: Mapping, now: Mapping) -> list[tuple[str, object, object]]:
     """(dotted key, old value, new value) of each that differs in `SECTIONS`, sorted; both configs as plain YAML."""
-    old, new = dict(_leaves(before)), dict(_leaves(now))
+    old, new = leaves(before), leaves(now)
     keys = sorted(k for k in old.keys() | new.keys() if k.split(".")[0] in SECTIONS)
     pairs = ((key, old.get(key, ABSENT), new.get(key, ABSENT)) for key in keys)
     return [(key, a, b) for key, a, b in pairs if a != b]
-
-
-def _leaves(settings: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

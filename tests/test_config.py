@@ -14,7 +14,7 @@ from minis import CONFIGS, PROSCALE, RT
 from tiny import Tiny, kept_log_handlers
 
 from eco_m2f import engine
-from eco_m2f.config import WITHOUT_EFFECT, add_eco_config, set_in_vain
+from eco_m2f.config import WITHOUT_EFFECT, add_eco_config, leaves, set_in_vain
 from eco_m2f.modeling import DoViT, EarlyExits, EcoMaskFormer
 
 ALL = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml"))
@@ -50,14 +50,6 @@ SIBLINGS = {  # by folder: the keys in which a parent differs from Mask2Former's
 WIDTHS = {"R50": 256, "swin_tiny": 96, "swin_small": 96, "swin_base_IN21k_384": 128}  # channels of res2
 NOT_OF_THE_MODEL = ("WEIGHTS", "ECO.BETA", "ECO.LOSS", "ECO.GATE_SOLVER.")
 BLOCKS = {"R50": 16, "swin_tiny": 12, "swin_small": 24, "swin_base_IN21k_384": 24}
-
-
-def leaves(cfg: dict, prefix: str = "") -> dict[str, object]:
-    """{dotted key: value} of a config."""
-    found = {}
-    for key, value in cfg.items():
-        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
 
 
 def own_keys() -> set[str]:

@@ -24,19 +24,18 @@ Extent = Annotated[float, Meta(ge=0, le=1e6)]  # pixels
 Box = tuple[Place, Place, Extent, Extent]  # left, top, width, height
 
 
-class Image(Struct, kw_only=True, gc=False):
-    """An entry of `images`. Where height or width is absent, both are those of the file."""
-
-    id: ImageId
-    file_name: Text
-    height: Side | None = None
-    width: Side | None = None
-
-
 class ListedImage(Struct, kw_only=True, gc=False):
     """An entry of `images` in an instance JSON, which lies beside a panoptic one."""
 
     id: ImageId
+
+
+class Image(ListedImage, kw_only=True, gc=False):
+    """An entry of `images`. Where height or width is absent, both are those of the file."""
+
+    file_name: Text
+    height: Side | None = None
+    width: Side | None = None
 
 
 class Category(Struct, kw_only=True, gc=False):
@@ -75,16 +74,21 @@ class PanopticAnnotation(Struct, kw_only=True, gc=False):
     segments_info: list[Segment]
 
 
-class Object(Struct, kw_only=True, gc=False):
-    """An object with its box. The annotation's own id is not used: objects are numbered anew where that is needed."""
+class AnyObject(Struct, kw_only=True, gc=False):
+    """What an object has in either format. Its own id is not used: objects are numbered anew where that is needed."""
 
     image_id: ImageId
     category_id: Count
-    bbox: Box
     area: float | None = None
     iscrowd: Flag | None = None
     ignore: Flag | None = None  # 1 is refused
     id: int | str | None = None
+
+
+class Object(AnyObject, kw_only=True, gc=False):
+    """An object with its box."""
+
+    bbox: Box
 
     def as_dict(self) -> dict:
         """category_id, bbox (x y w h, pixels), iscrowd (0 or 1), area (the box's where the file's is wrong)."""
@@ -101,16 +105,10 @@ class Rle(Struct, kw_only=True):
     counts: str | list[Count]
 
 
-class MaskedObject(Struct, kw_only=True, gc=False):
+class MaskedObject(AnyObject, kw_only=True, gc=False):
     """An object of an instance JSON, with its mask."""
 
-    image_id: ImageId
-    category_id: Count
     segmentation: list[list[Place]] | Rle
-    area: float | None = None
-    iscrowd: Flag | None = None
-    ignore: Flag | None = None  # 1 is refused
-    id: int | str | None = None
 
 
 class Content(Struct, kw_only=True):
