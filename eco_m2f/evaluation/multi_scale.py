@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import transforms as T
 from torch import Tensor, nn
 
 from ..data import PanopticTestMapper
+from ..data.transforms import ShortestEdge
 
 
 class MultiScale(nn.Module):
@@ -36,7 +36,7 @@ class MultiScale(nn.Module):
             )
         if not aug.MIN_SIZES:
             raise ValueError("TEST.AUG.MIN_SIZES is empty: name the shortest edges, in pixels")
-        resize = [[T.ResizeShortestEdge(size, aug.MAX_SIZE)] for size in aug.MIN_SIZES]
+        resize = [[ShortestEdge(size, aug.MAX_SIZE)] for size in aug.MIN_SIZES]
         mappers = [PanopticTestMapper(augmentations=r, image_format=cfg.INPUT.FORMAT) for r in resize]
         return cls(model, mappers, aug.FLIP)
 

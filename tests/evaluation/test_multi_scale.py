@@ -59,6 +59,16 @@ def test_one_view_is_the_model_itself(x):
     torch.testing.assert_close(result["sem_seg"], model([{**x, "image": image}])[0]["sem_seg"])
 
 
+def test_a_thin_image_keeps_a_pixel_at_every_size(tmp_path):
+    """As at test size: a side that is resized to less than half a pixel has one."""
+    Image.new("RGB", (3000, 2)).save(tmp_path / "thin.png")
+    options = ["MODEL.DEVICE", "cpu", "TEST.AUG.MIN_SIZES", (32,), "TEST.AUG.MAX_SIZE", 64, "TEST.AUG.FLIP", True]
+    cfg = engine.load_cfg(str(CONFIGS / PARENT), options)
+    views = MultiScale.from_config(cfg, model := Columns())
+    views([{"file_name": str(tmp_path / "thin.png"), "height": 2, "width": 3000}])
+    assert model.seen == [(1, 64)] * 2
+
+
 def test_sizes_come_from_the_config():
     options = ["MODEL.DEVICE", "cpu", "TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (32, 64), "TEST.AUG.FLIP", False]
     cfg = engine.load_cfg(str(CONFIGS / PARENT), [*options, "TEST.AUG.MAX_SIZE", 96])
