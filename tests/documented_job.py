@@ -75,6 +75,7 @@ OPTIONS = {  # of the tools themselves: no processes beside this one
     "check_dataset": ["--workers", "1"],
     "make_toy_dataset": ["--num-train", COUNT["train"], "--num-val", COUNT["val"], "--size", TOY_SIZE],
 }
+FEW_STEPS = ["--adam-iterations", "50"]  # of a gate whose optimizer a config names: the paper's takes 20,000
 TAKES_KEYS = ("train_net", "derive_dataset", "sweep_thresholds", "analyze_model")
 NAMES_ALONE = ("OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.ECO.BETA")  # in which trainings may differ and be one run
 
@@ -194,7 +195,8 @@ def shrunk(command: Command) -> list:
         words[words.index("--num-gpus") + 1] = "1"
     script = f"../{Path(tool).with_suffix('')}"  # seen from tools/
     keys = list(flat(smaller(command))) if command.tool in TAKES_KEYS else []
-    return [script, *OPTIONS.get(command.tool, ()), *words, *keys]
+    few = FEW_STEPS if command.tool == "train_gate" and command.config else ()
+    return [script, *OPTIONS.get(command.tool, ()), *few, *words, *keys]
 
 
 def smaller(command: Command) -> dict:
