@@ -88,12 +88,12 @@ def _check_grey_palette(indices: np.ndarray, image: Image.Image, file_name: str 
     if (greys == greys[:, :1]).all() and (greys[:, 0] != used).any():
         raise DataError(
             f"{file_name}: a semantic PNG with a palette of greys, {greys[:, 0].tolist()[:5]} for the indices "
-            f"{used.tolist()[:5]}: which are the classes, nobody knows; save it as 8-bit grey, the value the class"
+            f"{used.tolist()[:5]}: either may be the classes; save it as 8-bit grey whose value is the class"
         )
 
 
 def _open_labels(file_name: str | Path, kind: str) -> Opened:
-    """A PNG of labels, whose EXIF orientation must not speak of turning: whether labels are meant to, nobody knows."""
+    """A PNG of labels. Raises DataError for one with an EXIF orientation: it may or may not be meant for the labels."""
     png = open_image(file_name, kind, ("PNG",))
     if png.orientation != 1:
         raise DataError(
