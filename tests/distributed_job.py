@@ -15,8 +15,14 @@ import torch
 from detectron2.utils import comm
 from minis import CONFIGS, ECO, MINI, PARENT, build, fill, make_batch
 
-from eco_m2f import engine
-from eco_m2f.derived import parent_sha256
+from eco_m2f.checkpoint.parent_hash import parent_sha256
+from eco_m2f.engine.command_line import launch, run
+from eco_m2f.engine.evaluate import evaluate
+from eco_m2f.engine.optimizer import autocast, build_optimizer
+from eco_m2f.engine.predict import build_trained
+from eco_m2f.engine.setup import load_cfg
+from eco_m2f.engine.step import Step
+from eco_m2f.engine.train import distributed, trains_some_exits
 
 ONE_EXIT = ("MODEL.ECO.EXITS_PER_STEP", 1)
 CASES = {  # name: config, its options, number of masks of each image, accumulated batches
@@ -48,17 +54,17 @@ def same_points() -> None:
 
 def train(name: str, folder: Path) -> None:
     config, options, num_masks, accumulation = CASES[name]
-    cfg = engine.load_cfg(str(CONFIGS / config), [*MINI, *SOLVER, *options])
+    cfg = load_cfg(str(CONFIGS / config), [*MINI, *SOLVER, *options])
     model = fill(build(config, *SOLVER, *options)).train()
     images = make_batch(sizes=((64, 96), (64, 96)))
     for x, n in zip(images, num_masks):
         x["instances"] = x["instances"][:n]
     mine = images[comm.get_rank() :: comm.get_world_size()]
-    step = engine.Step(
-        engine.distributed(model, unused=engine.trains_some_exits(model)),
+    step = Step(
+        distributed(model, unused=trains_some_exits(model)),
         [mine] * STEPS * accumulation,
-        engine.build_optimizer(cfg, model),
-        precision=engine.autocast(cfg, "cpu", False),
+        build_optimizer(cfg, model),
+        precision=autocast(cfg, "cpu", False),
         accumulation_steps=accumulation,
     )
     step.train(0, STEPS)
@@ -69,9 +75,9 @@ def train(name: str, folder: Path) -> None:
         torch.save(model.state_dict(), folder / f"{name}.pth")
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    cfg = engine.load_cfg(args.config, [*args.options, "OUTPUT_DIR", str(args.folder)])
-    results = engine.evaluate(cfg, engine.build_trained(cfg))
+def run_evaluation(args: argparse.Namespace) -> None:
+    cfg = load_cfg(args.config, [*args.options, "OUTPUT_DIR", str(args.folder)])
+    results = evaluate(cfg, build_trained(cfg))
     if comm.is_main_process():
         (args.folder / "results.json").write_text(json.dumps(results))
 
@@ -80,11 +86,11 @@ def main(args: argparse.Namespace) -> None:
     same_points()
     for name in CASES:
         train(name, args.folder)
-    evaluate(args)
+    run_evaluation(args)
 
 
 if __name__ == "__main__":
     processes, folder, config, options = sys.argv[1:]
     launched = {"num_gpus": int(processes), "num_machines": 1, "machine_rank": 0, "dist_url": "auto"}
     args = argparse.Namespace(folder=Path(folder), config=config, options=json.loads(options), **launched)
-    sys.exit(engine.run(engine.launch, main, args))
+    sys.exit(run(launch, main, args))

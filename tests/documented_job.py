@@ -31,7 +31,10 @@ from minis import CONFIGS, ROOT  # noqa: E402
 from tiny import call  # noqa: E402
 from trees import COUNT, TOY_SIZE, write_all  # noqa: E402
 
-from eco_m2f import engine  # noqa: E402
+import eco_m2f.engine.setup  # noqa: E402
+from eco_m2f.data.loader import build_train_loader  # noqa: E402
+from eco_m2f.engine.datasets import build_test_loader  # noqa: E402
+from eco_m2f.engine.setup import load_cfg  # noqa: E402
 
 # A model of every part, a few hundred thousand parameters large; small images, two steps of two.
 SMALL = {
@@ -122,7 +125,7 @@ def setup(cfg: CfgNode, args) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    engine.default_setup = setup
+    eco_m2f.engine.setup.default_setup = setup
     write_all(FOLDER / "datasets")
     write_cells(FOLDER / "datasets")
     (FOLDER / "output").mkdir()
@@ -201,7 +204,7 @@ def shrunk(command: Command) -> list:
 
 def smaller(command: Command) -> dict:
     """`SMALL`, without what the command sets itself, and what depends on its config."""
-    cfg = engine.load_cfg(str(CONFIGS / command.config))
+    cfg = load_cfg(str(CONFIGS / command.config))
     more = {"INPUT.CROP.SIZE": CROP.get(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE)}
     if cfg.INPUT.SIZE_DIVISIBILITY > 0:
         more["INPUT.SIZE_DIVISIBILITY"] = 64
@@ -216,7 +219,7 @@ def config_of(command: Command) -> CfgNode:
     """The shrunk config of a command, thawed."""
     words = command.words[command.words.index("--config-file") + 2 :]
     own = [w for w in words if w not in ("--eval-only", "--resume")]
-    cfg = engine.load_cfg(str(CONFIGS / command.config), [*own, *flat(smaller(command))]).clone()
+    cfg = load_cfg(str(CONFIGS / command.config), [*own, *flat(smaller(command))]).clone()
     cfg.defrost()
     return cfg
 
@@ -256,7 +259,7 @@ def first_batches() -> dict[str, dict]:
     says; only the batch is smaller. What several configs have in common is read once."""
     found, batches = {}, {}
     for path in sorted(CONFIGS.rglob("*.yaml")):
-        cfg = engine.load_cfg(str(path), ["SOLVER.IMS_PER_BATCH", 2, "DATALOADER.NUM_WORKERS", 0])
+        cfg = load_cfg(str(path), ["SOLVER.IMS_PER_BATCH", 2, "DATALOADER.NUM_WORKERS", 0])
         head = cfg.MODEL.SEM_SEG_HEAD
         key = str((cfg.DATASETS, cfg.INPUT, cfg.DATALOADER, head.NUM_CLASSES, head.IGNORE_VALUE))
         if key not in batches:
@@ -266,8 +269,8 @@ def first_batches() -> dict[str, dict]:
 
 
 def first_batch(cfg: CfgNode) -> dict:
-    batch = next(iter(engine.build_train_loader(cfg, seed=0)))
-    test = next(iter(engine.build_test_loader(cfg, cfg.DATASETS.TEST[0])))
+    batch = next(iter(build_train_loader(cfg, seed=0)))
+    test = next(iter(build_test_loader(cfg, cfg.DATASETS.TEST[0])))
     return {
         "images": [list(x["image"].shape) for x in batch],
         "classes": sorted({c for x in batch for c in x["instances"].gt_classes.tolist()}),

@@ -7,8 +7,8 @@ import torch
 from minis import CONFIGS, fill
 from torchvision.models import resnet50
 
-from eco_m2f import engine
-from eco_m2f.published import read_backbone, resnet_name, write_backbone
+from eco_m2f.checkpoint.published import read_backbone, resnet_name, write_backbone
+from eco_m2f.engine.setup import build_model, load_cfg
 
 COCO = "coco/panoptic-segmentation"
 COCO_IDS = 91  # classes of the published DETR: category ids, not contiguous ones
@@ -35,7 +35,7 @@ def write_published(folder: Path, small: Sequence[str]) -> None:
 
 
 def build(config: str, opts: Sequence[str]) -> torch.nn.Module:
-    return fill(engine.build_model(engine.load_cfg(str(CONFIGS / config), [*opts, "MODEL.WEIGHTS", ""])))
+    return fill(build_model(load_cfg(str(CONFIGS / config), [*opts, "MODEL.WEIGHTS", ""])))
 
 
 def backbone(config: str, small: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -42,7 +42,7 @@ def build(config: str = PARENT, *opts, mini: bool = True) -> torch.nn.Module:
     """A model in eval mode, from configs/; `mini` shrinks it."""
     from detectron2.modeling import build_model
 
-    from eco_m2f.engine import load_cfg
+    from eco_m2f.engine.setup import load_cfg
 
     return build_model(load_cfg(str(CONFIGS / config), [*(MINI if mini else ["MODEL.DEVICE", "cpu"]), *opts])).eval()
 

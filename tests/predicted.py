@@ -11,10 +11,10 @@ from minis import fill
 from PIL import Image
 from tiny import Tiny
 
-from eco_m2f import engine
-from eco_m2f.data import PanopticTestMapper
+from eco_m2f.data.mappers import PanopticTestMapper
 from eco_m2f.data.panoptic_map import ids_to_rgb
-from eco_m2f.evaluation import BoxGroundTruth
+from eco_m2f.engine.setup import build_model, load_cfg
+from eco_m2f.evaluation.boxes import BoxGroundTruth
 from eco_m2f.evaluation.panoptic_quality import to_dataset_categories
 
 OPTIONS = ["MODEL.MASK_FORMER.TEST.OBJECT_MASK_THRESHOLD", 0.0, "MODEL.MASK_FORMER.TEST.OVERLAP_THRESHOLD", 0.0]
@@ -112,7 +112,7 @@ class Predicted(Split):
         tiny = Tiny(base, num_train=num_images, num_val=1)
         self.kind, self.weights = kind, base / "model.pth"
         self.options = ["MODEL.WEIGHTS", str(self.weights), *OPTIONS]
-        cfg = engine.load_cfg(tiny.config(kind), self.options)
-        super().__init__(tiny, "train", cfg, opinionated(engine.build_model(cfg)))
+        cfg = load_cfg(tiny.config(kind), self.options)
+        super().__init__(tiny, "train", cfg, opinionated(build_model(cfg)))
         torch.save({"model": self.model.state_dict()}, self.weights)
         self.annotate(self.model.exits)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from minis import CONFIGS, ECO, PARENT, ROOT, build, make_batch
 
-from eco_m2f.derived import DerivedDataset
-from eco_m2f.gate import Gate
+from eco_m2f.derived.dataset import DerivedDataset
+from eco_m2f.gates.gate import Gate
 from eco_m2f.modeling.encoders import TRANSFORMER_ENCODER_REGISTRY
 from eco_m2f.modeling.exit_policy import FixedExit
 

@@ -13,8 +13,15 @@ from detectron2.projects.deeplab import add_deeplab_config
 from minis import CONFIGS, PROSCALE, RT
 from tiny import Tiny, kept_log_handlers
 
-from eco_m2f import engine
 from eco_m2f.config import WITHOUT_EFFECT, add_eco_config, leaves, set_in_vain
+from eco_m2f.data.datasets import register_from_config
+from eco_m2f.engine.datasets import check_number_of_classes
+from eco_m2f.engine.evaluate import evaluate
+from eco_m2f.engine.optimizer import autocast
+from eco_m2f.engine.predict import load_predictor
+from eco_m2f.engine.setup import build_model, gate_settings, load_cfg, setup, warn_of_keys_without_effect
+from eco_m2f.engine.train import Trainer
+from eco_m2f.evaluation.build import evaluators_for
 from eco_m2f.modeling import DoViT, EarlyExits, EcoMaskFormer
 
 ALL = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml"))
@@ -74,7 +81,7 @@ def build():
             with pytest.MonkeyPatch.context() as patch:
                 for name in ("uniform_", "normal_", "erfinv_"):
                     patch.setattr(torch.Tensor, name, lambda self, *args, **kwargs: self)
-                models[key] = engine.build_model(cfg).to("meta")
+                models[key] = build_model(cfg).to("meta")
         return models[key]
 
     return once
@@ -83,11 +90,11 @@ def build():
 @pytest.mark.parametrize("name", DOVIT)
 def test_every_dovit_config_loads_and_its_model_builds(name):
     """On the meta device: large ones have 300 M parameters."""
-    cfg = engine.load_cfg(str(CONFIGS / name), ["MODEL.DEVICE", "meta"])
+    cfg = load_cfg(str(CONFIGS / name), ["MODEL.DEVICE", "meta"])
     with torch.device("meta"):
-        model = engine.build_model(cfg)
+        model = build_model(cfg)
     assert isinstance(model, DoViT)
-    engine.check_number_of_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+    check_number_of_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     kind = "NaiveHead" if "naive" in name else "MaskTransformerHead"
     assert type(model.head).__name__ == kind == cfg.MODEL.SEM_SEG_HEAD.NAME
     sizes = {"small": (384, 6, 12, [2, 5, 8]), "base": (768, 12, 12, [2, 5, 8]), "large": (1024, 16, 24, [6, 12, 18])}
@@ -104,12 +111,12 @@ def test_every_dovit_config_loads_and_its_model_builds(name):
 
 @pytest.mark.parametrize("name", [name for name in ALL if name not in DOVIT])
 def test_every_config_loads_and_its_model_builds(name, build):
-    cfg = engine.load_cfg(str(CONFIGS / name), ["MODEL.DEVICE", "cpu"])
+    cfg = load_cfg(str(CONFIGS / name), ["MODEL.DEVICE", "cpu"])
     if name not in LEAVES:
         assert cfg.VERSION == 2 and cfg.DATASETS.TRAIN
         return
     model = build(cfg)
-    engine.check_number_of_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+    check_number_of_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     classes = next(m for n, m in model.named_modules() if n.endswith("class_embed"))
     assert classes.out_features == cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES + 1
     assert isinstance(model, EarlyExits) == ("eco" in Path(name).name)
@@ -179,14 +186,14 @@ def test_a_sibling_differs_from_mask2former_in_its_method_alone(name):
     folder = "" if "_R50_" in name else "swin/"
     parent_name = re.sub(rf"{method}/{method}\d*_(maskformer2_)?", f"{folder}maskformer2_", name)
     device = ["MODEL.DEVICE", "cpu"]
-    sibling, parent = (leaves(engine.load_cfg(str(CONFIGS / n), device)) for n in (name, parent_name))
+    sibling, parent = (leaves(load_cfg(str(CONFIGS / n), device)) for n in (name, parent_name))
     assert {key for key in sibling if sibling[key] != parent[key]} == SIBLINGS[method] | {"OUTPUT_DIR"}
 
 
 @pytest.mark.parametrize("name", [name for name in LEAVES if "_1gpu" in name])
 def test_one_gpu_keeps_everything_but_how_a_batch_is_made(name):
-    single = leaves(engine.load_cfg(str(CONFIGS / name)))
-    several = leaves(engine.load_cfg(str(CONFIGS / name.replace("_1gpu", ""))))
+    single = leaves(load_cfg(str(CONFIGS / name)))
+    several = leaves(load_cfg(str(CONFIGS / name.replace("_1gpu", ""))))
     different = {key for key in single if single[key] != several[key]}
     assert different == {"SOLVER.IMS_PER_BATCH", "SOLVER.ACCUMULATION_STEPS"}
     for values in (single, several):
@@ -205,10 +212,10 @@ def test_every_config_of_the_paper_and_of_detr_has_a_variant_for_one_gpu():
     "name", [name for name in LEAVES if ("/eco/" in name or "_eco_" in name) and "nuclei" not in name]
 )
 def test_an_eco_config_differs_from_its_parent_in_the_method_alone(name):
-    eco = leaves(engine.load_cfg(str(CONFIGS / name)))
+    eco = leaves(load_cfg(str(CONFIGS / name)))
     backbone = next(b for b in BACKBONES if b in name)
     parent_name = name.replace("eco/eco_", "" if backbone == "R50" else "swin/").replace("_eco_", "_")
-    parent = leaves(engine.load_cfg(str(CONFIGS / parent_name)))
+    parent = leaves(load_cfg(str(CONFIGS / parent_name)))
     different = {key for key in eco if eco[key] != parent[key] and not key.startswith("MODEL.ECO.")}
     exits = {"MODEL.PROSCALE.EXIT_AFTER_STAGES"} if "proscale111" in name else set()
     assert different == {"MODEL.META_ARCHITECTURE", "MODEL.WEIGHTS", "OUTPUT_DIR"} | exits
@@ -344,7 +351,7 @@ def test_official_keys_merge_and_keep_their_values(tmp_path):
     path = tmp_path / "official.yaml"
     path.write_text(OFFICIAL)
     # SyncBN and CUDA fall back on a machine without a GPU; nothing else may change on loading
-    loaded = leaves(engine.load_cfg(str(path), ["MODEL.DEVICE", "cpu"]))
+    loaded = leaves(load_cfg(str(path), ["MODEL.DEVICE", "cpu"]))
     for key, value in leaves(yaml.safe_load(OFFICIAL)).items():
         assert list(loaded[key]) == value if isinstance(value, list) else loaded[key] == value, key
 
@@ -423,37 +430,40 @@ def seen(tiny) -> set[str]:
 
 def read_keys(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     reads = Reads(monkeypatch)
-    monkeypatch.setattr(engine, "register_from_config", spy := Spy(engine.register_from_config))
+    spy = Spy(register_from_config)
+    for module in ("setup", "datasets"):
+        monkeypatch.setattr(f"eco_m2f.engine.{module}.register_from_config", spy)
     absent = () if find_spec("timm") else ("timm",)  # an optional package; its keys are read where it is installed
     variants = [("eco_maskformer2", options) for name, options in VARIANTS.items() if name not in absent]
     for kind, options in [*variants, ("eco_detr", ())]:
-        cfg = reads.watch(engine.load_cfg(tiny.config(kind), list(options)))
-        trainer = engine.Trainer(cfg)
+        cfg = reads.watch(load_cfg(tiny.config(kind), list(options)))
+        trainer = Trainer(cfg)
         trainer.build_hooks()
-        engine.autocast(cfg, "cpu", cfg.SOLVER.AMP.ENABLED)
-        engine.evaluators_for(cfg.DATASETS.TEST[0])
+        autocast(cfg, "cpu", cfg.SOLVER.AMP.ENABLED)
+        evaluators_for(cfg.DATASETS.TEST[0])
     for head in ("NaiveHead", "MaskTransformerHead"):
-        engine.build_model(reads.watch(engine.load_cfg(tiny.config("dovit"), ["MODEL.SEM_SEG_HEAD.NAME", head])))
+        build_model(reads.watch(load_cfg(tiny.config("dovit"), ["MODEL.SEM_SEG_HEAD.NAME", head])))
     with pytest.raises(OSError):
         options = ["MODEL.DOVIT.TEACHER", str(tiny.base / "no.pth")]
-        engine.Trainer(reads.watch(engine.load_cfg(tiny.config("dovit"), options)))
+        Trainer(reads.watch(load_cfg(tiny.config("dovit"), options)))
     for policy in ("LinearGate", "OracleExit"):
         with pytest.raises((ValueError, OSError)):
-            cfg = engine.load_cfg(
+            cfg = load_cfg(
                 tiny.config(), ["MODEL.ECO.POLICY", policy, "MODEL.ECO.GATE", "no", "MODEL.ECO.DERIVED", "no"]
             )
-            engine.build_model(reads.watch(cfg))
-    engine.gate_settings(reads.watch(engine.load_cfg(tiny.config())))
+            build_model(reads.watch(cfg))
+    gate_settings(reads.watch(load_cfg(tiny.config())))
     several = ["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (64,), "TEST.AUG.FLIP", False]
-    cfg = reads.watch(engine.load_cfg(tiny.config(), several))
-    engine.evaluate(cfg, engine.build_model(cfg).eval())
+    cfg = reads.watch(load_cfg(tiny.config(), several))
+    evaluate(cfg, build_model(cfg).eval())
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "load_cfg", lambda *_: cfg)
-        patch.setattr(engine, "build_trained", lambda cfg: engine.build_model(cfg).eval())
-        patch.setattr(engine, "setup_logger", lambda *_, **__: None)
-        engine.load_predictor("")
+        patch.setattr("eco_m2f.engine.predict.load_cfg", lambda *_: cfg)
+        patch.setattr("eco_m2f.engine.setup.load_cfg", lambda *_: cfg)
+        patch.setattr("eco_m2f.engine.predict.build_trained", lambda cfg: build_model(cfg).eval())
+        patch.setattr("eco_m2f.engine.setup.setup_logger", lambda *_, **__: None)
+        load_predictor("")
         with kept_log_handlers():
-            engine.setup(argparse.Namespace(config_file="", opts=[], eval_only=False))
+            setup(argparse.Namespace(config_file="", opts=[], eval_only=False))
     assert spy.called  # DATASETS.CUSTOM is read while the config is loaded, before it can be watched
     unread_package = {key for key in own_keys() if absent and key.startswith("MODEL.TIMM.")}
     return reads.seen | {"DATASETS.CUSTOM"} | unread_package
@@ -488,7 +498,7 @@ def test_the_keys_without_effect_are_those_that_nothing_reads(seen):
 
 def test_a_key_without_effect_is_told_with_its_value(tiny, caplog):
     options = ["TEST.PRECISE_BN.ENABLED", True, "MODEL.RPN.NMS_THRESH", 0.5, "SOLVER.NESTEROV", False]
-    engine.warn_of_keys_without_effect(engine.load_cfg(tiny.config(), options))
+    warn_of_keys_without_effect(load_cfg(tiny.config(), options))
     told = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert [message.split(", which")[0] for message in told] == [
         *("MODEL.RPN.NMS_THRESH is 0.5", "TEST.PRECISE_BN.ENABLED is True")
@@ -497,13 +507,13 @@ def test_a_key_without_effect_is_told_with_its_value(tiny, caplog):
 
 @pytest.mark.parametrize("name", LEAVES)
 def test_no_config_of_ours_sets_a_key_without_effect(name):
-    assert set_in_vain(engine.load_cfg(str(CONFIGS / name), ["MODEL.DEVICE", "cpu"])) == {}
+    assert set_in_vain(load_cfg(str(CONFIGS / name), ["MODEL.DEVICE", "cpu"])) == {}
 
 
 @pytest.mark.parametrize("key", ["DATASETS.TRAIN", "DATASETS.TEST"])
 def test_names_of_datasets_are_texts(key):
     with pytest.raises(ValueError, match=rf"{key} is .*\[1\].*, where names of datasets are needed"):
-        engine.load_cfg(str(CONFIGS / LEAVES[0]), [key, "[[1]]"])
+        load_cfg(str(CONFIGS / LEAVES[0]), [key, "[[1]]"])
 
 
 class Spy:
@@ -539,16 +549,16 @@ CHANGES = {  # key: what is set besides, its new value, and where the change sho
 def test_changing_an_eco_key_changes_the_model(tiny, key):
     """GATE, BETA and DERIVED need files: tests/modeling/test_exit_policy.py; LOSS and GATE_SOLVER are Step C's."""
     common, value, look = CHANGES[key]
-    before = engine.build_model(engine.load_cfg(tiny.config(), list(common)))
-    after = engine.build_model(engine.load_cfg(tiny.config(), [*common, f"MODEL.ECO.{key}", value]))
+    before = build_model(load_cfg(tiny.config(), list(common)))
+    after = build_model(load_cfg(tiny.config(), [*common, f"MODEL.ECO.{key}", value]))
     assert look(before) != look(after)
 
 
 @pytest.mark.parametrize("name", [name for name in PAPER if "eco" in Path(name).name])
 def test_step_c_of_the_papers_configs_is_the_papers(name):
     """Adam, for 2 epochs of COCO or 20k iterations of Cityscapes; hard-CE; beta by dataset; K is the last exit."""
-    cfg = engine.load_cfg(str(CONFIGS / name))
-    settings = engine.gate_settings(cfg)
+    cfg = load_cfg(str(CONFIGS / name))
+    settings = gate_settings(cfg)
     coco = Path(name).parts[0] == "coco"
     assert (settings["adam_epochs"], settings["adam_iterations"]) == ((2, 0) if coco else (0, 20000))
     assert settings["optimizer"] == "adam" and settings["loss"] == ["hard_ce"]

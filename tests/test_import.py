@@ -43,7 +43,7 @@ def run_bare(bare: Path, code: str) -> subprocess.CompletedProcess:
 
 COMPUTE = """
 import eco_m2f, torch
-import eco_m2f.budget, eco_m2f.config, eco_m2f.derived, eco_m2f.exits, eco_m2f.modeling
+import eco_m2f.config, eco_m2f.derived, eco_m2f.exits, eco_m2f.gates.search, eco_m2f.modeling
 from eco_m2f.ops import ms_deform_attn
 from eco_m2f.ops.extension import compiled_backends
 assert compiled_backends() == (), compiled_backends()

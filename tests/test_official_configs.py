@@ -6,9 +6,10 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from minis import CONFIGS, PARENT, ROOT
 
-from eco_m2f import engine
-from eco_m2f.data import MAPPERS, check_class_count
-from eco_m2f.data.mappers import build_train_mapper
+from eco_m2f.data.check import check_class_count
+from eco_m2f.data.mappers import MAPPERS, build_train_mapper
+from eco_m2f.engine.datasets import check_number_of_classes
+from eco_m2f.engine.setup import load_cfg
 from eco_m2f.evaluation.build import BOX_TYPE, PANOPTIC_TYPES, SEMANTIC_TYPES
 
 ROW = re.compile(r"^\| `([\w/-]+)` \| `(\w+)` \| `(\w+)` \| (\d+) \| (.+) \|$", re.MULTILINE)
@@ -49,17 +50,17 @@ def test_a_folder_is_supported_as_the_table_says(folder):
     mapper, dataset, classes, told = ROWS[folder]
     missing = lacking(mapper, dataset, int(classes))
     assert told == ("no: " + ", ".join(missing) if missing else "yes")
-    cfg = engine.load_cfg(str(CONFIGS / PARENT), options(mapper, dataset, classes))
+    cfg = load_cfg(str(CONFIGS / PARENT), options(mapper, dataset, classes))
     if not missing:
-        engine.check_number_of_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+        check_number_of_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
         assert type(build_train_mapper(cfg)) is MAPPERS[mapper]
         return
     with pytest.raises(ValueError, match=f"{mapper}|{dataset}"):
-        engine.check_number_of_classes(cfg, cfg.DATASETS.TRAIN)
+        check_number_of_classes(cfg, cfg.DATASETS.TRAIN)
         build_train_mapper(cfg)
 
 
 @pytest.mark.parametrize("key", VIDEO)
 def test_configs_of_videos_are_refused_by_the_key(key):
     with pytest.raises(ValueError, match=key):
-        engine.load_cfg(str(CONFIGS / PARENT), [key, VIDEO[key]])
+        load_cfg(str(CONFIGS / PARENT), [key, VIDEO[key]])

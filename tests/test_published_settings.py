@@ -7,7 +7,7 @@ import pytest
 import yaml
 from minis import CONFIGS
 
-from eco_m2f import engine
+from eco_m2f.engine.setup import load_cfg
 
 TABLE = yaml.safe_load((Path(__file__).parent / "assets" / "published_settings.yaml").read_text())
 LEAVES = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml") if not p.name.startswith("Base-"))
@@ -43,7 +43,7 @@ def value(cfg, key: str):
 
 @pytest.mark.parametrize("name", LEAVES)
 def test_a_config_has_the_published_settings(name):
-    cfg = engine.load_cfg(str(CONFIGS / name), ["MODEL.DEVICE", "cpu"])
+    cfg = load_cfg(str(CONFIGS / name), ["MODEL.DEVICE", "cpu"])
     wanted = settings_of(name)
     assert {key: value(cfg, key) for key in wanted} == wanted
     kind = cfg.MODEL.META_ARCHITECTURE

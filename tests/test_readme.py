@@ -32,7 +32,7 @@ def test_command_is_understood_by_its_tool(command):
     parsed = runpy.run_path(str(ROOT / tool))["build_parser"]().parse_args(arguments)
     config = getattr(parsed, "config_file", None)
     if config:
-        from eco_m2f.engine import load_cfg
+        from eco_m2f.engine.setup import load_cfg
 
         load_cfg(str(ROOT / config), getattr(parsed, "opts", ()))  # train_gate.py takes none
 
@@ -50,7 +50,7 @@ def test_links_lead_somewhere():
 
 
 def test_yaml_of_own_data_merges(tmp_path):
-    from eco_m2f.engine import load_cfg
+    from eco_m2f.engine.setup import load_cfg
 
     (block,) = (text for kind, text in BLOCKS if kind == "yaml" and "CUSTOM" in text)
     base = f"_BASE_: {ROOT / 'configs/toy/maskformer2_toy.yaml'}\n"
@@ -66,7 +66,7 @@ def test_yaml_of_own_data_merges(tmp_path):
 
 def test_yaml_of_another_backbone_builds_it(tmp_path):
     pytest.importorskip("timm", reason="timm is not installed: pip install timm")
-    from eco_m2f.engine import build_model, load_cfg
+    from eco_m2f.engine.setup import build_model, load_cfg
 
     (block,) = (text for kind, text in BLOCKS if kind == "yaml" and "TIMM" in text)
     (tmp_path / "own.yaml").write_text(f"_BASE_: {ROOT / 'configs/toy/eco_maskformer2_toy.yaml'}\n{block}")
@@ -76,8 +76,9 @@ def test_yaml_of_another_backbone_builds_it(tmp_path):
 
 def test_python_examples_run(tmp_path, monkeypatch, capsys):
     """Both blocks, beside the files that they name: weights, and a derived dataset."""
-    from eco_m2f.derived import PROVENANCE_KEYS, ShardWriter, make_row
-    from eco_m2f.engine import build_model, load_cfg
+    from eco_m2f.derived import PROVENANCE_KEYS
+    from eco_m2f.derived.writer import ShardWriter, make_row
+    from eco_m2f.engine.setup import build_model, load_cfg
     from eco_m2f.evaluation.panoptic_quality import ImageStatistics
 
     (tmp_path / "configs").symlink_to(ROOT / "configs")

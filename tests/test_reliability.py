@@ -9,12 +9,12 @@ import time
 
 import pytest
 import torch
+from derived_by_depth import make_derived
 from minis import ROOT
-from test_budget import make_derived
 from tiny import Tiny, here, tool_environment
 
-from eco_m2f.checkpoint import Checkpointer
-from eco_m2f.gate import Gate
+from eco_m2f.checkpoint.checkpointer import Checkpointer
+from eco_m2f.gates.gate import Gate
 
 
 @contextlib.contextmanager

@@ -104,7 +104,7 @@ def call(name: str, *arguments) -> int:
     But for what a tool tells the C library: to keep freed memory, of which the tests would gather many gigabytes.
     """
     path = str(ROOT / "tools" / f"{name}.py")
-    quiet = mock.patch("eco_m2f.command_line.keep_freed_memory")
+    quiet = mock.patch("eco_m2f.engine.command_line.keep_freed_memory")
     with mock.patch.object(sys, "argv", [path, *map(str, arguments)]), kept_log_handlers(), quiet:
         try:
             runpy.run_path(path, run_name="__main__")

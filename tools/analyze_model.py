@@ -24,8 +24,8 @@ import detectron2
 import torch
 
 import eco_m2f
-from eco_m2f import engine
-from eco_m2f.command_line import HelpFormatter, run
+from eco_m2f.engine.command_line import HelpFormatter, run
+from eco_m2f.engine.setup import build_model, load_cfg
 from eco_m2f.evaluation.flops import CostTable, ExitCosts, analyze, at_test_size, format_report, read_image_sizes
 from eco_m2f.files import atomic_write
 from eco_m2f.modeling import DoViT
@@ -49,10 +49,10 @@ def main(args: argparse.Namespace) -> None:
     if not (args.size or args.sizes_csv):
         raise ValueError("nothing to analyze: give --size H W, --sizes-csv FILE or both")
     sizes = read_image_sizes(args.sizes_csv) if args.sizes_csv else []
-    cfg = engine.load_cfg(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts])
+    cfg = load_cfg(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts])
     limits = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     images = [(at_test_size(size, *limits), size) for size in sizes]
-    model = engine.build_model(cfg)
+    model = build_model(cfg)
     costs = cost_table(model, args.kept, args.thresholds_csv)
     report = analyze(model, args.size, images, costs)
     print(format_report(report, costs))

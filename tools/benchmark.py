@@ -53,7 +53,7 @@ import torch
 from torch import Tensor
 
 from eco_m2f import ops
-from eco_m2f.command_line import give_back_freed_memory, keep_freed_memory, run
+from eco_m2f.engine.command_line import give_back_freed_memory, keep_freed_memory, run
 from eco_m2f.files import prepare_output, write_csv
 from eco_m2f.ops.fused import compose
 
@@ -311,7 +311,7 @@ class WholeModel:
     """A model, and a random image that it segments at any exit with `TAKING_PART` queries in the panoptic map."""
 
     def __init__(self, model: torch.nn.Module, size: tuple[int, int]):
-        from eco_m2f.gate import Gate
+        from eco_m2f.gates.gate import Gate
         from eco_m2f.modeling.early_exits import policy_shapes
         from eco_m2f.modeling.exit_policy import LinearGate
 
@@ -376,7 +376,8 @@ def model_contestants(
 
     Raises ValueError for a config without exits, or an exit that it does not have.
     """
-    from eco_m2f.engine import build_model, compile_for_deployment
+    from eco_m2f.engine.predict import compile_for_deployment
+    from eco_m2f.engine.setup import build_model
 
     torch.manual_seed(0)
     model = build_model(cfg).eval()
@@ -482,7 +483,7 @@ def measure_model(contestants: dict[str, Callable[[], object]], rounds: int, dev
 
 def run_model(args: argparse.Namespace) -> None:
     """The subcommand `model`."""
-    from eco_m2f.engine import load_cfg
+    from eco_m2f.engine.setup import load_cfg
     from eco_m2f.evaluation.flops import ExitCosts
 
     _use_threads(args.threads)
@@ -534,7 +535,8 @@ def training_step(config: str, opts: Sequence, size: Sequence[int], batch: int, 
     from detectron2.structures import Instances
     from detectron2.utils.events import EventStorage
 
-    from eco_m2f.engine import build_model, build_optimizer, load_cfg
+    from eco_m2f.engine.optimizer import build_optimizer
+    from eco_m2f.engine.setup import build_model, load_cfg
 
     keep_freed_memory()
     cfg = load_cfg(config, list(opts))
@@ -564,7 +566,7 @@ def training_step(config: str, opts: Sequence, size: Sequence[int], batch: int, 
 
 def run_step_a(args: argparse.Namespace) -> None:
     """The subcommand `step_a`."""
-    from eco_m2f.engine import load_cfg
+    from eco_m2f.engine.setup import load_cfg
 
     exits = list(load_cfg(args.config_file).MODEL.ECO.EXITS)
     settings = [(1, False), *((n, again) for n in (2, len(exits)) for again in (False, True))]
@@ -620,8 +622,8 @@ class RandomTruth:
 @torch.no_grad()
 def run_step_b(args: argparse.Namespace) -> None:
     """The subcommand `step_b`."""
-    from eco_m2f.derive import predict_exits
-    from eco_m2f.engine import build_model, load_cfg
+    from eco_m2f.engine.derive import predict_exits
+    from eco_m2f.engine.setup import build_model, load_cfg
     from eco_m2f.evaluation.panoptic_quality import PanopticTarget, to_dataset_categories
     from eco_m2f.evaluation.quality import PanopticMeasure
 
@@ -681,7 +683,7 @@ def pq_milliseconds(rounds: int = 20) -> float:
 def run_step_c(args: argparse.Namespace) -> None:
     """The subcommand `step_c`."""
     from eco_m2f.exits import GATE_LOSSES
-    from eco_m2f.gate_fit import fit_gate, fit_gates
+    from eco_m2f.gates.fit import fit_gate, fit_gates
 
     _use_threads(args.threads)
     give_back_freed_memory()  # as train_gate.py does
@@ -767,7 +769,7 @@ def dovit_contestants(
     cfg, size: tuple[int, int], batch: int, shares: Sequence[float]
 ) -> dict[str, Callable[[], list[dict]]]:
     """Name -> a call that segments a batch; the largest share comes first. Raises ValueError for another model."""
-    from eco_m2f.engine import build_model
+    from eco_m2f.engine.setup import build_model
     from eco_m2f.modeling import DoViT
 
     torch.manual_seed(0)
@@ -786,7 +788,7 @@ def dovit_contestants(
 @torch.no_grad()
 def run_dovit(args: argparse.Namespace) -> None:
     """The subcommand `dovit`."""
-    from eco_m2f.engine import load_cfg
+    from eco_m2f.engine.setup import load_cfg
 
     _use_threads(args.threads)
     if args.device == "cpu":

@@ -58,7 +58,7 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[st
     custom, results = _register(args.custom, args.train)
     names, num_classes, reference = [*args.names, *custom], args.num_classes, args.train
     if args.config_file:
-        from eco_m2f.engine import load_cfg  # only here: it pulls in the models
+        from eco_m2f.engine.setup import load_cfg  # only here: it pulls in the models
 
         cfg = load_cfg(args.config_file)
         register_from_config(cfg.DATASETS.CUSTOM, cfg.DATASETS.TRAIN)  # all of them, or a message about what is missing

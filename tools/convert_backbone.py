@@ -15,8 +15,8 @@ import re
 import sys
 from pathlib import Path
 
-from eco_m2f.command_line import converter_parser, run
-from eco_m2f.published import check_target, read_backbone, write_backbone
+from eco_m2f.checkpoint.published import check_target, read_backbone, write_backbone
+from eco_m2f.engine.command_line import converter_parser, run
 
 
 def convert(source: Path, target: Path) -> str:

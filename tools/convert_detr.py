@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from detectron2.data import MetadataCatalog
 
-from eco_m2f.command_line import converter_parser, run
+from eco_m2f.checkpoint.published import resnet_name
+from eco_m2f.checkpoint.safe_load import CheckpointError, read_checkpoint, write_weights
+from eco_m2f.engine.command_line import converter_parser, run
 from eco_m2f.files import atomic_write, prepare_output
-from eco_m2f.published import resnet_name
-from eco_m2f.safe_load import CheckpointError, read_checkpoint, write_weights
 
 BACKBONE = "backbone.0.body."
 PROBES = ("transformer.encoder.layers.0.self_attn.in_proj_weight", f"{BACKBONE}conv1.weight", "class_embed.weight")

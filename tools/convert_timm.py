@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from eco_m2f.command_line import run
-from eco_m2f.published import check_target, write_backbone
+from eco_m2f.checkpoint.published import check_target, write_backbone
+from eco_m2f.checkpoint.safe_load import CheckpointError, read_checkpoint
+from eco_m2f.engine.command_line import run
 from eco_m2f.requirements import require
-from eco_m2f.safe_load import CheckpointError, read_checkpoint
 
 
 def convert(name: str, target: Path, source: str | None = None) -> str:

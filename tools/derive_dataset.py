@@ -13,14 +13,17 @@ on over changed data, and to work in a folder in which another run is at work.
 import argparse
 import sys
 
-from eco_m2f import derive, engine
+from eco_m2f.engine import derive
+from eco_m2f.engine.command_line import argument_parser, launch, run
+from eco_m2f.engine.predict import build_trained
+from eco_m2f.engine.setup import setup
 
 
 def main(args) -> None:
-    cfg = engine.setup(args)
+    cfg = setup(args)
     derive.derive(
         cfg,
-        engine.build_trained(cfg, with_gate=False),
+        build_trained(cfg, with_gate=False),
         args.dataset,
         args.output,
         args.shard_size,
@@ -30,7 +33,7 @@ def main(args) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = engine.argument_parser(__doc__)
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--dataset", required=True, help="registered name of the split, e.g. coco_2017_train_panoptic")
     add("--output", required=True, metavar="DIR", help="folder of the derived dataset")
@@ -45,4 +48,4 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(engine.run(engine.launch, main, build_parser().parse_args()))
+    sys.exit(run(launch, main, build_parser().parse_args()))

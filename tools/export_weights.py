@@ -12,8 +12,8 @@ import json
 import sys
 from pathlib import Path
 
-from eco_m2f.command_line import converter_parser, run
-from eco_m2f.safe_load import CheckpointError, read_checkpoint, write_weights
+from eco_m2f.checkpoint.safe_load import CheckpointError, read_checkpoint, write_weights
+from eco_m2f.engine.command_line import converter_parser, run
 
 
 def export(source: Path, target: Path) -> str:

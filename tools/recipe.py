@@ -21,9 +21,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from eco_m2f.command_line import run
 from eco_m2f.data.datasets.builtin import datasets_root
-from eco_m2f.engine import load_cfg
+from eco_m2f.engine.command_line import run
+from eco_m2f.engine.setup import load_cfg
 from eco_m2f.files import atomic_write, file_sha256
 
 ROOT = Path(__file__).resolve().parents[1]

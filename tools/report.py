@@ -7,8 +7,8 @@ tools/report.py output/recipe
 import argparse
 import sys
 
-from eco_m2f.command_line import run
-from eco_m2f.report import write_report
+from eco_m2f.engine.command_line import run
+from eco_m2f.report.report import write_report
 
 
 def main(args: argparse.Namespace) -> None:

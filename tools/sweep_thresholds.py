@@ -13,22 +13,25 @@ from pathlib import Path
 
 from detectron2.utils import comm
 
-from eco_m2f import engine
+from eco_m2f.engine.command_line import argument_parser, launch, run
+from eco_m2f.engine.evaluate import evaluate
+from eco_m2f.engine.predict import build_trained
+from eco_m2f.engine.setup import setup
 from eco_m2f.files import prepare_output, write_csv
 from eco_m2f.modeling import DoViT
 
 
 def main(args) -> None:
-    cfg = engine.setup(args)
+    cfg = setup(args)
     if args.output:
         prepare_output(args.output)
-    model = engine.build_trained(cfg)
+    model = build_trained(cfg)
     if not isinstance(model, DoViT):
         raise ValueError(f"{args.config_file} is of a {cfg.MODEL.META_ARCHITECTURE}: only a DoViT has a threshold")
     rows = []
     for threshold in args.thresholds:
         model.threshold = threshold
-        results = engine.evaluate(cfg, model)
+        results = evaluate(cfg, model)
         if comm.is_main_process():
             by_name = {cfg.DATASETS.TEST[0]: results} if len(cfg.DATASETS.TEST) == 1 else results
             rows += [{"dataset": name, "mIoU": r["sem_seg"]["mIoU"], **r["tokens"]} for name, r in by_name.items()]
@@ -52,11 +55,11 @@ def probability(text: str) -> float:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = engine.argument_parser(__doc__)
+    parser = argument_parser(__doc__)
     parser.add_argument("--thresholds", type=probability, nargs="+", required=True, help="1.0 is the static model")
     parser.add_argument("--output", type=Path, metavar="CSV", help="file to write")
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(engine.run(engine.launch, main, build_parser().parse_args()))
+    sys.exit(run(launch, main, build_parser().parse_args()))

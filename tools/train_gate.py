@@ -23,11 +23,12 @@ from pathlib import Path
 
 import numpy as np
 
-from eco_m2f.budget import HEADER, Row, format_row, frontier, search_budget, write_csv
-from eco_m2f.command_line import give_back_freed_memory, run
-from eco_m2f.derived import DerivedDataset
+from eco_m2f.derived.dataset import DerivedDataset
+from eco_m2f.engine.command_line import give_back_freed_memory, run
 from eco_m2f.exits import GATE_LOSSES
-from eco_m2f.gate_fit import OPTIMIZERS, AdamOptions
+from eco_m2f.gates.fit import OPTIMIZERS, AdamOptions
+from eco_m2f.gates.frontier import HEADER, Row, format_row, frontier, write_csv
+from eco_m2f.gates.search import search_budget
 
 HELD_OUT = 0.1  # of the training images, where there is no --val
 
@@ -117,7 +118,10 @@ def fill_in(args: argparse.Namespace) -> None:
     adam = AdamOptions()
     settings = {"loss": ["hard_ce"], "optimizer": "lbfgs", **{f"adam_{k}": v for k, v in vars(adam).items()}}
     if args.config_file:
-        from eco_m2f.engine import gate_settings, load_cfg  # takes seconds, which Step C without a config must not
+        from eco_m2f.engine.setup import (  # takes seconds, which Step C without a config must not
+            gate_settings,
+            load_cfg,
+        )
 
         settings = gate_settings(load_cfg(args.config_file))
     if args.adam_epochs or args.adam_iterations:  # either takes the place of both

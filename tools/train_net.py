@@ -11,21 +11,25 @@ With gate: ... --eval-only MODEL.WEIGHTS model.pth MODEL.ECO.POLICY LinearGate M
 import argparse
 import sys
 
-from eco_m2f import engine
+from eco_m2f.engine.command_line import argument_parser, launch, run
+from eco_m2f.engine.evaluate import evaluate
+from eco_m2f.engine.predict import build_trained
+from eco_m2f.engine.setup import setup
+from eco_m2f.engine.train import Trainer
 
 
 def main(args) -> None:
-    cfg = engine.setup(args)
+    cfg = setup(args)
     if args.eval_only:
-        engine.evaluate(cfg, engine.build_trained(cfg))
+        evaluate(cfg, build_trained(cfg))
         return
-    trainer = engine.Trainer(cfg)
+    trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     trainer.train()
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = engine.argument_parser(__doc__)
+    parser = argument_parser(__doc__)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR, if any")
     mode.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST")
@@ -33,4 +37,4 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(engine.run(engine.launch, main, build_parser().parse_args()))
+    sys.exit(run(launch, main, build_parser().parse_args()))

@@ -4,7 +4,7 @@ import os
 
 from detectron2.data import MetadataCatalog
 
-from ..data import SEMANTIC_TYPES
+from ..data.categories import SEMANTIC_TYPES
 from .boxes import BoxEvaluator, BoxGroundTruth
 from .cityscapes_instances import CityscapesInstanceEvaluator, CityscapesInstances
 from .collect import Evaluators

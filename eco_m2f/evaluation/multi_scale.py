@@ -6,7 +6,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from ..data import PanopticTestMapper
+from ..data.mappers import PanopticTestMapper
 from ..data.transforms import ShortestEdge
 
 

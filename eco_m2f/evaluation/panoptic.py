@@ -1,6 +1,5 @@
 """PQ, SQ and RQ of a dataset, summed from the statistics of its images; no files are written in between."""
 
-import logging
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,8 +9,6 @@ from .collect import RowEvaluator, without_nan
 from .ground_truth import PanopticGroundTruth
 from .panoptic_quality import ImageStatistics, dataset_pq, total_statistics
 from .quality import PanopticMeasure
-
-logger = logging.getLogger(__name__)
 
 
 class PanopticEvaluator(RowEvaluator):

@@ -4,12 +4,12 @@ from . import backbones, encoders
 from .detr import Detr, EcoDetr
 from .dovit import DoViT
 from .early_exits import EarlyExits
-from .eco_maskformer import EcoMaskFormer
-from .head import MaskFormerHead
-from .maskformer import MaskFormer
-from .pixel_decoder import MSDeformAttnPixelDecoder
-from .standard_decoder import StandardTransformerDecoder
-from .transformer_decoder import MultiScaleMaskedTransformerDecoder
+from .mask2former.eco_maskformer import EcoMaskFormer
+from .mask2former.head import MaskFormerHead
+from .mask2former.maskformer import MaskFormer
+from .mask2former.pixel_decoder import MSDeformAttnPixelDecoder
+from .mask2former.standard_decoder import StandardTransformerDecoder
+from .mask2former.transformer_decoder import MultiScaleMaskedTransformerDecoder
 
 __all__ = [
     "Detr",

@@ -140,7 +140,7 @@ class EarlyExits(nn.Module):
 
         May be called while another thread predicts: each batch is told its exits by the old gate or by the new one.
         """
-        from ..derived import parent_sha256  # needs pyarrow, which a model without a gate does not
+        from ..checkpoint.parent_hash import parent_sha256  # needs pyarrow, which a model without a gate does not
 
         self.exit_policy.load_gate(path, parent_sha256(self.state_dict()))
 

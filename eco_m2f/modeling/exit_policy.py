@@ -9,7 +9,7 @@ from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
 from ..exits import FEATURE_SOURCES, check_exits, exit_targets, exits_up_to
-from ..gate import Gate
+from ..gates.gate import Gate
 
 EXIT_POLICY_REGISTRY = Registry("EXIT_POLICY")
 EXIT_POLICY_REGISTRY.__doc__ = """
@@ -111,7 +111,7 @@ class LinearGate(nn.Module):
     def load_gate(self, path: str, parent_sha256: str) -> Gate:
         """Puts the gate at `path` into force and returns it.
 
-        parent_sha256: `derived.parent_sha256` of the weights that this policy runs beside. Raises ValueError if the
+        parent_sha256: `checkpoint.parent_hash` of the weights that this policy runs beside. Raises ValueError if the
         gate was fitted for other weights, or its exits, features or channels are not those of this parent.
         """
         gate = Gate.load(path)
@@ -183,7 +183,7 @@ class OracleExit(nn.Module):
     def __init__(self, derived: str, beta: float, max_exit: int, exits: Sequence[int] | None = None):
         """derived: path of the derived dataset; exits: those the parent offers, if they are to be compared."""
         super().__init__()
-        from ..derived import DerivedDataset  # only this policy needs pyarrow: the others must not wait for it
+        from ..derived.dataset import DerivedDataset  # only this policy needs pyarrow: the others must not wait for it
 
         if not derived:
             raise ValueError("OracleExit needs MODEL.ECO.DERIVED, the path of a derived dataset")

@@ -14,14 +14,15 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from pycocotools import mask as rle
 
-from eco_m2f.data import check_dataset, register_from_config
-from eco_m2f.data.check import examine_file
+from eco_m2f.data.check import check_dataset, examine_file
+from eco_m2f.data.datasets import register_from_config
 from eco_m2f.data.panoptic_map import DataError
 from eco_m2f.data.schema import DETECTION, INSTANCES, PANOPTIC
 from eco_m2f.data.toy import ToySpec, make_toy_dataset
-from eco_m2f.evaluation import BoxGroundTruth, BoxTarget, PanopticTarget
+from eco_m2f.evaluation.boxes import BoxGroundTruth, BoxTarget
 from eco_m2f.evaluation.ground_truth import PanopticGroundTruth
 from eco_m2f.evaluation.instance import GivenInstances
+from eco_m2f.evaluation.panoptic_quality import PanopticTarget
 
 TRIES = int(150 * float(os.environ.get("ECO_M2F_FUZZ", 1)))  # of each kind of file and of change
 VALUES = [

@@ -7,7 +7,8 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from eco_m2f.data import check_at_start, check_class_count, check_dataset, register_from_config
+from eco_m2f.data.check import check_at_start, check_class_count, check_dataset
+from eco_m2f.data.datasets import register_from_config
 from eco_m2f.data.panoptic_map import DataError
 
 

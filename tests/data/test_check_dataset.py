@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eco_m2f.data import check_class_count, check_dataset, register_from_config
-from eco_m2f.data.check import summary
+from eco_m2f.data.check import check_class_count, check_dataset, summary
+from eco_m2f.data.datasets import register_from_config
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ import json
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from eco_m2f.data import register_coco_panoptic_like, register_from_config
-from eco_m2f.data.datasets import parse_custom
+from eco_m2f.data.datasets import parse_custom, register_coco_panoptic_like, register_from_config
 from eco_m2f.data.datasets.coco_panoptic_like import category_metadata
 from eco_m2f.data.panoptic_map import DataError
 

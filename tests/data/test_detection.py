@@ -8,7 +8,10 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
-from eco_m2f.data import build_train_loader, build_train_mapper, check_class_count, register_from_config
+from eco_m2f.data.check import check_class_count
+from eco_m2f.data.datasets import register_from_config
+from eco_m2f.data.loader import build_train_loader
+from eco_m2f.data.mappers import build_train_mapper
 from eco_m2f.data.panoptic_map import DataError, read_ids
 from eco_m2f.data.toy import CATEGORIES, ToySpec, make_toy_dataset
 

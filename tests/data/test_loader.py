@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from eco_m2f.data import register_from_config
+from eco_m2f.data.datasets import register_from_config
 from eco_m2f.data.loader import SeededDataset, TrainBatches, build_train_loader
 
 

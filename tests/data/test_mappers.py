@@ -9,7 +9,8 @@ from detectron2.data import DatasetCatalog
 from PIL import Image
 from scipy import ndimage
 
-from eco_m2f.data import MAPPERS, PanopticTestMapper, build_train_mapper, register_from_config
+from eco_m2f.data.datasets import register_from_config
+from eco_m2f.data.mappers import MAPPERS, PanopticTestMapper, build_train_mapper
 from eco_m2f.data.panoptic_map import DataError, ids_to_rgb, read_ids
 
 

@@ -9,9 +9,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_sem_seg
 from PIL import Image
 
-from eco_m2f.data import PanopticTestMapper, build_train_mapper, check_class_count
+from eco_m2f.data.check import check_class_count
+from eco_m2f.data.mappers import PanopticTestMapper, build_train_mapper
 from eco_m2f.data.panoptic_map import DataError, read_classes
-from eco_m2f.evaluation import evaluators_for
+from eco_m2f.evaluation.build import evaluators_for
 
 LABELS = np.array([[0, 1, 150], [7, 0, 33]], dtype=np.uint8).repeat(20, axis=0).repeat(20, axis=1)
 

@@ -6,7 +6,9 @@ import torch
 from detectron2.data import DatasetCatalog
 from PIL import Image
 
-from eco_m2f.data import build_train_loader, build_train_mapper, register_from_config
+from eco_m2f.data.datasets import register_from_config
+from eco_m2f.data.loader import build_train_loader
+from eco_m2f.data.mappers import build_train_mapper
 from eco_m2f.data.panoptic_map import DataError, read_classes, read_ids
 
 

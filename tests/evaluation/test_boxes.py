@@ -13,7 +13,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from eco_m2f.data.datasets import register_coco_boxes
-from eco_m2f.evaluation import BoxEvaluator, BoxGroundTruth, BoxTarget, evaluators_for
+from eco_m2f.evaluation.boxes import BoxEvaluator, BoxGroundTruth, BoxTarget
+from eco_m2f.evaluation.build import evaluators_for
 from eco_m2f.evaluation.quality import BoxMeasure
 
 NAME = "box_test_set"

@@ -14,9 +14,16 @@ import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from eco_m2f.evaluation import CityscapesInstanceEvaluator, CityscapesInstances, PanopticEvaluator, evaluators_for
-from eco_m2f.evaluation.cityscapes_instances import ImageInstances, Prediction, average_precision
+from eco_m2f.evaluation.build import evaluators_for
+from eco_m2f.evaluation.cityscapes_instances import (
+    CityscapesInstanceEvaluator,
+    CityscapesInstances,
+    ImageInstances,
+    Prediction,
+    average_precision,
+)
 from eco_m2f.evaluation.ground_truth import PanopticGroundTruth
+from eco_m2f.evaluation.panoptic import PanopticEvaluator
 
 NAME = "generated_cityscapes"
 SEEDS = (0, 1, 2)

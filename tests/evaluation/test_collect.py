@@ -5,8 +5,7 @@ import logging
 
 import pytest
 
-from eco_m2f.evaluation import EvaluationError, Evaluators
-from eco_m2f.evaluation.collect import RowEvaluator, without_nan
+from eco_m2f.evaluation.collect import EvaluationError, Evaluators, RowEvaluator, without_nan
 
 
 class Counts(RowEvaluator):

@@ -11,10 +11,14 @@ from detectron2.evaluation import SemSegEvaluator, inference_on_dataset
 from panoptic_dataset import CATEGORIES, CONTIGUOUS, make_outputs, register, unregister, write_dataset
 from PIL import Image
 
-from eco_m2f.evaluation import ExitStatistics, InstanceEvaluator, PanopticEvaluator, SemanticEvaluator, evaluators_for
+from eco_m2f.evaluation.build import evaluators_for
 from eco_m2f.evaluation.collect import gather_rows
+from eco_m2f.evaluation.exit_statistics import ExitStatistics
 from eco_m2f.evaluation.ground_truth import PanopticGroundTruth, semantic_map
+from eco_m2f.evaluation.instance import InstanceEvaluator
+from eco_m2f.evaluation.panoptic import PanopticEvaluator
 from eco_m2f.evaluation.panoptic_quality import rgb_to_id
+from eco_m2f.evaluation.semantic import SemanticEvaluator
 
 NAME = "evaluator_test_set"
 

@@ -16,7 +16,7 @@ from fvcore.nn.jit_handles import get_shape
 from minis import CONFIGS, ECO, MINI, PARENT, build, fill
 from torch import nn
 
-from eco_m2f.engine import build_model, load_cfg
+from eco_m2f.engine.setup import build_model, load_cfg
 from eco_m2f.evaluation.flops import (
     ExitCosts,
     OpTape,
@@ -30,7 +30,7 @@ from eco_m2f.evaluation.flops import (
     read_image_sizes,
 )
 from eco_m2f.modeling.encoders.msdeform import MSDeformEncoderLayer
-from eco_m2f.modeling.postprocessing import PostProcessor
+from eco_m2f.modeling.mask2former.postprocessing import PostProcessor
 
 pytestmark = pytest.mark.slow
 
@@ -563,7 +563,7 @@ def test_padding_is_that_of_the_model(eco, size):
 @pytest.mark.parametrize("size", [(426, 640), (640, 586), (333, 1000), (500, 71)])
 @pytest.mark.parametrize("shortest, longest", [(800, 1333), (96, 200), (0, 1333)])
 def test_test_size_is_that_of_the_mapper(size, shortest, longest):
-    from eco_m2f.data import PanopticTestMapper
+    from eco_m2f.data.mappers import PanopticTestMapper
 
     opts = ["INPUT.MIN_SIZE_TEST", shortest, "INPUT.MAX_SIZE_TEST", longest]
     mapper = PanopticTestMapper(load_cfg(str(CONFIGS / PARENT), [*MINI, *opts]))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from minis import CONFIGS, DETR, ECO_DETR, ECO_DETR_DC5, build, fill
 
-from eco_m2f.engine import build_model, load_cfg
+from eco_m2f.engine.setup import build_model, load_cfg
 from eco_m2f.evaluation.flops import (
     ExitCosts,
     analyze,

@@ -9,9 +9,9 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from eco_m2f import engine
-from eco_m2f.data import PanopticTestMapper
-from eco_m2f.evaluation import MultiScale
+from eco_m2f.data.mappers import PanopticTestMapper
+from eco_m2f.engine.setup import load_cfg
+from eco_m2f.evaluation.multi_scale import MultiScale
 
 
 class Columns(nn.Module):
@@ -63,7 +63,7 @@ def test_a_thin_image_keeps_a_pixel_at_every_size(tmp_path):
     """As at test size: a side that is resized to less than half a pixel has one."""
     Image.new("RGB", (3000, 2)).save(tmp_path / "thin.png")
     options = ["MODEL.DEVICE", "cpu", "TEST.AUG.MIN_SIZES", (32,), "TEST.AUG.MAX_SIZE", 64, "TEST.AUG.FLIP", True]
-    cfg = engine.load_cfg(str(CONFIGS / PARENT), options)
+    cfg = load_cfg(str(CONFIGS / PARENT), options)
     views = MultiScale.from_config(cfg, model := Columns())
     views([{"file_name": str(tmp_path / "thin.png"), "height": 2, "width": 3000}])
     assert model.seen == [(1, 64)] * 2
@@ -71,7 +71,7 @@ def test_a_thin_image_keeps_a_pixel_at_every_size(tmp_path):
 
 def test_sizes_come_from_the_config():
     options = ["MODEL.DEVICE", "cpu", "TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (32, 64), "TEST.AUG.FLIP", False]
-    cfg = engine.load_cfg(str(CONFIGS / PARENT), [*options, "TEST.AUG.MAX_SIZE", 96])
+    cfg = load_cfg(str(CONFIGS / PARENT), [*options, "TEST.AUG.MAX_SIZE", 96])
     made = MultiScale.from_config(cfg, Columns())
     resized = [m.augmentations.augs[0] for m in made.mappers]
     assert [(tuple(r.short_edge_length), r.max_size) for r in resized] == [((32, 32), 96), ((64, 64), 96)]
@@ -87,7 +87,7 @@ def test_sizes_come_from_the_config():
     ],
 )
 def test_what_it_is_not_for_is_refused_by_name(config, options, message):
-    cfg = engine.load_cfg(str(CONFIGS / config), ["MODEL.DEVICE", "cpu", "TEST.AUG.ENABLED", True, *options])
+    cfg = load_cfg(str(CONFIGS / config), ["MODEL.DEVICE", "cpu", "TEST.AUG.ENABLED", True, *options])
     model = Columns()
     model.annotation = "boxes" if config == DETR else "panoptic"
     with pytest.raises(ValueError, match=message):

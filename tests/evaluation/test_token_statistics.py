@@ -8,7 +8,8 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from eco_m2f.evaluation import TokenStatistics, evaluators_for
+from eco_m2f.evaluation.build import evaluators_for
+from eco_m2f.evaluation.token_statistics import TokenStatistics
 
 INPUTS = [{"image_id": i} for i in range(2)]
 

@@ -8,13 +8,13 @@ import torch
 from detectron2.layers import ShapeSpec
 from minis import CONFIGS, ECO, MINI, build, make_batch
 
-from eco_m2f.checkpoint import Checkpointer
-from eco_m2f.engine import load_cfg
+from eco_m2f.checkpoint.checkpointer import Checkpointer
+from eco_m2f.checkpoint.published import resnet_name
+from eco_m2f.checkpoint.safe_load import CheckpointError
+from eco_m2f.engine.setup import load_cfg
 from eco_m2f.modeling.backbones.swin import WindowAttention
 from eco_m2f.modeling.backbones.timm import parameters_up_to, timm_features
 from eco_m2f.modeling.exit_policy import FixedExit
-from eco_m2f.published import resnet_name
-from eco_m2f.safe_load import CheckpointError
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,8 @@ from detectron2.utils.events import EventStorage
 from minis import CONFIGS, build, fill
 from torch import nn
 
-from eco_m2f.checkpoint import CheckpointError, architecture
+from eco_m2f.checkpoint.fits import architecture
+from eco_m2f.checkpoint.safe_load import CheckpointError
 from eco_m2f.evaluation.flops import module_flops
 from eco_m2f.modeling.dovit.costs import TokenCosts
 from eco_m2f.modeling.dovit.dovit import AuxiliaryRule, annealed, distillation_losses, pixel_loss
@@ -482,7 +483,8 @@ def test_config_mistakes_are_told_at_build_time():
 
 
 def test_position_code_and_cls_token_do_not_decay():
-    from eco_m2f.engine import load_cfg, parameter_groups
+    from eco_m2f.engine.optimizer import parameter_groups
+    from eco_m2f.engine.setup import load_cfg
 
     cfg = load_cfg(str(CONFIGS / CONFIG), [*MINI, "SOLVER.BACKBONE_MULTIPLIER", 0.1, "SOLVER.BASE_LR", 1.0])
     model = mini_model()
@@ -504,7 +506,7 @@ def test_timms_weights_load_through_the_converter(tmp_path):
     timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm")
     import convert_timm
 
-    from eco_m2f.checkpoint import Checkpointer
+    from eco_m2f.checkpoint.checkpointer import Checkpointer
 
     torch.manual_seed(0)
     source = timm.create_model("vit_tiny_patch16_224").eval()

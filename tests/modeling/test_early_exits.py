@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
+from eco_m2f.budget import Gate
 from minis import CONFIGS, DETR, ECO, ECO_DETR, LITE, MASKFORMER, MINI, PARENT, PROSCALE, RT, build, fill, make_batch
 
-from eco_m2f import engine
-from eco_m2f.budget import Gate
-from eco_m2f.derived import parent_sha256
+from eco_m2f.checkpoint.parent_hash import parent_sha256
+from eco_m2f.engine.optimizer import autocast, build_optimizer
+from eco_m2f.engine.setup import build_model, load_cfg
+from eco_m2f.engine.step import Step
 
 pytestmark = pytest.mark.slow
 
@@ -299,11 +301,11 @@ def test_decoding_again_changes_neither_losses_nor_gradients(system):
 
 def train(config: str, opts: tuple, steps: int = 2):
     """A mini's state before and after steps of the trainer, and the model."""
-    cfg = engine.load_cfg(str(CONFIGS / config), [*MINI, *opts, "SOLVER.BASE_LR", 0.01, "SOLVER.AMP.ENABLED", False])
-    model = fill(engine.build_model(cfg)).train()
+    cfg = load_cfg(str(CONFIGS / config), [*MINI, *opts, "SOLVER.BASE_LR", 0.01, "SOLVER.AMP.ENABLED", False])
+    model = fill(build_model(cfg)).train()
     before = copy.deepcopy(model.state_dict())
-    optimizer = engine.build_optimizer(cfg, model)
-    step = engine.Step(model, [make_batch()] * steps, optimizer, precision=engine.autocast(cfg, "cpu", False))
+    optimizer = build_optimizer(cfg, model)
+    step = Step(model, [make_batch()] * steps, optimizer, precision=autocast(cfg, "cpu", False))
     step.train(0, steps)
     assert math.isfinite(step.storage.latest()["total_loss"][0])
     return before, model

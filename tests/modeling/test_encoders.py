@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from minis import CONFIGS, MINI, PARENT
 
-from eco_m2f.engine import load_cfg
+from eco_m2f.engine.setup import load_cfg
 from eco_m2f.modeling.encoders import TRANSFORMER_ENCODER_REGISTRY, build_transformer_encoder
 from eco_m2f.modeling.encoders.msdeform import flatten_levels, reference_points, split_levels
 

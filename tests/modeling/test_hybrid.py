@@ -11,7 +11,8 @@ from minis import CONFIGS, MINI, PARENT, RT, build, fill, make_batch
 from safetensors.torch import load_file
 from torch import nn
 
-from eco_m2f.engine import build_model, load_cfg, load_predictor
+from eco_m2f.engine.predict import load_predictor
+from eco_m2f.engine.setup import build_model, load_cfg
 from eco_m2f.modeling.encoders.hybrid import (
     AttentionLayer,
     HybridEncoder,

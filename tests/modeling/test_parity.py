@@ -13,7 +13,7 @@ from minis import make_batch
 from plain_head import PlainHead
 from safetensors.torch import load_file
 
-from eco_m2f.modeling.transformer_decoder import MultiScaleMaskedTransformerDecoder
+from eco_m2f.modeling.mask2former.transformer_decoder import MultiScaleMaskedTransformerDecoder
 
 pytestmark = pytest.mark.slow
 
@@ -168,7 +168,8 @@ def test_optimizer_groups_match_the_reference(name, oracle_json):
     from detectron2.modeling import build_model
     from minis import CONFIGS
 
-    from eco_m2f.engine import load_cfg, parameter_groups
+    from eco_m2f.engine.optimizer import parameter_groups
+    from eco_m2f.engine.setup import load_cfg
 
     cfg = load_cfg(str(CONFIGS / PARENTS[name]), ["MODEL.DEVICE", "cpu"])
     model = build_model(cfg)

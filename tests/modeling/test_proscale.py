@@ -4,7 +4,7 @@ import pytest
 import torch
 from minis import CONFIGS, MINI, PARENT, PROSCALE, fill
 
-from eco_m2f.engine import load_cfg
+from eco_m2f.engine.setup import load_cfg
 from eco_m2f.modeling.encoders import MSDeformEncoder, ProScaleEncoder, build_transformer_encoder
 
 SHAPES = [(2, 3), (4, 6), (8, 12)]

@@ -8,8 +8,8 @@ import torch
 from minis import CONFIGS, MINI, ROOT, fill
 from tiny import tool
 
-from eco_m2f.command_line import run
-from eco_m2f.engine import build_model, load_cfg
+from eco_m2f.engine.command_line import run
+from eco_m2f.engine.setup import build_model, load_cfg
 from eco_m2f.evaluation.flops import ExitCosts
 
 pytestmark = pytest.mark.slow

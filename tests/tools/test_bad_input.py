@@ -10,10 +10,11 @@ from minis import fill
 from PIL import Image
 from tiny import Tiny, call
 
-from eco_m2f import engine
+from eco_m2f.checkpoint.parent_hash import parent_sha256
 from eco_m2f.data.panoptic_map import ids_to_rgb
-from eco_m2f.derived import DerivedDataset, parent_sha256
-from eco_m2f.gate import Gate
+from eco_m2f.derived.dataset import DerivedDataset
+from eco_m2f.engine.setup import build_model, load_cfg
+from eco_m2f.gates.gate import Gate
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +25,7 @@ CHANNELS = 128  # of res5 in the tiny model
 def good(tmp_path_factory) -> Tiny:
     """A data set with which nothing is wrong; with model.pth, a checkpoint for it."""
     made = Tiny(tmp_path_factory.mktemp("good"), num_train=2, num_val=1)
-    model = fill(engine.build_model(engine.load_cfg(made.config())))
+    model = fill(build_model(load_cfg(made.config())))
     torch.save({"model": model.state_dict()}, made.base / "model.pth")
     return made
 
@@ -184,7 +185,7 @@ def test_options_that_contradict_each_other(tools):
 
 
 def test_processes_with_gpus_for_a_model_without(tools, monkeypatch):
-    monkeypatch.setattr(engine.comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr("eco_m2f.engine.setup.comm.get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
     assert_names(tools.message(tools.train()), "MODEL.DEVICE is cpu", "CUDA_VISIBLE_DEVICES")
 
@@ -494,7 +495,7 @@ def files(good, derived) -> dict:
     torch.save({"model": {"fc.weight": torch.zeros(2)}}, base / "other.pth")
     (base / "cut.pth").write_bytes((base / "other.pth").read_bytes()[:200])
     dovit = good.config("dovit")
-    torch.save({"model": engine.build_model(engine.load_cfg(dovit)).state_dict()}, base / "dovit.pth")
+    torch.save({"model": build_model(load_cfg(dovit)).state_dict()}, base / "dovit.pth")
     recipe = base / "recipe" / "derived"
     for name in ("parent_val", "val"):
         shutil.copytree(derived, recipe / name)

@@ -11,9 +11,9 @@ from minis import build, fill
 from torchvision.models import resnet18, resnet50
 from yacs.config import CfgNode
 
-from eco_m2f.checkpoint import Checkpointer
-from eco_m2f.published import resnet_name
-from eco_m2f.safe_load import CheckpointError
+from eco_m2f.checkpoint.checkpointer import Checkpointer
+from eco_m2f.checkpoint.published import resnet_name
+from eco_m2f.checkpoint.safe_load import CheckpointError
 
 pytestmark = pytest.mark.slow
 

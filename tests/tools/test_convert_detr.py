@@ -9,8 +9,8 @@ from minis import CONFIGS, DETR, ECO_DETR
 from torchvision.models import resnet50
 from torchvision.ops import FrozenBatchNorm2d
 
-from eco_m2f.checkpoint import Checkpointer
-from eco_m2f.engine import load_cfg
+from eco_m2f.checkpoint.checkpointer import Checkpointer
+from eco_m2f.engine.setup import load_cfg
 from eco_m2f.modeling.detr import DetrHead
 
 SMALL = [

@@ -4,7 +4,7 @@ import export_weights
 import pytest
 import torch
 
-from eco_m2f.safe_load import CheckpointError, read_checkpoint, weights_sha256
+from eco_m2f.checkpoint.safe_load import CheckpointError, read_checkpoint, weights_sha256
 
 
 def test_the_weights_alone_are_written(tmp_path, capsys):

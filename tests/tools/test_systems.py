@@ -16,9 +16,11 @@ import torch
 from predicted import OPTIONS, Split
 from tiny import Tiny, call
 
-from eco_m2f import budget, engine
-from eco_m2f.derived import DerivedDataset
-from eco_m2f.gate import Gate
+from eco_m2f.derived.dataset import DerivedDataset
+from eco_m2f.engine.predict import build_trained
+from eco_m2f.engine.setup import build_model, load_cfg
+from eco_m2f.gates.frontier import measure
+from eco_m2f.gates.gate import Gate
 
 pytestmark = pytest.mark.slow
 COCO, CITYSCAPES = "coco/panoptic-segmentation", "cityscapes/panoptic-segmentation"
@@ -101,8 +103,8 @@ class Run:
         """The derived dataset of the training images."""
         weights = ["MODEL.WEIGHTS", str(self.eco / "model_final.pth"), *OPTIONS]
         config = self.tiny.config(self.system.eco)
-        cfg = engine.load_cfg(config, weights)
-        Split(self.tiny, "train", cfg, engine.build_trained(cfg)).annotate(self.system.exits)
+        cfg = load_cfg(config, weights)
+        Split(self.tiny, "train", cfg, build_trained(cfg)).annotate(self.system.exits)
         where = ["--dataset", self.train, "--output", self.tiny.base / "derived", "--shard-size", 4, "--workers", 0]
         options = [*weights, "OUTPUT_DIR", self.tiny.base / "step_b"]
         assert call("derive_dataset", "--config-file", config, *where, *options) == 0
@@ -123,7 +125,7 @@ def quality(folder: Path, dataset: str) -> float:
 
 def measured(derived: DerivedDataset, chosen: list[int]) -> float:
     """The same, as a sum over the rows of a derived dataset."""
-    return budget.measure(derived, chosen, policy="", beta=None, max_exit=chosen[-1], loss=None).score
+    return measure(derived, chosen, policy="", beta=None, max_exit=chosen[-1], loss=None).score
 
 
 def weights(folder: Path) -> dict:
@@ -152,7 +154,7 @@ def test_the_parent_trains_and_is_evaluated(runs, name):
     again = ["--eval-only", "MODEL.WEIGHTS", run.parent / "model_final.pth"]
     evaluated = run.train_net(run.system.parent, "parent_again", *again)
     assert 0 <= quality(evaluated, run.val) == quality(run.parent, run.val) <= 100
-    start = engine.build_model(engine.load_cfg(run.tiny.config(run.system.parent))).state_dict()
+    start = build_model(load_cfg(run.tiny.config(run.system.parent))).state_dict()
     assert weights(run.parent).keys() == start.keys()
 
 

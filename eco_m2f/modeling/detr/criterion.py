@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou, generalized_box_iou_loss
 
-from ..criterion import QueryCriterion
 from ..layers import at_least_float32
-from ..matcher import assign, class_cost
+from ..mask2former.criterion import QueryCriterion
+from ..mask2former.matcher import assign, class_cost
 
 
 class BoxMatcher(nn.Module):

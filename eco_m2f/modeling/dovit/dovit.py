@@ -18,10 +18,10 @@ from detectron2.structures import ImageList
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from ...checkpoint import Checkpointer
+from ...checkpoint.checkpointer import Checkpointer
 from ...evaluation.flops import padded_size
+from ..mask2former.postprocessing import crop_and_resize, resize
 from ..parent import Classified
-from ..postprocessing import crop_and_resize, resize
 from .costs import TokenCosts, TokenTable
 from .heads import NaiveHead
 from .vit import TokenPassViT

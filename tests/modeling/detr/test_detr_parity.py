@@ -8,7 +8,7 @@ from detectron2.modeling import build_model
 from minis import CONFIGS, DETR
 from safetensors.torch import load_file
 
-from eco_m2f.engine import load_cfg
+from eco_m2f.engine.setup import load_cfg
 from eco_m2f.modeling.detr import DetrHead
 from eco_m2f.modeling.layers import padded_sine_position, sine_position
 

@@ -1,0 +1,1 @@
+"""Weights: read safely, named, compared with the model, saved whole."""

@@ -1,0 +1,194 @@
+"""The derived dataset (Step B): what every image was worth at every exit, in numbers, without images or models.
+
+One row per image: the quality q_k at each exit, the pooled feature that a gate reads, the statistics that the panoptic
+quality of the whole dataset is a sum of, and the cost. From these rows a gate is fitted, and the exact PQ and GFLOPs
+of ANY assignment of exits to images are sums: no inference. beta is not stored, so a new budget needs no new rows.
+
+Format: `manifest.json` with the provenance, and Parquet shards of a fixed range of the dataset's order each. A shard's
+bytes depend on its rows and the provenance alone, not on how many processes shared the work.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..evaluation.panoptic_quality import ImageStatistics, dataset_pq
+from .schema import (
+    DEFAULT_MEASURE,
+    PER_EXIT,
+    PROVENANCE_AND_OPTIONAL,
+    STATISTICS,
+    DerivedDatasetError,
+    read_manifest,
+)
+from .shards import abridged, join_shards, present_shards
+
+
+@dataclass(frozen=True)
+class DerivedDataset:
+    """A whole derived dataset in memory: N images, E exits, C channels.
+
+    image_ids, file_names: N strings; sizes [N, 2]: height, width; quality, total_gflops, encoder_gflops: [N, E]
+    float64; features: [N, C] float32, or None; provenance: `PROVENANCE_KEYS`.
+    """
+
+    provenance: dict
+    image_ids: list[str]
+    file_names: list[str]
+    sizes: np.ndarray
+    quality: np.ndarray
+    features: np.ndarray | None
+    total_gflops: np.ndarray
+    encoder_gflops: np.ndarray
+    statistics: "_SparseStatistics"
+
+    @classmethod
+    def load(cls, path: str | Path, with_features: bool = True) -> "DerivedDataset":
+        """Raises FileNotFoundError where there is none, DerivedDatasetError if it is incomplete or damaged."""
+        path = Path(path)
+        manifest = read_manifest(path)
+        shards = range(-(-manifest["num_images"] // manifest["shard_size"]))
+        present = present_shards(path)
+        lacking = list(itertools.islice((s for s in shards if s not in present), 11))  # there may be very many
+        if lacking:
+            number = len(shards) - sum(s in shards for s in present)
+            raise DerivedDatasetError(
+                f"{path} lacks {number} of {len(shards)} shards ({abridged(lacking)}): derive_dataset.py goes on"
+            )
+        return cls(**_fields(path, manifest, shards, with_features))
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        return tuple(self.provenance["exits"])
+
+    @property
+    def measure(self) -> str:
+        """The name of the quality, such as "PQ"."""
+        return self.provenance.get("measure", DEFAULT_MEASURE)
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether the PQ of the dataset can be had; not so where the quality is another measure."""
+        return len(self.statistics.category) > 0
+
+    def columns(self, choice) -> np.ndarray:
+        """The column of each image's exit: choice [N] of exits -> [N] of indices into `exits`.
+
+        Raises ValueError for a wrong length or an exit that the dataset does not have.
+        """
+        choice, exits = np.asarray(choice), np.asarray(self.exits)
+        if choice.shape != (len(self),):
+            raise ValueError(f"the choice must be one exit for each of {len(self)} images, not {list(choice.shape)}")
+        unknown = sorted(set(np.unique(choice).tolist()) - set(exits.tolist()))
+        if unknown:
+            raise ValueError(f"exits {unknown} are chosen, the derived dataset has {list(self.exits)}")
+        return np.searchsorted(exits, choice)
+
+    def dataset_pq(self, choice) -> dict[str, float]:
+        """The exact PQ in [0, 1], {"All", "Things", "Stuff"}, when image i leaves at exit choice[i].
+
+        NaN where no category of the kind occurs. Raises DerivedDatasetError if there are no statistics.
+        """
+        if not self.has_statistics:
+            raise DerivedDatasetError(f"{self.provenance['dataset']} has no statistics of PQ: use mean_quality")
+        total = self.statistics.total(self.columns(choice))
+        result = dataset_pq(total, self.provenance["categories"])
+        return {name: result[name]["pq"] for name in ("All", "Things", "Stuff")}
+
+    def mean_quality(self, choice) -> float:
+        """The mean over the images of q at the chosen exit."""
+        return self._mean(self.quality, choice)
+
+    def mean_gflops(self, choice) -> dict[str, float]:
+        """The mean over the images: {"total", "encoder"}."""
+        return {"total": self._mean(self.total_gflops, choice), "encoder": self._mean(self.encoder_gflops, choice)}
+
+    def mean_exit(self, choice) -> float:
+        self.columns(choice)
+        return float(np.mean(choice))
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> "DerivedDataset":
+        """The images at these positions, in this order (a copy)."""
+        rows = np.asarray(indices)
+        rows = np.flatnonzero(rows) if rows.dtype == bool else rows
+        return DerivedDataset(
+            provenance={**self.provenance, "num_images": len(rows)},
+            image_ids=[self.image_ids[i] for i in rows],
+            file_names=[self.file_names[i] for i in rows],
+            sizes=self.sizes[rows],
+            quality=self.quality[rows],
+            features=None if self.features is None else self.features[rows],
+            total_gflops=self.total_gflops[rows],
+            encoder_gflops=self.encoder_gflops[rows],
+            statistics=self.statistics.subset(rows),
+        )
+
+    def _mean(self, table: np.ndarray, choice) -> float:
+        return float(table[np.arange(len(self)), self.columns(choice)].mean())
+
+
+@dataclass(frozen=True)
+class _SparseStatistics:
+    """Entry e belongs to the slot (image, exit column) with offsets[slot] <= e < offsets[slot + 1]."""
+
+    num_exits: int
+    offsets: np.ndarray  # [N * E + 1] int64
+    category: np.ndarray  # [entries] int32, the dataset's category id; so are the others:
+    iou: np.ndarray  # float64
+    tp: np.ndarray  # int32
+    fp: np.ndarray
+    fn: np.ndarray
+
+    def total(self, columns: np.ndarray) -> ImageStatistics:
+        """The sums per category when image i takes the exit of columns[i]."""
+        entries = self._entries(np.arange(len(columns)) * self.num_exits + columns)
+        ids, category = np.unique(self.category[entries], return_inverse=True)  # an id may be as large as 2^31 - 1
+        sums = [np.bincount(category, values[entries], len(ids)) for values in (self.iou, self.tp, self.fp, self.fn)]
+        present = np.flatnonzero(sums[1] + sums[2] + sums[3])
+        iou, *counts = (s[present] for s in sums)
+        return ImageStatistics(ids[present], iou, *(c.astype(np.int64) for c in counts))
+
+    def subset(self, rows: np.ndarray) -> "_SparseStatistics":
+        slots = (rows[:, None] * self.num_exits + np.arange(self.num_exits)).ravel()
+        entries = self._entries(slots)
+        offsets = np.concatenate([[0], np.cumsum(np.diff(self.offsets)[slots])])
+        values = (v[entries] for v in (self.category, self.iou, self.tp, self.fp, self.fn))
+        return _SparseStatistics(self.num_exits, offsets, *values)
+
+    def _entries(self, slots: np.ndarray) -> np.ndarray:
+        """The positions of all entries of these slots, slot by slot."""
+        start = self.offsets[slots]
+        count = self.offsets[slots + 1] - start
+        before = np.cumsum(count) - count
+        return np.repeat(start - before, count) + np.arange(count.sum())
+
+
+def _fields(path: Path, manifest: Mapping, shards: Sequence[int], with_features: bool) -> dict:
+    """The fields of a DerivedDataset."""
+    num_images, exits = manifest["num_images"], manifest["exits"]
+    joined, counts, features = join_shards(path, manifest, shards, with_features)
+    return {
+        "provenance": {key: manifest[key] for key in PROVENANCE_AND_OPTIONAL if key in manifest},
+        "image_ids": joined["image_id"].tolist(),
+        "file_names": joined["file_name"].tolist(),
+        "sizes": np.stack([joined["height"], joined["width"]], axis=1),
+        "features": features,
+        **{name: joined[name].reshape(num_images, -1) for name in PER_EXIT},
+        "statistics": _index_statistics(joined, counts, exits),
+    }
+
+
+def _index_statistics(joined: Mapping[str, np.ndarray], counts: np.ndarray, exits: Sequence[int]) -> _SparseStatistics:
+    image = np.repeat(np.arange(len(counts)), counts)
+    slot = image * len(exits) + np.searchsorted(exits, joined["stat_exit"])
+    if np.any(np.diff(slot) < 0):  # other writers may have another order
+        order = np.argsort(slot, kind="stable")
+        slot, joined = slot[order], {name: joined[name][order] for name in STATISTICS}
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(slot, minlength=len(counts) * len(exits)))])
+    return _SparseStatistics(len(exits), offsets, *(joined[name] for name in STATISTICS))

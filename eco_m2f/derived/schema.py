@@ -1,0 +1,289 @@
+"""What the files of a derived dataset may hold, and the checks that each of them passes when it is read.
+
+Nothing in a file is believed. A digest in the manifest, and one for every column of a shard, show damage; the checks
+show what a sound file can never hold, such as a quality above 1, whoever wrote it. Files of format v1 have no digests.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from ..exits import FEATURE_SOURCES, check_exits
+
+DEFAULT_MEASURE = "PQ"  # of the quality; another is named in the provenance under the key "measure"
+FORMAT = "eco_m2f.derived.v2"
+FORMATS = (FORMAT, "eco_m2f.derived.v1")
+MANIFEST = "manifest.json"
+MOST_IMAGES = 2**31 - 1
+ROUNDING = 1e-9  # of a quality, and of a sum of IoU
+
+
+class DerivedDatasetError(ValueError):
+    """A derived dataset that cannot be used or gone on with: which, why, and what to do about it."""
+
+
+# --- the manifest ----------------------------------------------------------------------------------------------------
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_IMAGES
+
+
+def _is_sha256(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _are_exits(value: object) -> bool:
+    try:
+        return isinstance(value, list) and all(type(k) is int for k in value) and bool(check_exits(value))
+    except ValueError:
+        return False
+
+
+def _are_categories(value: object) -> bool:
+    if not isinstance(value, list) or not all(isinstance(c, dict) for c in value):
+        return False
+    ids = [c.get("id") for c in value]
+    whole = all(type(i) is int for i in ids) and len(set(ids)) == len(ids)
+    return whole and all(_is_text(c.get("name", "")) and c.get("isthing", 0) in (0, 1) for c in value)
+
+
+Check = tuple[Callable[[object], bool], str]  # whether a value will do, and what it must be
+TEXT: Check = (_is_text, "text")
+COUNT: Check = (_is_count, f"a whole number from 1 to {MOST_IMAGES}")
+SHA256: Check = (_is_sha256, "64 hexadecimal digits")
+PROVENANCE: dict[str, Check] = {
+    # layer numbers, the E columns of quality and of the costs
+    "exits": (_are_exits, "layer numbers in increasing order"),
+    "config": TEXT,  # the parent's whole configuration, YAML
+    "checkpoint": TEXT,  # name of the parent's checkpoint
+    "checkpoint_sha256": SHA256,  # of that file
+    "parent_sha256": SHA256,  # of the weights themselves, see `checkpoint.parent_hash`
+    "feature_source": (lambda value: value in FEATURE_SOURCES, f"one of {', '.join(FEATURE_SOURCES)}"),
+    "dataset": TEXT,  # name of the split
+    # in the ids of the statistics
+    "categories": (_are_categories, "a list of {id, name, isthing: 0 or 1}, each id once"),
+    "num_images": COUNT,
+    "code_version": TEXT,
+}
+OPTIONAL: dict[str, Check] = {
+    "measure": TEXT,  # name of the quality where it is not PQ
+    "annotation_sha256": SHA256,  # of the split's annotation
+}
+PROVENANCE_KEYS = tuple(PROVENANCE)
+PROVENANCE_AND_OPTIONAL = (*PROVENANCE_KEYS, *OPTIONAL)
+
+
+def manifest_text(manifest: Mapping) -> str:
+    """The manifest's file, with its digest."""
+    return json.dumps({**manifest, "sha256": _manifest_digest(manifest)}, indent=1, sort_keys=True)
+
+
+def _manifest_digest(manifest: Mapping) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(directory: Path) -> dict:
+    """The manifest without its digest. Raises FileNotFoundError, or DerivedDatasetError for what is not sound."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"no {MANIFEST} in {str(directory)!r}: make a derived dataset with derive_dataset.py")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DerivedDatasetError(f"{path} is no JSON ({error}): restore it, or derive the dataset anew") from error
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if version not in FORMATS:
+        raise DerivedDatasetError(f"{path} is of format {version!r}, not {FORMAT}: derive it anew")
+    digest = manifest.pop("sha256", None)
+    if version == FORMAT and digest != _manifest_digest(manifest):
+        raise DerivedDatasetError(f"{path} was changed after it was written: restore it, or derive the dataset anew")
+    try:
+        check_manifest(manifest)
+    except DerivedDatasetError as error:
+        raise DerivedDatasetError(f"{path} cannot be used, {error}: restore it, or derive the dataset anew") from error
+    return manifest
+
+
+def check_manifest(manifest: Mapping) -> None:
+    """Raises DerivedDatasetError for a key that is lacking or unknown, or a value that cannot be."""
+    checks = {**PROVENANCE, **OPTIONAL, "shard_size": COUNT, "format": TEXT}
+    lacking, unknown = checks.keys() - OPTIONAL - manifest.keys(), manifest.keys() - checks.keys()
+    if lacking or unknown:
+        raise DerivedDatasetError(f"the provenance lacks {sorted(lacking)} and has unknown keys {sorted(unknown)}")
+    for key, value in manifest.items():
+        passes, wanted = checks[key]
+        if not passes(value):
+            raise DerivedDatasetError(f"{key} is {short(value)}, which must be {wanted}")
+
+
+def short(value: object) -> str:
+    """The value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
+
+
+# --- the rows --------------------------------------------------------------------------------------------------------
+
+
+def _column(name: str, kind: pa.DataType) -> pa.Field:
+    return pa.field(name, kind, nullable=False)
+
+
+def _list(kind: pa.DataType) -> pa.DataType:
+    return pa.list_(_column("item", kind))
+
+
+SCHEMA = pa.schema(
+    [
+        _column("image_id", pa.string()),
+        _column("file_name", pa.string()),
+        _column("height", pa.int32()),
+        _column("width", pa.int32()),
+        _column("quality", _list(pa.float64())),  # [E] q_k, higher is better
+        _column("feature", _list(pa.float32())),  # [C] mean over the valid tokens
+        _column("total_gflops", _list(pa.float64())),  # [E] of the whole model
+        _column("encoder_gflops", _list(pa.float64())),  # [E]
+        # the statistics of PQ, one entry per exit and category that occurs, ordered by exit and then category
+        _column("stat_exit", _list(pa.int32())),
+        _column("stat_category", _list(pa.int32())),
+        _column("stat_iou", _list(pa.float64())),
+        _column("stat_tp", _list(pa.int32())),
+        _column("stat_fp", _list(pa.int32())),
+        _column("stat_fn", _list(pa.int32())),
+    ]
+)
+STATISTICS = ("stat_category", "stat_iou", "stat_tp", "stat_fp", "stat_fn")
+PER_EXIT = ("quality", "total_gflops", "encoder_gflops")
+
+
+def values_of(table: pa.Table, name: str) -> np.ndarray:
+    """All numbers of a column, a list's one after the other."""
+    column = table[name].combine_chunks()
+    return (column.flatten() if pa.types.is_list(column.type) else column).to_numpy(zero_copy_only=False)
+
+
+def lengths_of(table: pa.Table, name: str) -> np.ndarray:
+    """The length of each row's list."""
+    return table[name].combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
+
+
+def column_digests(table: pa.Table) -> dict[str, str]:
+    """{column: sha256 of its values and of how they are shared among the rows}."""
+    digests = {}
+    for field in table.schema:
+        digest = hashlib.sha256()
+        if pa.types.is_string(field.type):
+            digest.update(json.dumps(table[field.name].to_pylist()).encode())
+        else:
+            digest.update(np.ascontiguousarray(values_of(table, field.name)))
+        if pa.types.is_list(field.type):
+            digest.update(np.ascontiguousarray(lengths_of(table, field.name)))
+        digests[field.name] = digest.hexdigest()
+    return digests
+
+
+def check_columns(table: pa.Table) -> None:
+    """Raises DerivedDatasetError where a column has another type than `SCHEMA` says, or a value is missing."""
+    for field in table.schema:
+        wanted = SCHEMA.field(field.name).type
+        item, wanted_item = (kind.value_type if pa.types.is_list(kind) else kind for kind in (field.type, wanted))
+        if item != wanted_item or pa.types.is_list(field.type) != pa.types.is_list(wanted):
+            raise DerivedDatasetError(f"column {field.name} is {field.type}, which must be {wanted}")
+        column = table[field.name].combine_chunks()
+        column.validate(full=True)
+        if column.null_count or (pa.types.is_list(wanted) and column.flatten().null_count):
+            raise DerivedDatasetError(f"column {field.name} lacks values")
+
+
+def check_rows(table: pa.Table, manifest: Mapping, channels: int | None = None) -> None:
+    """Raises DerivedDatasetError, naming row, image, column and value, for what no image can have.
+
+    table: any columns of `SCHEMA`, of these types. channels: the length of every feature; by default the first's.
+    """
+    names = set(table.column_names)
+    for name in (n for n in PER_EXIT if n in names):
+        _check_lengths(table, name, np.full(table.num_rows, len(manifest["exits"])))
+    if "feature" in names and table.num_rows:
+        channels = max(1, int(lengths_of(table, "feature")[0])) if channels is None else channels
+        _check_lengths(table, "feature", np.full(table.num_rows, channels))
+    for name in (n for n in STATISTICS if n in names):
+        _check_lengths(table, name, lengths_of(table, "stat_exit"))
+    for name, (passes, wanted) in _value_checks(manifest).items():
+        if name in names:
+            values = values_of(table, name)
+            _refuse(table, name, ~passes(values), values, wanted)
+    if "stat_category" in names and len(values_of(table, "stat_category")):
+        kindless = [c["id"] for c in manifest["categories"] if "isthing" not in c]
+        if kindless:
+            raise DerivedDatasetError(f"it has statistics of PQ, but category {kindless[0]} lacks isthing")
+    if {"stat_iou", "stat_tp", "stat_exit"} <= names:
+        iou = values_of(table, "stat_iou")
+        _refuse(table, "stat_iou", iou > values_of(table, "stat_tp") + ROUNDING, iou, "at most the number of matches")
+        _check_entries_are_different(table)
+
+
+def _value_checks(manifest: Mapping) -> dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]]:
+    """{column: (which of its values will do, what they must be)}."""
+    positive = (lambda v: v > 0, "positive")
+    count = (lambda v: v >= 0, "0 or more")
+    cost = (lambda v: (v >= 0) & np.isfinite(v), "a finite number, 0 or more")
+    exits, categories = manifest["exits"], [c["id"] for c in manifest["categories"]]
+    return {
+        "height": positive,
+        "width": positive,
+        "quality": (lambda v: (v >= 0) & (v <= 1 + ROUNDING), "a number from 0 to 1"),
+        "feature": (np.isfinite, "finite"),
+        "total_gflops": cost,
+        "encoder_gflops": cost,
+        "stat_exit": (lambda v: np.isin(v, exits), f"one of the exits {exits}"),
+        "stat_category": (lambda v: np.isin(v, categories), "the id of a category of the manifest"),
+        "stat_iou": cost,
+        "stat_tp": count,
+        "stat_fp": count,
+        "stat_fn": count,
+    }
+
+
+def _check_lengths(table: pa.Table, name: str, wanted: np.ndarray) -> None:
+    lengths = lengths_of(table, name)
+    if np.any(lengths != wanted):
+        row = int(np.argmax(lengths != wanted))
+        raise DerivedDatasetError(
+            f"{_row_name(table, row)}: {name} has {lengths[row]} values, which must be {wanted[row]}"
+        )
+
+
+def _refuse(table: pa.Table, name: str, wrong: np.ndarray, values: np.ndarray, wanted: str) -> None:
+    if np.any(wrong):
+        entry = row = int(np.argmax(wrong))
+        if pa.types.is_list(table.schema.field(name).type):
+            row = int(np.searchsorted(np.cumsum(lengths_of(table, name)), entry, side="right"))
+        raise DerivedDatasetError(f"{_row_name(table, row)}: {name} is {values[entry]}, which must be {wanted}")
+
+
+def _check_entries_are_different(table: pa.Table) -> None:
+    """An exit and a category have one entry in a row, or PQ would count it twice."""
+    row = np.repeat(np.arange(table.num_rows), lengths_of(table, "stat_exit"))
+    entries = np.stack([row, values_of(table, "stat_exit"), values_of(table, "stat_category")])
+    order = np.lexsort(entries[::-1])
+    again = np.flatnonzero((np.diff(entries[:, order]) == 0).all(axis=0))
+    if len(again):
+        i, k, category = entries[:, order[again[0]]]
+        raise DerivedDatasetError(
+            f"{_row_name(table, int(i))}: the statistics hold exit {k}, category {category} twice"
+        )
+
+
+def _row_name(table: pa.Table, row: int) -> str:
+    image = f" (image {table['image_id'][row].as_py()!r})" if "image_id" in table.column_names else ""
+    return f"row {row}{image}"

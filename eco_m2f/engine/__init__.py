@@ -1,0 +1,24 @@
+"""What the tools call: configs, training, evaluation, prediction and Step B.
+
+The names below are the entrance for users. They are loaded when first asked for: `--help` needs none of them.
+"""
+
+import importlib
+
+_HOMES = {
+    "Trainer": ".train",
+    "build_model": ".setup",
+    "build_trained": ".predict",
+    "derive": ".derive",
+    "evaluate": ".evaluate",
+    "load_cfg": ".setup",
+    "load_predictor": ".predict",
+    "setup": ".setup",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name], __name__), name)

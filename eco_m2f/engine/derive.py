@@ -1,0 +1,241 @@
+"""Step B: one pass over a split, and for every image the quality of every exit.
+
+What the quality is, the meta-architecture says: panoptic quality, or the AP of boxes (`evaluation/quality.py`).
+Backbone and encoder run once per image; the decoder runs once per exit. Images are taken one by one, so that the
+product does not depend on what else is in a batch, nor on the number of processes. While the model is at the next
+image, workers compare the predictions for the last ones with the annotation.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
+from detectron2.utils import comm
+from torch.utils.data import SequentialSampler
+from tqdm import tqdm
+
+from .. import __version__
+from ..checkpoint.parent_hash import parent_sha256
+from ..data.mappers import PanopticTestMapper
+from ..data.parallel import alongside
+from ..data.present import loading
+from ..derived.locking import locked_folder
+from ..derived.schema import DEFAULT_MEASURE
+from ..derived.writer import ShardWriter, make_row
+from ..evaluation.quality import BoxMeasure, PanopticMeasure
+from ..files import file_sha256
+from ..modeling import EarlyExits
+from ..modeling.exit_policy import check_feature_source
+from .datasets import check_datasets, check_model_classes
+
+logger = logging.getLogger(__name__)
+Measure = PanopticMeasure | BoxMeasure
+
+
+def derive(
+    cfg: CfgNode,
+    model: EarlyExits,
+    dataset_name: str,
+    directory: str,
+    shard_size: int,
+    workers: int = 0,
+    hash_images: bool = False,
+) -> None:
+    """Writes the derived dataset of a split to `directory`, shard by shard; shards already there are kept.
+
+    Called by every process of a distributed run; each takes its share of the missing shards, and has `workers`
+    processes that compare predictions with the annotation (0: none, it does so itself). The files are the same, byte
+    for byte, for any number of either. hash_images: the provenance covers the bytes of the images, not their sizes
+    alone, which takes reading all of them once more. Raises ChildProcessError where a worker died, and ValueError where
+    another run is at work in the directory.
+    """
+    if not isinstance(model, EarlyExits):
+        raise ValueError(
+            f"Step B needs META_ARCHITECTURE EcoMaskFormer or EcoDetr (an eco config), got {type(model).__name__}"
+        )
+    if workers < 0:
+        raise ValueError(f"--workers must be 0 or more, got {workers}")
+    check_datasets(cfg, [dataset_name])
+    check_model_classes(model, dataset_name)
+    with loading(dataset_name):
+        records = DatasetCatalog.get(dataset_name)
+    measure = model.measure.of(dataset_name)
+    provenance = provenance_of(cfg, model, dataset_name, measure, len(records))
+
+    def images(indices: Sequence[int]) -> dict[str, str]:
+        return image_digests([records[i] for i in indices], hash_images)
+
+    with locked_folder(directory) if comm.is_main_process() else contextlib.nullcontext():
+        writer = open_writer(directory, provenance, len(records), shard_size, images)
+        write_missing(cfg, model, measure, records, writer, workers)
+
+
+def write_missing(
+    cfg: CfgNode, model: EarlyExits, measure: Measure, records: Sequence[dict], writer: ShardWriter, workers: int
+) -> None:
+    """Derives and writes those of the missing shards that are this process's share."""
+    shards = writer.missing(comm.get_rank(), comm.get_world_size())
+    wanted = [i for s in shards for i in writer.indices(s)]
+    logger.info("%d of %d shards are missing here: %d images", len(shards), writer.num_shards, len(wanted))
+    clock = _Clock()
+    with contextlib.closing(derived_rows(cfg, model, measure, [records[i] for i in wanted], workers, clock)) as made:
+        rows = iter(
+            tqdm(
+                made,
+                total=len(wanted),
+                desc=writer.manifest["dataset"],
+                disable=not comm.is_main_process(),
+                unit="image",
+            )
+        )
+        for shard in shards:
+            writer.write(shard, [next(rows) for _ in writer.indices(shard)])
+    if wanted:
+        logger.info("the model was busy %.0f %% of %.1f s", 100 * clock.busy / clock.passed(), clock.passed())
+    comm.synchronize()
+
+
+def open_writer(directory: str, *settings) -> ShardWriter:
+    """The writer of every process; the first one alone creates the folder and its manifest."""
+    if not comm.is_main_process():
+        comm.synchronize()
+    writer = ShardWriter(directory, *settings)
+    if comm.is_main_process():
+        comm.synchronize()
+    return writer
+
+
+def provenance_of(cfg: CfgNode, model: EarlyExits, dataset_name: str, measure: Measure, num_images: int) -> dict:
+    """What the rows depend on; two parts of one derived dataset agree in all of it."""
+    check_feature_source(cfg.MODEL.ECO.FEATURE)
+    keys = ("id", "name", "isthing")
+    return {
+        "exits": list(model.exits),
+        "feature_source": cfg.MODEL.ECO.FEATURE,
+        "dataset": dataset_name,
+        "annotation_sha256": annotation_sha256(dataset_name),
+        "num_images": num_images,
+        "categories": [{k: c[k] for k in keys if k in c} for c in measure.categories],
+        "checkpoint": Path(cfg.MODEL.WEIGHTS).name,
+        "checkpoint_sha256": file_sha256(cfg.MODEL.WEIGHTS),
+        "parent_sha256": parent_sha256(model.state_dict()),
+        "config": model_config(cfg).dump(),
+        "code_version": __version__,
+        **({} if measure.name == DEFAULT_MEASURE else {"measure": measure.name}),
+    }
+
+
+def annotation_sha256(dataset_name: str) -> str:
+    """Of the annotation files of a dataset: they say which images there are, in which order, and what is on them."""
+    metadata = MetadataCatalog.get(dataset_name)
+    files = [metadata.get(key) for key in ("panoptic_json", "json_file")]
+    return _sha256_of(file_sha256(file) for file in files if file)
+
+
+def image_digests(records: Sequence[dict], contents: bool) -> dict[str, str]:
+    """sha256 of the names and sizes of the images and panoptic PNGs of these records; contents: also of their bytes."""
+    files = [Path(r[key]) for r in records for key in ("file_name", "pan_seg_file_name") if key in r]
+    digests = {"names and sizes": _sha256_of(json.dumps([p.name, os.stat(p).st_size]) for p in files)}
+    return {**digests, "contents": _sha256_of(map(file_sha256, files))} if contents else digests
+
+
+def _sha256_of(words: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()
+
+
+def model_config(cfg: CfgNode) -> CfgNode:
+    """The parts of the config on which predictions depend: not where things lie, nor how training went."""
+    kept = CfgNode({"MODEL": cfg.MODEL.clone(), "INPUT": cfg.INPUT.clone(), "TEST": cfg.TEST.clone()})
+    kept.MODEL.pop("WEIGHTS")
+    kept.MODEL.pop("DEVICE")
+    for key in ("POLICY", "EXIT", "GATE", "MAX_EXIT", "BETA", "DERIVED", "LOSS", "GATE_SOLVER"):
+        kept.MODEL.ECO.pop(key)  # all exits are run, and a gate comes later
+    return kept
+
+
+class _Clock:
+    """How long the model was busy, since this was made."""
+
+    def __init__(self):
+        self.busy, self._start = 0.0, time.perf_counter()
+
+    def passed(self) -> float:
+        return time.perf_counter() - self._start
+
+    def timed(self, function: Callable, *args):
+        start = time.perf_counter()
+        result = function(*args)
+        self.busy += time.perf_counter() - start
+        return result
+
+
+@torch.no_grad()
+def derived_rows(
+    cfg: CfgNode, model: EarlyExits, measure: Measure, records: Sequence[dict], workers: int, clock: _Clock
+) -> Iterator[dict]:
+    """Yields the row of every record, in order."""
+    if not records:
+        return
+    loader = build_detection_test_loader(
+        list(records),
+        mapper=PanopticTestMapper(cfg),
+        sampler=SequentialSampler(records),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+    model.eval()
+    predicted = (clock.timed(predict_exits, model, measure, batch[0], cfg.MODEL.ECO.FEATURE) for batch in loader)
+    yield from alongside(Predicted.row, predicted, workers)
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What the model says of one image at every exit, on the host, and what its row needs besides."""
+
+    image: dict  # image_id, file_name, height, width
+    exits: tuple[int, ...]
+    predictions: list  # of each exit, as `judged` returns them
+    target: Callable[[list], list[tuple]]  # see `evaluation/quality.py`
+    feature: np.ndarray
+    total_gflops: list[float]
+    encoder_gflops: list[float]
+
+    def row(self) -> dict:
+        """Compares the predictions with the image's annotation; see `make_row`."""
+        compared = dict(zip(self.exits, self.target(self.predictions)))
+        return make_row(
+            **self.image,
+            quality=[quality for quality, _ in compared.values()],
+            statistics={k: sums for k, (_, sums) in compared.items() if sums is not None},
+            feature=self.feature,
+            total_gflops=self.total_gflops,
+            encoder_gflops=self.encoder_gflops,
+        )
+
+
+def predict_exits(model: EarlyExits, measure: Measure, x: dict, source: str) -> Predicted:
+    """Runs one mapped image through the model once, to all exits; `source` is where the gate's feature is read."""
+    target = measure.target(x["image_id"])
+    images = model.preprocess([x])
+    features = model.extract(images)
+    predictions = model.head.forward_exits(features, model.exits)
+    costs = model.costs(images.tensor.shape[-2:], (x["height"], x["width"]))
+    pooled = model.pooled_feature(features, images.image_sizes, source)[0]
+    return Predicted(
+        image={**{k: x[k] for k in ("image_id", "height", "width")}, "file_name": Path(x["file_name"]).name},
+        exits=model.exits,
+        predictions=[model.judged(predictions[k], images, x) for k in model.exits],
+        target=target,
+        feature=pooled.float().cpu().numpy(),
+        total_gflops=[costs[k]["total"] for k in model.exits],
+        encoder_gflops=[costs[k]["encoder"] for k in model.exits],
+    )

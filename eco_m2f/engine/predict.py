@@ -1,0 +1,64 @@
+"""Trained models ready for use: loaded strictly, fused, compiled, as a function of one image."""
+
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode
+from torch import nn
+
+from ..checkpoint.checkpointer import Checkpointer
+from ..data.mappers import PanopticTestMapper
+from ..modeling import EarlyExits
+from ..modeling.encoders.hybrid import fuse_for_deployment
+from .optimizer import autocast
+from .predictor import Predictor
+from .setup import build_model, load_cfg, warn_of_keys_without_effect
+
+
+def build_trained(cfg: CfgNode, with_gate: bool = True) -> nn.Module:
+    """The model of a config in eval mode, MODEL.WEIGHTS loaded strictly; with its gate where the policy is learned."""
+    model = build_model(cfg)
+    Checkpointer(model).load_for_evaluation(cfg.MODEL.WEIGHTS)
+    check_things_known(model, cfg.MODEL.WEIGHTS)
+    if with_gate and isinstance(model, EarlyExits) and cfg.MODEL.ECO.POLICY == "LinearGate":
+        model.load_gate(cfg.MODEL.ECO.GATE)
+    return model.eval()
+
+
+def check_things_known(model: nn.Module, weights: str) -> None:
+    """Raises ValueError for a panoptic model whose classes neither a dataset nor its checkpoint tells."""
+    postprocessor = getattr(model, "postprocessor", None)
+    if getattr(postprocessor, "panoptic_on", False) and getattr(model, "classes", None) is None:
+        raise ValueError(
+            f"which of the model's classes are things is not known: the checkpoint {weights} does not hold its "
+            "classes, and DATASETS.TRAIN names no registered dataset with MODEL.SEM_SEG_HEAD.NUM_CLASSES "
+            f"{postprocessor.num_classes} categories. Name the dataset that it was trained on; the JSON of the "
+            "annotation is enough (DATASETS.CUSTOM). Or save the checkpoint anew by train_net.py --resume beside it"
+        )
+
+
+def load_predictor(config_file: str, opts: Sequence[str] = ()) -> Predictor:
+    """A function from an image (a path, a PIL image, an array or a tensor) to the model's result, at the image's size.
+
+    The datasets of the config need not be there: the checkpoint holds the classes. TEST.AMP and TEST.COMPILE hold here
+    too. Example: `load_predictor("configs/toy/eco.yaml", ["MODEL.WEIGHTS", "model.pth"])(image)["panoptic_seg"]`.
+    """
+    cfg = load_cfg(config_file, opts)
+    warn_of_keys_without_effect(cfg)
+    model = fuse_for_deployment(build_trained(cfg))
+    if cfg.TEST.COMPILE:
+        compile_for_deployment(model)
+    return Predictor(model, PanopticTestMapper(cfg), lambda: autocast(cfg, model.device.type, cfg.TEST.AMP))
+
+
+def compile_for_deployment(model: nn.Module) -> None:
+    """Lets torch.compile have backbone and head of a model in eval mode, in place, with the weights as they are now.
+
+    Every size of (padded) image, and every exit, is compiled when it is first met, which takes about a minute; after
+    eight of them PyTorch runs new ones as they are. So this is for few sizes, and for a fixed exit or a gate.
+    Inductor freezes weights from then on in this process: it packs them for its matrix products.
+    """
+    from torch._inductor import config
+
+    config.freezing = True
+    for part in (model.backbone, model.head):
+        part.compile(dynamic=False)

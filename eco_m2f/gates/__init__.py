@@ -1,0 +1,1 @@
+"""Step C: the gate, its file, its fit, and the budgets it is fitted for."""

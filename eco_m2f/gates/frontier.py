@@ -1,0 +1,189 @@
+"""A budget (beta, K, loss) becomes a gate with its measured PQ and GFLOPs: frontiers, and the search for a budget.
+
+Measuring needs no images and no parent: PQ and GFLOPs of any choice of exits are sums over a derived dataset's rows.
+A frontier over beta and K is therefore a matter of seconds per gate. Where the quality is no PQ (boxes: AP), the mean
+over the images stands in for it.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .. import files
+from ..derived.dataset import DerivedDataset
+from ..exits import check_has_minimum, exit_targets, exits_up_to
+from .fit import AdamOptions, Scaling, fit_gates
+from .gate import Gate
+
+
+@dataclass
+class Row:
+    """One way to choose exits, measured on a derived dataset. What the frontier's table shows.
+
+    policy: "fixed" (everyone leaves at max_exit), "oracle" (the targets of Eq. 5), or "gate". pq, pq_things, pq_stuff:
+    of the whole dataset, exact, in points of 100; NaN where the dataset has no statistics. quality: the mean over the
+    images of the dataset's measure, in points. gflops: means over the images. images: {exit: number of images leaving
+    there}.
+    """
+
+    policy: str
+    beta: float | None
+    max_exit: int
+    loss: str | None
+    pq: float
+    pq_things: float
+    pq_stuff: float
+    quality: float
+    mean_exit: float
+    total_gflops: float
+    encoder_gflops: float
+    images: dict[int, int]
+    gate: Gate | None = None
+
+    @property
+    def score(self) -> float:
+        """PQ where there is one, else the mean quality."""
+        return self.quality if math.isnan(self.pq) else self.pq
+
+    def numbers(self) -> dict:
+        """All but the gate, flat, as it stands in the CSV."""
+        flat = {key: value for key, value in asdict(self).items() if key not in ("images", "gate")}
+        return {**flat, **{f"images_exit{k}": n for k, n in self.images.items()}}
+
+
+def measure(dataset: DerivedDataset, choice, **about) -> Row:
+    """The exact PQ, quality and cost when image i of the dataset leaves at exit choice[i]; about: the other fields."""
+    choice = np.asarray(choice)
+    pq = dataset.dataset_pq(choice) if dataset.has_statistics else dict.fromkeys(("All", "Things", "Stuff"), math.nan)
+    gflops = dataset.mean_gflops(choice)
+    return Row(
+        pq=100 * pq["All"],
+        pq_things=100 * pq["Things"],
+        pq_stuff=100 * pq["Stuff"],
+        quality=100 * dataset.mean_quality(choice),
+        mean_exit=dataset.mean_exit(choice),
+        total_gflops=gflops["total"],
+        encoder_gflops=gflops["encoder"],
+        images={k: int(np.sum(choice == k)) for k in dataset.exits},
+        **about,
+    )
+
+
+class GateFitter:
+    """Fits gates of several budgets on one derived dataset, and measures each on another."""
+
+    def __init__(
+        self,
+        train: DerivedDataset,
+        val: DerivedDataset,
+        optimizer: str = "lbfgs",
+        l2=None,
+        seed: int = 0,
+        adam: AdamOptions = AdamOptions(),
+    ):
+        """Raises ValueError if the two were not derived from one parent with the same exits and features."""
+        for dataset in (train, val):
+            if dataset.features is None:
+                raise ValueError(f"{dataset.provenance['dataset']} was loaded without features: a gate needs them")
+        for key in ("parent_sha256", "exits", "feature_source"):
+            if train.provenance[key] != val.provenance[key]:
+                ours, theirs = train.provenance[key], val.provenance[key]
+                raise ValueError(f"{key} is {ours} for training, {theirs} for validation: derive both with one parent")
+        self.train, self.val, self.optimizer, self.seed, self.adam = train, val, optimizer, seed, adam
+        self.features, self.val_features = torch.from_numpy(train.features), torch.from_numpy(val.features)
+        self.l2 = self.features.shape[1] / len(self.features) if l2 is None else l2
+        self.scaling = Scaling.of(self.features, self.l2, seed)
+
+    def fit(self, beta: float, max_exit: int, loss: str = "hard_ce") -> Row:
+        """The row of the gate, which holds the gate, which holds the row's numbers as its results."""
+        return self.fit_all([(beta, max_exit, loss)])[0]
+
+    def fit_all(self, budgets: Sequence[tuple[float, int, str]]) -> list[Row]:
+        """The rows of several budgets (beta, max_exit, loss), their gates being fitted side by side."""
+        source = self.train.provenance
+        gates = fit_gates(
+            self.features,
+            self.train.quality,
+            self.train.exits,
+            budgets,
+            feature_source=source["feature_source"],
+            parent_sha256=source["parent_sha256"],
+            optimizer=self.optimizer,
+            l2=self.l2,
+            seed=self.seed,
+            scaling=self.scaling,
+            adam=self.adam,
+        )
+        return [self._row(gate) for gate in gates]
+
+    def _row(self, gate: Gate) -> Row:
+        about = {"policy": "gate", "beta": gate.beta, "max_exit": gate.max_exit, "loss": gate.loss}
+        row = measure(self.val, gate.choose(self.val_features), **about)
+        gate.results = {**row.numbers(), "measured_on": self.val.provenance["dataset"], "num_images": len(self.val)}
+        row.gate = gate
+        return row
+
+
+def fixed_rows(dataset: DerivedDataset) -> list[Row]:
+    """Everyone at the same exit, for each exit."""
+    about = {"policy": "fixed", "beta": None, "loss": None}
+    return [measure(dataset, np.full(len(dataset), k), max_exit=k, **about) for k in dataset.exits]
+
+
+def oracle_row(dataset: DerivedDataset, beta: float, max_exit: int) -> Row:
+    """Everyone at the target of Eq. 5: the utility that no gate can surpass."""
+    targets = exit_targets(dataset.quality, dataset.exits, beta, max_exit)
+    return measure(dataset, targets, policy="oracle", beta=beta, max_exit=max_exit, loss=None)
+
+
+def frontier(
+    train: DerivedDataset,
+    val: DerivedDataset,
+    betas: Sequence[float],
+    max_exits: Sequence[int],
+    losses: Sequence[str] = ("hard_ce",),
+    **options,
+) -> Iterator[Row]:
+    """Rows measured on val: each fixed exit, then for each K and beta the oracle and a gate per loss.
+
+    options: optimizer, l2, seed, adam of `GateFitter`. The gates of one K come together, once all of them are fitted.
+    """
+    for max_exit in max_exits:
+        exits_up_to(train.exits, max_exit)  # mistakes show before the first fit
+        for beta, loss in itertools.product(betas, losses):
+            check_has_minimum(loss, train.quality, train.exits, beta, max_exit)
+    fitter = GateFitter(train, val, **options)
+    yield from fixed_rows(val)
+    for max_exit in max_exits:
+        gates = iter(fitter.fit_all([(beta, max_exit, loss) for beta in betas for loss in losses]))
+        for beta in betas:
+            yield oracle_row(val, beta, max_exit)
+            yield from itertools.islice(gates, len(losses))
+
+
+def write_csv(rows: Sequence[Row], path: str | Path) -> None:
+    """Writes the rows whole or not at all; columns as in `Row`, one more per exit."""
+    files.write_csv(path, [row.numbers() for row in rows])
+
+
+HEADER = "policy  K  beta     loss      PQ     PQ_th  PQ_st  quality  exit   GFLOPs    encoder  images per exit"
+
+
+def format_row(row: Row) -> str:
+    """A line under `HEADER`."""
+    beta = "-" if row.beta is None else f"{row.beta:.3g}"
+    images = " ".join(f"{k}:{n}" for k, n in row.images.items())
+    return (
+        f"{row.policy:7} {row.max_exit:<2} {beta:8} {row.loss or '-':9} {_points(row.pq)} {_points(row.pq_things)} "
+        f"{_points(row.pq_stuff)} {row.quality:<8.2f} {row.mean_exit:<6.3f} {row.total_gflops:<9.2f} "
+        f"{row.encoder_gflops:<8.2f} {images}"
+    )
+
+
+def _points(value: float) -> str:
+    return f"{'-':6}" if math.isnan(value) else f"{value:<6.2f}"

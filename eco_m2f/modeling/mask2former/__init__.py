@@ -1,0 +1,1 @@
+"""Mask2Former and MaskFormer, and Mask2Former with early exits."""

@@ -1,0 +1,86 @@
+"""The table of a run, as Markdown and CSV, and what its numbers were made with."""
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import torch
+
+from .. import __version__
+from ..derived.dataset import DerivedDataset
+from ..files import write_csv
+from .results import Result
+
+
+def markdown(results: Sequence[Result], measure: str = "PQ") -> list[str]:
+    """The table's lines. "of full" is the part of the encoder's cost at the last exit."""
+    quality = ("PQ", "PQ things", "PQ stuff", "evaluated PQ")
+    if measure != "PQ":
+        quality = ("mean AP of an image", "evaluated mean AP", "AP of the dataset")
+    head = ("model", "images leave", *quality, "mean exit", "GFLOPs", "encoder GFLOPs", "of full", "images per exit")
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    full = max(result.row.encoder_gflops for result in results)
+    for result in results:
+        row = result.row
+        points = (row.pq, row.pq_things, row.pq_stuff, result.evaluated)
+        if measure != "PQ":
+            points = (row.quality, result.evaluated, result.dataset_ap)
+        cells = [result.model, result.leaves, *("" if v is None else f"{v:.2f}" for v in points)]
+        cells += [f"{row.mean_exit:.2f}", f"{row.total_gflops:.4g}", f"{row.encoder_gflops:.4g}"]
+        cells += [f"{100 * row.encoder_gflops / full:.0f} %", " ".join(f"{k}:{n}" for k, n in row.images.items() if n)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def provenance(folder: Path, parent: DerivedDataset, val: DerivedDataset) -> list[str]:
+    """Lines that say what the numbers were made with: data, weights, commands, times, machine."""
+    about = val.provenance
+    lines = [
+        f"{val.measure} on the {len(val)} images of `{about['dataset']}`; GFLOPs: means over them, in the paper's "
+        "convention.",
+        "",
+        f"Parent {parent.provenance['checkpoint_sha256'][:12]}, after Step A {about['checkpoint_sha256'][:12]}; "
+        f"eco_m2f {__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads on {_processor()}.",
+    ]
+    stages = folder / "stages.json"
+    if stages.exists():
+        done = json.loads(stages.read_text())
+        total = sum(stage["seconds"] for stage in done.values()) / 60
+        lines += ["", f"Stages, {total:.1f} minutes in all:", ""]
+        lines += [
+            f"- {name}, {stage['seconds']:.0f} s: `{_portable(stage['command'])}`" for name, stage in done.items()
+        ]
+    return lines
+
+
+def _portable(command: str) -> str:
+    """A command with paths relative to the working directory."""
+    return command.replace(f"{os.getcwd()}/", "")
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _write_csv(results: Sequence[Result], path: Path) -> None:
+    boxes = any(r.dataset_ap is not None for r in results)
+    rows = [{"model": r.model, "leaves": r.leaves, **r.row.numbers(), **_evaluated_columns(r, boxes)} for r in results]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    write_csv(path, rows, names)
+
+
+def _evaluated_columns(result: Result, boxes: bool) -> dict:
+    if boxes:
+        return {"evaluated_ap": result.evaluated, "dataset_ap": result.dataset_ap}
+    return {"evaluated_pq": result.evaluated}

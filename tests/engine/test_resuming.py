@@ -1,0 +1,64 @@
+"""Settings that have changed between a run and the one that goes on with it."""
+
+import argparse
+import logging
+
+import pytest
+from tiny import Tiny, kept_log_handlers
+
+from eco_m2f.engine.resuming import changed_settings, settings_before
+from eco_m2f.engine.setup import setup
+
+
+def test_changes_are_told_by_key_with_both_values():
+    before = {"SOLVER": {"BASE_LR": 0.1, "STEPS": [1, 2]}, "SEED": 1, "OUTPUT_DIR": "a", "MODEL": {"OLD": {"KEY": 3}}}
+    now = {"SOLVER": {"BASE_LR": 0.2, "STEPS": [1, 2]}, "SEED": 1, "OUTPUT_DIR": "b", "MODEL": {"NEW": None}}
+    assert changed_settings(before, now) == [
+        ("MODEL.NEW", "not there", None),
+        ("MODEL.OLD.KEY", 3, "not there"),
+        ("SOLVER.BASE_LR", 0.1, 0.2),
+    ]
+    assert changed_settings(now, now) == []
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> str:
+    return Tiny(tmp_path_factory.mktemp("tiny"), num_train=1, num_val=1).config()
+
+
+def set_up(config: str, output, *opts, resume: bool) -> None:
+    opts = [*("OUTPUT_DIR", str(output), "SEED", 1), *opts]
+    arguments = argparse.Namespace(config_file=config, opts=opts, resume=resume, eval_only=False)
+    with kept_log_handlers():
+        setup(arguments)
+
+
+@pytest.fixture
+def told(caplog):
+    """The messages about settings; the logger of the package does not hand them on once a tool has set it up."""
+    logger = logging.getLogger("eco_m2f.engine.resuming")
+    logger.addHandler(caplog.handler)
+    yield lambda: [m for m in dict.fromkeys(caplog.messages) if "another setting" in m]
+    logger.removeHandler(caplog.handler)
+
+
+def test_resuming_with_another_rate_warns(config, tmp_path, told, caplog):
+    change = ("SOLVER.BASE_LR", 0.5, "DATALOADER.NUM_WORKERS", 3)
+    set_up(config, tmp_path, resume=False)
+    set_up(config, tmp_path, *change, resume=True)
+    assert told() == []  # no checkpoint is there: nothing to go on from
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    set_up(config, tmp_path, resume=False)
+    set_up(config, tmp_path, *change, resume=True)
+    (line,) = told()
+    assert "SOLVER.BASE_LR was" in line and "is 0.5 from here on" in line
+    caplog.clear()
+    set_up(config, tmp_path, *change, resume=True)
+    assert told() == []
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe\x00", b"!!python/object/apply:os.getcwd []", b"text"])
+def test_a_config_that_cannot_be_read_stops_nothing_and_runs_nothing(tmp_path, content):
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    (tmp_path / "config.yaml").write_bytes(content)
+    assert settings_before(str(tmp_path)) is None

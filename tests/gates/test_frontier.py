@@ -1,0 +1,155 @@
+"""Frontiers and the search for a budget, on a small derived dataset in which depth pays for some images."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+from derived_by_depth import EXITS, GFLOPS, make_derived
+
+from eco_m2f.derived.dataset import DerivedDataset
+from eco_m2f.exits import exit_targets, utility
+from eco_m2f.gates.frontier import GateFitter, fixed_rows, format_row, frontier, measure, oracle_row, write_csv
+from eco_m2f.gates.search import search_budget
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    return make_derived(tmp_path_factory.mktemp("train"), 300, seed=0)
+
+
+@pytest.fixture(scope="module")
+def val(tmp_path_factory):
+    return make_derived(tmp_path_factory.mktemp("val"), 120, seed=1)
+
+
+def test_rows_hold_the_exact_sums(val):
+    choice = np.random.default_rng(0).choice(EXITS, len(val))
+    row = measure(val, choice, policy="gate", beta=0.1, max_exit=6, loss="hard_ce")
+    pq = val.dataset_pq(choice)
+    assert (row.pq, row.pq_things, row.pq_stuff) == (100 * pq["All"], 100 * pq["Things"], 100 * pq["Stuff"])
+    assert row.quality == 100 * val.mean_quality(choice) and row.mean_exit == np.mean(choice)
+    assert row.total_gflops == pytest.approx(np.mean([GFLOPS[k] for k in choice]))
+    assert row.images == {k: int((choice == k).sum()) for k in EXITS}
+
+
+def test_fixed_rows(val):
+    rows = fixed_rows(val)
+    assert [(r.mean_exit, r.total_gflops, r.encoder_gflops) for r in rows] == [(k, GFLOPS[k], 10.0 * k) for k in EXITS]
+    assert rows[0].pq < rows[1].pq < rows[2].pq
+
+
+def test_frontier_measures_the_gates_it_holds(train, val):
+    rows = list(frontier(train, val, betas=[0.0, 0.005, 2.0], max_exits=[6, 4], losses=["hard_ce", "soft_ce"]))
+    assert [r.policy for r in rows] == ["fixed"] * 3 + ["oracle", "gate", "gate"] * 6
+    for row in rows[3:]:
+        if row.policy == "gate":
+            choice = row.gate.choose(torch_features(val)).numpy()
+            assert row.pq == 100 * val.dataset_pq(choice)["All"] and max(choice) <= row.max_exit
+            assert row.gate.exits == tuple(k for k in EXITS if k <= row.max_exit)
+            assert row.gate.results["pq"] == row.pq and row.gate.results["measured_on"] == "toy_1"
+            assert row.gate.parent_sha256 == "a" * 64
+        else:
+            targets = exit_targets(val.quality, EXITS, row.beta, row.max_exit)
+            assert row.mean_exit == targets.double().mean().item()
+
+
+def torch_features(dataset):
+    import torch
+
+    return torch.from_numpy(dataset.features)
+
+
+def test_the_gate_beats_what_costs_the_same(train, val):
+    """Its utility lies between the best fixed exit's and the oracle's."""
+    beta = 0.008
+    row = GateFitter(train, val).fit(beta, 6)
+    u = utility(val.quality, EXITS, beta)
+    choice = row.gate.choose(torch_features(val))
+    reached = u[np.arange(len(val)), val.columns(choice)].mean().item()
+    assert u.mean(dim=0).max().item() + 0.002 < reached <= u.max(dim=1).values.mean().item()
+
+
+def test_a_larger_beta_costs_less_and_the_largest_is_the_first_exit(train, val):
+    rows = [r for r in frontier(train, val, [0.0, 0.002, 0.01, 2.0], [6]) if r.policy == "gate"]
+    gflops = [r.total_gflops for r in rows]
+    assert gflops == sorted(gflops, reverse=True) and gflops[-1] == GFLOPS[2] < gflops[0]
+    oracle = [oracle_row(val, beta, 6).total_gflops for beta in (0.0, 0.002, 0.01, 2.0)]
+    assert oracle == sorted(oracle, reverse=True)
+
+
+@pytest.mark.parametrize("target", [105.0, 115.0, 125.0, 139.0])
+def test_search_keeps_to_the_gflops(train, val, target):
+    best, rows = search_budget(train, val, 6, target_gflops=target)
+    assert best.total_gflops <= target
+    assert best.pq == max(r.pq for r in rows if r.total_gflops <= target)
+    assert best.total_gflops > target - 2  # it uses the budget
+    assert best.gate.beta == best.beta
+
+
+@pytest.mark.parametrize("drop", [0.1, 1.0, 3.0])
+def test_search_keeps_to_the_quality(train, val, drop):
+    best, rows = search_budget(train, val, 6, max_pq_drop=drop)
+    full = fixed_rows(val)[-1].pq
+    assert best.pq >= full - drop
+    assert best.total_gflops == min(r.total_gflops for r in rows if r.pq >= full - drop)
+    assert best.total_gflops < GFLOPS[6]
+
+
+def test_generous_limits_end_the_search_at_once(train, val):
+    best, rows = search_budget(train, val, 6, target_gflops=1e4)
+    assert len(rows) == 1 and best.beta == 0.0
+    best, rows = search_budget(train, val, 6, max_pq_drop=100.0)
+    assert len(rows) == 2 and best.images[2] == len(val)
+
+
+def test_limits_that_cannot_be_kept_are_refused(train, val):
+    with pytest.raises(ValueError, match="target_gflops 99.0 is below exit 2's 100"):
+        search_budget(train, val, 6, target_gflops=99.0)
+    with pytest.raises(ValueError, match=r"no gate up to exit 2 loses at most 0.5 points: the least is \d"):
+        search_budget(train, val, 2, max_pq_drop=0.5, steps=2)
+    for limits in ({}, {"target_gflops": 110.0, "max_pq_drop": 1.0}):
+        with pytest.raises(ValueError, match="give either"):
+            search_budget(train, val, 6, **limits)
+    for drop in (-1.0, math.nan):
+        with pytest.raises(ValueError, match="max_pq_drop must be"):
+            search_budget(train, val, 6, max_pq_drop=drop)
+
+
+def test_datasets_of_another_parent_are_refused(train, tmp_path):
+    other = make_derived(tmp_path / "other", 5, seed=2, parent_sha256="b" * 64)
+    with pytest.raises(ValueError, match="parent_sha256 is aaa.* for training, bbb"):
+        GateFitter(train, other)
+    projected = make_derived(tmp_path / "projected", 5, seed=2, feature_source="projected")
+    with pytest.raises(ValueError, match="feature_source is res5 for training, projected"):
+        GateFitter(train, projected)
+    bare = DerivedDataset.load(tmp_path / "other", with_features=False)
+    with pytest.raises(ValueError, match="without features"):
+        GateFitter(train, bare)
+
+
+def test_frontier_mistakes_show_before_the_first_row(train, val):
+    with pytest.raises(ValueError, match="not 5"):
+        next(frontier(train, val, [0.1], [5]))
+    with pytest.raises(ValueError, match="beta must be"):
+        next(frontier(train, val, [0.1, -1.0], [6]))
+
+
+def test_another_quality_measure_than_pq(tmp_path):
+    train = make_derived(tmp_path / "train", 100, seed=0, with_statistics=False)
+    val = make_derived(tmp_path / "val", 50, seed=1, with_statistics=False)
+    best, _ = search_budget(train, val, 6, max_pq_drop=1.0)
+    assert math.isnan(best.pq) and best.score == best.quality >= fixed_rows(val)[-1].quality - 1.0
+    assert "nan" not in format_row(best) and f"{best.quality:.2f}" in format_row(best)
+
+
+def test_tables(train, val, tmp_path):
+    rows = list(frontier(train, val, [0.005], [6]))
+    write_csv(rows, tmp_path / "out" / "frontier.csv")
+    with open(tmp_path / "out" / "frontier.csv", newline="") as file:
+        written = list(csv.DictReader(file))
+    assert [r["policy"] for r in written] == ["fixed", "fixed", "fixed", "oracle", "gate"]
+    assert float(written[-1]["pq"]) == rows[-1].pq and int(written[-1]["images_exit4"]) == rows[-1].images[4]
+    assert written[0]["beta"] == "" and float(written[-1]["beta"]) == 0.005
+    line = format_row(rows[-1])
+    assert f"{rows[-1].pq:.2f}" in line and f"2:{rows[-1].images[2]} " in line
