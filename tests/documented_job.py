@@ -138,7 +138,7 @@ def main() -> None:
 
 
 def write_cells(datasets: Path) -> None:
-    """The dataset of the README's section on own data."""
+    """The dataset of the guide's section on own data."""
     nuclei = datasets / "nuclei"
     for split in ("train", "val"):
         shutil.copytree(nuclei / split, datasets / "cells" / split)

@@ -240,7 +240,7 @@ def sensitive(system: System, tmp_path):
 @pytest.mark.parametrize("system", [SYSTEMS[name] for name in ("m2f", "detr")], ids=("m2f", "detr"))
 @torch.no_grad()
 def test_what_an_image_gets_depends_on_the_size_of_its_batch_alone(system, tmp_path):
-    """What README and early_exits.py say: not on what else is in the batch, but on how far that is padded."""
+    """What the guide and early_exits.py say: not on what else is in the batch, but on how far that is padded."""
     eco = sensitive(system, tmp_path)
     small, large = make_batch(((30, 70), (64, 96)))
     other = {**large, "image": 255 - large["image"]}
