@@ -9,10 +9,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from minis import make_batch
+from minis import CONFIGS, make_batch
+from on_meta import build_on_meta
 from plain_head import PlainHead
 from safetensors.torch import load_file
 
+from eco_m2f.engine.setup import load_cfg
 from eco_m2f.modeling.mask2former.transformer_decoder import MultiScaleMaskedTransformerDecoder
 
 pytestmark = pytest.mark.slow
@@ -155,8 +157,8 @@ def test_the_predictors_first_layer_matches_recorded_numbers(assets):
 
 
 @pytest.mark.parametrize("name", PARENTS)
-def test_state_dict_has_the_published_names_and_shapes(name, oracle_json, build_mini):
-    model = build_mini(PARENTS[name], mini=False)
+def test_state_dict_has_the_published_names_and_shapes(name, oracle_json):
+    model = build_on_meta(load_cfg(str(CONFIGS / PARENTS[name])))
     actual = {key: list(value.shape) for key, value in model.state_dict().items()}
     assert actual == oracle_json("state_dicts.json")[name]
     if name in MILLION_PARAMETERS:
@@ -165,14 +167,10 @@ def test_state_dict_has_the_published_names_and_shapes(name, oracle_json, build_
 
 @pytest.mark.parametrize("name", ["coco_r50", "coco_swin_t"])
 def test_optimizer_groups_match_the_reference(name, oracle_json):
-    from detectron2.modeling import build_model
-    from minis import CONFIGS
-
     from eco_m2f.engine.optimizer import parameter_groups
-    from eco_m2f.engine.setup import load_cfg
 
     cfg = load_cfg(str(CONFIGS / PARENTS[name]), ["MODEL.DEVICE", "cpu"])
-    model = build_model(cfg)
+    model = build_on_meta(cfg)
     names = {id(p): n for n, p in model.named_parameters()}
     actual = {
         names[id(p)]: [group["lr"], group["weight_decay"]]
