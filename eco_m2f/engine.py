@@ -26,9 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import Checkpointer
 from .command_line import HelpFormatter, argument_parser, hide_training_trace, launch, run  # noqa: F401, for the tools
-from .config import add_eco_config, leaves, set_in_vain
+from .config import add_eco_config, leaves, merge_options, merge_settings, set_in_vain
 from .config_file import read_config
 from .data import PanopticTestMapper, build_train_loader, check_at_start, check_class_count, register_from_config
+from .data.batch_size import split_batch
 from .data.categories import SEMANTIC_TYPES, by_position, check_same_classes
 from .data.classes import dataset_classes
 from .data.datasets import parse_custom
@@ -56,10 +57,10 @@ def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     with _explained(f"the config file {config_file}"):
         if loaded.get("VERSION", cfg.VERSION) != cfg.VERSION:
             raise ValueError(f"its VERSION is {loaded['VERSION']!r}, and this software knows {cfg.VERSION} alone")
-        cfg.merge_from_other_cfg(CfgNode(loaded))
+        merge_settings(cfg, loaded)
         check_numbers(cfg)
     with _explained("the list of options KEY VALUE"):
-        cfg.merge_from_list(list(opts))
+        merge_options(cfg, opts)
         check_numbers(cfg)
     for key in ("TRAIN", "TEST"):
         if not all(isinstance(name, str) for name in cfg.DATASETS[key]):
@@ -116,7 +117,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """Config of the command line, output folder, loggers, seeds."""
     hide_training_trace()
     cfg = load_cfg(args.config_file, args.opts)
-    before = settings_before(cfg.OUTPUT_DIR) if getattr(args, "resume", False) and comm.is_main_process() else None
+    before = None
+    if getattr(args, "resume", False) and comm.is_main_process():
+        before = settings_before(cfg.OUTPUT_DIR, cfg.SOLVER.IMS_PER_BATCH)
     if comm.get_world_size() > 1 and cfg.MODEL.DEVICE == "cpu" and torch.distributed.get_backend() == "nccl":
         raise ValueError(
             "MODEL.DEVICE is cpu, but the processes took a GPU each: hide these by CUDA_VISIBLE_DEVICES=''"
@@ -244,8 +247,8 @@ def autocast(cfg: CfgNode, device_type: str, enabled: bool) -> torch.autocast:
 class Step(SimpleTrainer):
     """One optimizer step: mixed precision on any device, gradient accumulation, and losses that must be finite.
 
-    Random numbers (points, dropout) depend on the seed, the iteration and the process alone, so that a resumed run
-    draws what an uninterrupted one would have.
+    Random numbers (points, dropout) depend on the seed, the iteration and the batch alone, whichever process has it: a
+    resumed run draws what an uninterrupted one would have, and two processes draw what one would.
     """
 
     def __init__(
@@ -259,7 +262,7 @@ class Step(SimpleTrainer):
         """
         super().__init__(model, data_loader, optimizer)
         if accumulation_steps < 1:
-            raise ValueError(f"SOLVER.ACCUMULATION_STEPS must be at least 1, got {accumulation_steps}")
+            raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
         self.accumulation_steps = accumulation_steps
         self.precision = precision
         self.seed = seed
@@ -274,7 +277,7 @@ class Step(SimpleTrainer):
             start = time.perf_counter()
             batch = next(self._data_loader_iter)
             data_time += time.perf_counter() - start
-            key = np.random.SeedSequence([self.seed, comm.get_rank(), self.iter, i])
+            key = np.random.SeedSequence([self.seed, 0, self.iter, i * comm.get_world_size() + comm.get_rank()])
             torch.manual_seed(int(key.generate_state(1)[0]))
             last = i + 1 == self.accumulation_steps
             waits = isinstance(self.model, DistributedDataParallel) and not last
@@ -341,9 +344,10 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode):
         super(DefaultTrainer, self).__init__()
-        check_training(cfg, comm.get_world_size())
+        check_training(cfg)
+        passes = split_batch(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.IMS_PER_GPU, comm.get_world_size())
+        logger.info("%s", passes)
         check_datasets(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
@@ -352,7 +356,7 @@ class Trainer(DefaultTrainer):
             self.build_train_loader(cfg, seed),
             optimizer,
             precision=autocast(cfg, model.device.type, cfg.SOLVER.AMP.ENABLED),
-            accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
+            accumulation_steps=passes.count,
             seed=seed,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -430,15 +434,10 @@ class Trainer(DefaultTrainer):
             raise self.failed_evaluation
 
 
-def check_training(cfg: CfgNode, processes: int) -> None:
-    """Raises ValueError where there is nothing to train on, or a batch that processes cannot share."""
+def check_training(cfg: CfgNode) -> None:
+    """Raises ValueError where there is nothing to train on."""
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty: name a dataset to train on")
-    batch = cfg.SOLVER.IMS_PER_BATCH
-    if batch < 1 or batch % processes:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {batch}, which {processes} process(es) cannot share: take a multiple of that"
-        )
 
 
 def trains_some_exits(model: nn.Module) -> bool:

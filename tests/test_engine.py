@@ -401,8 +401,29 @@ def test_accumulated_losses_are_reported_as_their_mean():
     assert step.storage.latest()["total_loss"][0] == pytest.approx(4.0)
 
 
+def test_a_training_splits_its_batch_and_tells_how(tiny, caplog):
+    options = ["SOLVER.IMS_PER_BATCH", 6, "SOLVER.IMS_PER_GPU", 2, "OUTPUT_DIR", str(tiny.base / "split")]
+    with caplog.at_level("INFO", "eco_m2f"):
+        step = engine.Trainer(engine.load_cfg(tiny.config(), options))._trainer
+    assert step.accumulation_steps == 3 and len(next(iter(step.data_loader))) == 2
+    assert caplog.messages.count(
+        "6 images an optimizer step: processes 1, images per process and pass 2, passes per step 3"
+    ) == 1  # fmt: skip
+    with pytest.raises(ValueError, match="SOLVER.IMS_PER_GPU is 4, .* 6 images .*: set it to 3 or 6, or to 0"):
+        engine.Trainer(engine.load_cfg(tiny.config(), [*options, "SOLVER.IMS_PER_GPU", 4]))
+
+
+def test_a_reference_number_of_gpus_changes_no_schedule(tiny, caplog):
+    """detectron2 would scale batch, rate and iterations by it; here IMS_PER_GPU serves any number of GPUs."""
+    options = ["SOLVER.REFERENCE_WORLD_SIZE", 8, "OUTPUT_DIR", str(tiny.base / "reference")]
+    cfg = engine.load_cfg(tiny.config(), options)
+    engine.warn_of_keys_without_effect(cfg)
+    assert "SOLVER.REFERENCE_WORLD_SIZE is 8, which has no effect" in caplog.text
+    assert engine.Trainer(cfg).cfg == cfg and cfg.SOLVER.IMS_PER_BATCH == 2
+
+
 def test_no_accumulation_steps_are_refused():
-    with pytest.raises(ValueError, match="ACCUMULATION_STEPS must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="accumulation_steps must be at least 1, got 0"):
         make_step(nn.Linear(1, 1), [], accumulation_steps=0)
 
 
@@ -466,7 +487,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny, tmp_path, c
     def trainer(kind, folder, *more):
         options = ["SEED", seed, "SOLVER.MAX_ITER", 5, "SOLVER.CHECKPOINT_PERIOD", 2, "DATALOADER.NUM_WORKERS", workers]
         random = ["MODEL.ECO.EXITS_PER_STEP", 2, "MODEL.MASK_FORMER.DROPOUT", 0.1, "MODEL.DETR.DROPOUT", 0.1]
-        random += ["SOLVER.ACCUMULATION_STEPS", 2]
+        random += ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.IMS_PER_GPU", 2]
         data = ["INPUT.MIN_SIZE_TRAIN", (32, 48, 64), "DATASETS.TEST", (), "OUTPUT_DIR", str(tmp_path / folder)]
         cfg = engine.load_cfg(tiny.config(config), [*options, *random, *data, *more])
         (tmp_path / folder).mkdir(exist_ok=True)
