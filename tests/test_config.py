@@ -587,7 +587,8 @@ def test_a_removed_key_is_refused_with_what_to_set_instead(tmp_path, key):
 def test_a_removed_key_that_did_nothing_may_stand_in_the_config_of_an_earlier_run(tmp_path, key):
     """Such a run may be evaluated and gone on with; its config.yaml holds every key."""
     kept = engine.load_cfg(old_config(tmp_path, key, REFUSED[key][2]), MINI)
-    assert kept.dump() == engine.load_cfg(str(CONFIGS / ECO), MINI).dump()
+    wanted = engine.load_cfg(str(CONFIGS / ECO), MINI)
+    assert leaves(yaml.safe_load(kept.dump())) == leaves(yaml.safe_load(wanted.dump()))
 
 
 def old_config(folder: Path, key: str, value: object) -> str:
