@@ -74,7 +74,8 @@ def test_what_is_not_run_is_tested_elsewhere():
 def test_the_configs_that_commands_name_exist():
     """Also of those that are not run."""
     named = {word for command in COMMANDS for word in command.words if word.startswith("configs/")}
-    assert {f"configs/{name}" for name in LEAVES} <= named and [word for word in named if not (ROOT / word).is_file()] == []
+    assert {f"configs/{name}" for name in LEAVES} <= named
+    assert [word for word in named if not (ROOT / word).is_file()] == []
 
 
 def test_commands_are_found_wherever_they_stand(tmp_path):
@@ -110,7 +111,7 @@ def test_no_command_hides_within_a_comment():
 
 def test_every_page_is_read():
     assert {p.name for p in PAGES} >= {"README.md", "MODEL_ZOO.md", "RELIABILITY.md", "ADDING.md", "toy.md"}
-    assert sum(c.page == "README.md" for c in COMMANDS) >= 30 and len(RUN) > 150
+    assert sum(c.page == "README.md" for c in COMMANDS) >= 30 and len(RUN) > 135
 
 
 # --- what was run ----------------------------------------------------------------------------------------------------
