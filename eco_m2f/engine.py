@@ -317,8 +317,9 @@ def enough_values(batch: list[dict]) -> Iterator[None]:
         images = ", ".join(f"{_name(x)} ({x['image'].shape[-1]}x{x['image'].shape[-2]})" for x in batch)
         raise ValueError(
             f"BatchNorm in training needs more than one value per channel, but the images {images} leave a map of one "
-            "pixel: raise SOLVER.IMS_PER_BATCH or the size (INPUT.MIN_SIZE_TRAIN, INPUT.MAX_SIZE_TRAIN, "
-            "INPUT.IMAGE_SIZE), or keep its statistics with MODEL.RESNETS.NORM FrozenBN (MODEL.TIMM.FREEZE_BN True)"
+            "pixel: raise SOLVER.IMS_PER_GPU and SOLVER.IMS_PER_BATCH, or the size (INPUT.MIN_SIZE_TRAIN, "
+            "INPUT.MAX_SIZE_TRAIN, INPUT.IMAGE_SIZE), or keep its statistics with MODEL.RESNETS.NORM FrozenBN "
+            "(MODEL.TIMM.FREEZE_BN True)"
         ) from error
 
 

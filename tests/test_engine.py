@@ -569,7 +569,7 @@ def test_after_a_failed_last_step_nothing_is_evaluated_nor_saved(tiny, tmp_path,
 
 def test_batch_norm_with_one_value_per_channel_names_images_and_remedy():
     batch = [{"image": torch.zeros(3, 24, 32), "file_name": "a.png"}]
-    with pytest.raises(ValueError, match=r"a.png \(32x24\).*SOLVER.IMS_PER_BATCH.*FrozenBN"):
+    with pytest.raises(ValueError, match=r"a.png \(32x24\).*SOLVER.IMS_PER_GPU.*SOLVER.IMS_PER_BATCH.*FrozenBN"):
         with engine.enough_values(batch):
             nn.BatchNorm2d(2)(torch.ones(1, 2, 1, 1))
     with pytest.raises(ValueError, match="^another$"), engine.enough_values(batch):
