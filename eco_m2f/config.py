@@ -3,11 +3,11 @@
 The keys of the parent carry their official Mask2Former names, so that official YAML files merge unchanged. Keys of
 this project are those under MODEL.ECO, MODEL.DETR, MODEL.TIMM, MODEL.PROSCALE, MODEL.HYBRID and MODEL.DOVIT;
 MASK_BRANCH, PIXEL_DECODER_AMP and TRANSFORMER_ENCODER_NAME of MODEL.SEM_SEG_HEAD; MASK_LOSS of MODEL.MASK_FORMER;
-SOLVER.AMP.PRECISION, SOLVER.ACCUMULATION_STEPS, TEST.AMP, TEST.COMPILE and DATASETS.CUSTOM. Each key is read somewhere;
+SOLVER.AMP.PRECISION, SOLVER.IMS_PER_GPU, TEST.AMP, TEST.COMPILE and DATASETS.CUSTOM. Each key is read somewhere;
 of detectron2's, those of WITHOUT_EFFECT are not. tests/test_config.py proves both.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.projects.deeplab import add_deeplab_config
@@ -24,7 +24,7 @@ WITHOUT_EFFECT = (
     *("MODEL.SEM_SEG_HEAD.ASPP_CHANNELS", "MODEL.SEM_SEG_HEAD.ASPP_DILATIONS", "MODEL.SEM_SEG_HEAD.ASPP_DROPOUT"),
     *("MODEL.SEM_SEG_HEAD.LOSS_TYPE", "MODEL.SEM_SEG_HEAD.PROJECT_CHANNELS", "MODEL.SEM_SEG_HEAD.PROJECT_FEATURES"),
     "MODEL.SEM_SEG_HEAD.USE_DEPTHWISE_SEPARABLE_CONV",
-    *("SOLVER.BIAS_LR_FACTOR", "SOLVER.NESTEROV", "SOLVER.WEIGHT_DECAY_BIAS"),
+    *("SOLVER.BIAS_LR_FACTOR", "SOLVER.NESTEROV", "SOLVER.REFERENCE_WORLD_SIZE", "SOLVER.WEIGHT_DECAY_BIAS"),
     *("TEST.KEYPOINT_OKS_SIGMAS", "TEST.PRECISE_BN"),
 )
 
@@ -36,6 +36,52 @@ def set_in_vain(cfg: CfgNode) -> dict[str, object]:
     ours, nodes = leaves(cfg), tuple(f"{path}." for path in WITHOUT_EFFECT)
     unread = {key: value for key, value in leaves(default).items() if f"{key}.".startswith(nodes)}
     return {key: ours[key] for key, value in unread.items() if ours[key] != value}
+
+
+REMOVED = {  # keys of earlier versions: the value that did nothing, and what to do in place of another
+    "SOLVER.ACCUMULATION_STEPS": (
+        1,
+        "multiply SOLVER.IMS_PER_BATCH by it, and set SOLVER.IMS_PER_GPU to the images that a GPU takes at once",
+    ),
+    "MODEL.ECO.ALPHA_LIST": ([], "give MODEL.ECO.ALPHA the list itself"),
+}
+
+
+def merge_settings(cfg: CfgNode, settings: dict) -> None:
+    """Merges what a config file holds. Raises ValueError for a removed key that did something."""
+    settings = without_idle(settings)
+    _refuse_removed(leaves(settings))
+    _open_alpha(cfg, leaves(settings))
+    cfg.merge_from_other_cfg(CfgNode(settings))
+
+
+def merge_options(cfg: CfgNode, opts: Sequence) -> None:
+    """Merges [key, value, key, value, ...]. Raises ValueError for a removed key."""
+    _refuse_removed(opts[::2])
+    _open_alpha(cfg, opts[::2])
+    cfg.merge_from_list(list(opts))
+
+
+def without_idle(settings: Mapping, prefix: str = "") -> dict:
+    """A copy without the removed keys that did nothing, which the config of every earlier run has."""
+    kept = {}
+    for key, value in settings.items():
+        path = f"{prefix}{key}"
+        if path not in REMOVED or value != REMOVED[path][0]:
+            kept[key] = without_idle(value, f"{path}.") if isinstance(value, Mapping) else value
+    return kept
+
+
+def _refuse_removed(keys: Iterable[str]) -> None:
+    for key in keys:
+        if key in REMOVED:
+            raise ValueError(f"there is no key {key} any more: {REMOVED[key][1]}")
+
+
+def _open_alpha(cfg: CfgNode, keys: Iterable[str]) -> None:
+    """Lets ALPHA be a text or a list, where yacs holds a key to the type that it has."""
+    if "MODEL.ECO.ALPHA" in keys:
+        cfg.MODEL.ECO.ALPHA = None  # which may become a value of any type
 
 
 def leaves(cfg: Mapping, prefix: str = "") -> dict[str, object]:
@@ -77,7 +123,9 @@ def _add_solver(cfg: CfgNode) -> None:
     cfg.SOLVER.OPTIMIZER = "ADAMW"
     cfg.SOLVER.WEIGHT_DECAY_EMBED = 0.0
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
-    cfg.SOLVER.ACCUMULATION_STEPS = 1  # batches of IMS_PER_BATCH whose gradients make one optimizer step
+    # IMS_PER_BATCH is what an optimizer step sees in all, with any number of GPUs. A GPU takes IMS_PER_GPU of them at
+    # once and accumulates gradients over its share; 0: the whole share at once.
+    cfg.SOLVER.IMS_PER_GPU = 0
     cfg.SOLVER.AMP.PRECISION = "float16"  # or "bfloat16"; of training where SOLVER.AMP.ENABLED, of evaluation where..
     cfg.TEST.AMP = False  # ..this is set
     cfg.TEST.COMPILE = False  # load_predictor compiles the model for each size of image; for bfloat16 on a CPU
@@ -205,8 +253,8 @@ def _add_eco(cfg: CfgNode) -> None:
     e = cfg.MODEL.ECO = CfgNode()
     e.EXITS = [2, 3, 4, 5, 6]  # encoder layers after which an image may leave
     # Step A
-    e.ALPHA = "linear"  # exit weights of Eq. 3: "linear" (k / K), "uniform" (the paper's USD) or "list"
-    e.ALPHA_LIST = []  # one weight per exit, strictly increasing; read where ALPHA is "list"
+    # Exit weights of Eq. 3: "linear" (k / K), "uniform" (the paper's USD) or a list, one weight per exit, increasing.
+    e.ALPHA = "linear"
     e.EXITS_PER_STEP = 5  # exits trained per iteration; all of them is Eq. 3 exactly
     e.RECOMPUTE = True  # decode exits again in the backward pass: the memory of one exit, for more time
     e.SEED = 0  # of the exit draw when EXITS_PER_STEP < len(EXITS)

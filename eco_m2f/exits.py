@@ -31,7 +31,7 @@ def exit_weights(kind: str | Sequence[float], exits: Sequence[int], num_layers: 
         return dict.fromkeys(exits, 1.0)
     if kind == "linear":
         return {k: k / num_layers for k in exits}
-    if isinstance(kind, str):
+    if not isinstance(kind, list | tuple) or not all(isinstance(a, int | float) for a in kind):
         raise ValueError(f"unknown alpha {kind!r}: use 'linear', 'uniform', or a list with one weight per exit")
     return dict(zip(exits, _check_increasing([float(a) for a in kind], exits), strict=True))
 

@@ -3,7 +3,7 @@
     distributed_job.py <number of processes> <output folder> <config> <options as JSON>
 
 Rank 0 writes {name}.pth, the weights after training, and results.json; every rank writes {name}.rank{r}.json, the
-sampler's draws and a digest of its weights.
+sampler's draws and a digest of its weights. losses.json holds the losses of a whole training, whole.pth its weights.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from eco_m2f.engine.optimizer import autocast, build_optimizer
 from eco_m2f.engine.predict import build_trained
 from eco_m2f.engine.setup import load_cfg
 from eco_m2f.engine.step import Step
-from eco_m2f.engine.train import distributed, trains_some_exits
+from eco_m2f.engine.train import Trainer, distributed, trains_some_exits
 
 ONE_EXIT = ("MODEL.ECO.EXITS_PER_STEP", 1)
 CASES = {  # name: config, its options, number of masks of each image, accumulated batches
@@ -75,6 +75,23 @@ def train(name: str, folder: Path) -> None:
         torch.save(model.state_dict(), folder / f"{name}.pth")
 
 
+def train_whole(args: argparse.Namespace) -> None:
+    """The trainer on mapped images, with points drawn at random, four images a step in passes of one.
+
+    The class loss alone: it is a mean over the queries of a pass, while mask losses divide by all processes' masks.
+    """
+    losses = [word for name in ("MASK", "DICE") for word in (f"MODEL.MASK_FORMER.{name}_WEIGHT", 0.0)]
+    batch = ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.IMS_PER_GPU", 1, "SOLVER.MAX_ITER", STEPS, "DATALOADER.NUM_WORKERS", 0]
+    some = ["SEED", 5, "DATASETS.TEST", (), "MODEL.ECO.EXITS_PER_STEP", 2, "OUTPUT_DIR", str(args.folder / "whole")]
+    trainer = Trainer(load_cfg(args.config, [*args.options, *SOLVER, *losses, *batch, *some]))
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    if comm.is_main_process():
+        told = {name: [v for v, _ in h.values()] for name, h in trainer.storage.histories().items() if "loss" in name}
+        (args.folder / "losses.json").write_text(json.dumps(told))
+        torch.save(trainer.checkpointer.model.state_dict(), args.folder / "whole.pth")
+
+
 def run_evaluation(args: argparse.Namespace) -> None:
     cfg = load_cfg(args.config, [*args.options, "OUTPUT_DIR", str(args.folder)])
     results = evaluate(cfg, build_trained(cfg))
@@ -83,6 +100,7 @@ def run_evaluation(args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    train_whole(args)
     same_points()
     for name in CASES:
         train(name, args.folder)

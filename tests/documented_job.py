@@ -208,8 +208,8 @@ def smaller(command: Command) -> dict:
     more = {"INPUT.CROP.SIZE": CROP.get(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE)}
     if cfg.INPUT.SIZE_DIVISIBILITY > 0:
         more["INPUT.SIZE_DIVISIBILITY"] = 64
-    if cfg.SOLVER.ACCUMULATION_STEPS > 1:  # of those with ResNet-50; others then are what eight GPUs run
-        more["SOLVER.ACCUMULATION_STEPS"] = 2 if "_R50_" in command.config else 1
+    if cfg.SOLVER.IMS_PER_GPU and "_R50_" in command.config:  # two passes; the others are what eight GPUs run
+        more["SOLVER.IMS_PER_GPU"] = 1
     if cfg.MODEL.WEIGHTS.startswith("detectron2://") or "/vit_" in cfg.MODEL.WEIGHTS:
         more["MODEL.WEIGHTS"] = ""  # those are downloaded
     return {key: v for key, v in {**SMALL, **more}.items() if key not in command.words}

@@ -57,6 +57,17 @@ def test_both_processes_hold_the_same_weights_and_drew_the_same_exits(folders, n
     assert told[0]["draws"] == alone["draws"] and told[0]["weights"] != ""
 
 
+def test_a_training_has_the_same_losses_with_one_and_two_processes(folders):
+    """Two passes of each process are four of one: the same batches, augmented and sampled alike."""
+    one, two = (json.loads((folders[n] / "losses.json").read_text()) for n in (1, 2))
+    assert one.keys() == two.keys() and len(set(one["total_loss"])) == STEPS == len(two["total_loss"])
+    for name, values in one.items():
+        assert two[name] == pytest.approx(values, rel=1e-4), name
+    weights = [torch.load(folders[n] / "whole.pth") for n in (1, 2)]
+    for key, value in weights[0].items():
+        assert torch.allclose(weights[1][key], value, rtol=1e-3, atol=1e-5), key
+
+
 def test_some_step_left_layers_without_gradient(folders):
     """Else the handling of unused parameters would not have been tested."""
     draws = json.loads((folders[2] / "one_exit_per_step.rank0.json").read_text())["draws"]

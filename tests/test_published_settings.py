@@ -35,7 +35,7 @@ def settings_of(name: str) -> dict:
 def value(cfg, key: str):
     """A value of the config, lists in place of tuples; "batch" is what makes one step."""
     if key == "batch":
-        return cfg.SOLVER.IMS_PER_BATCH * cfg.SOLVER.ACCUMULATION_STEPS
+        return cfg.SOLVER.IMS_PER_BATCH
     for part in key.split("."):
         cfg = cfg[part]
     return list(cfg) if isinstance(cfg, tuple) else cfg

@@ -14,13 +14,14 @@ from detectron2.data import DatasetFromList, MetadataCatalog, get_detection_data
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .batch_size import split_batch
 from .images import DataError
 from .mappers import build_train_mapper
 from .sizes import are_wide
 
 
 def build_train_loader(cfg: CfgNode, seed: int) -> DataLoader:
-    """Endless batches of mapped images of DATASETS.TRAIN, IMS_PER_BATCH in all processes together.
+    """Endless batches of mapped images of DATASETS.TRAIN, one for each pass, see `split_batch`.
 
     Its `batch_sampler` is a `TrainBatches`, to be told where to start. Raises ValueError for another SAMPLER_TRAIN.
     """
@@ -29,9 +30,9 @@ def build_train_loader(cfg: CfgNode, seed: int) -> DataLoader:
         raise ValueError(f"DATALOADER.SAMPLER_TRAIN must be TrainingSampler, not {loader.SAMPLER_TRAIN!r}")
     records = _records(cfg.DATASETS.TRAIN, loader.FILTER_EMPTY_ANNOTATIONS)
     groups = are_wide(records) if loader.ASPECT_RATIO_GROUPING else [False] * len(records)
-    batches = TrainBatches(
-        groups, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), seed, comm.get_rank(), comm.get_world_size()
-    )
+    processes = comm.get_world_size()
+    images = split_batch(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.IMS_PER_GPU, processes).images
+    batches = TrainBatches(groups, images, seed, comm.get_rank(), processes)
     dataset = SeededDataset(DatasetFromList(records, copy=False), build_train_mapper(cfg))
     return DataLoader(dataset, batch_sampler=batches, num_workers=loader.NUM_WORKERS, collate_fn=list)
 
@@ -53,8 +54,9 @@ def _records(names: Sequence[str], filter_empty: bool) -> list[dict]:
 class TrainBatches(Sampler):
     """Endless batches [(index, key of the image's random numbers), ...] of one process.
 
-    The data set is shuffled again and again, and dealt to the processes in turn. A batch holds images of one group, so
-    that wide images are not padded to the height of high ones.
+    The data set is shuffled again and again and cut into batches, which are dealt to the processes in turn: a step has
+    the same batches with any number of processes. A batch holds images of one group, so that wide images are not padded
+    to the height of high ones.
     """
 
     def __init__(self, groups: Sequence[bool], batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
@@ -66,12 +68,12 @@ class TrainBatches(Sampler):
         self.start = 0  # batches that an earlier part of the run has had
 
     def __iter__(self) -> Iterator[list[tuple[int, tuple[int, ...]]]]:
-        return itertools.islice(self._batches(), self.start, None)
+        return itertools.islice(self._batches(), self.rank + self.start * self.world_size, None, self.world_size)
 
     def _batches(self) -> Iterator[list]:
+        """Those of all processes."""
         waiting = ([], [])
-        mine = itertools.islice(enumerate(self._indices()), self.rank, None, self.world_size)
-        for position, index in mine:
+        for position, index in enumerate(self._indices()):
             batch = waiting[self.groups[index]]
             batch.append((index, (self.seed, position)))
             if len(batch) == self.batch_size:

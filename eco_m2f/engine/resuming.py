@@ -6,17 +6,18 @@ from pathlib import Path
 
 import yaml
 
-from ..config import leaves
+from ..config import leaves, without_idle
 
 logger = logging.getLogger(__name__)
 SECTIONS = ("MODEL", "INPUT", "DATASETS", "SOLVER", "SEED")  # what the weights depend on
 ABSENT = "not there"
 
 
-def settings_before(output_dir: str) -> dict | None:
+def settings_before(output_dir: str, batch: int) -> dict | None:
     """The config of the run that `--resume` goes on from, as detectron2 wrote it into its folder.
 
-    None where there is nothing to go on from. To be called before the new run writes its own.
+    batch: SOLVER.IMS_PER_BATCH from here on. None where there is nothing to go on from. To be called before the new run
+    writes its own. Raises ValueError for a run that accumulated gradients to a step of another number of images.
     """
     path = Path(output_dir) / "config.yaml"
     if not (path.is_file() and (path.parent / "last_checkpoint").is_file()):
@@ -26,7 +27,24 @@ def settings_before(output_dir: str) -> dict | None:
     except (OSError, ValueError, yaml.YAMLError) as error:
         logger.warning("%s cannot be read (%s): whether settings have changed is not known", path, error)
         return None
-    return settings if isinstance(settings, dict) else None
+    return _without_accumulation(settings, path, batch) if isinstance(settings, dict) else None
+
+
+def _without_accumulation(settings: dict, path: Path, batch: int) -> dict:
+    """The settings in today's keys: earlier versions had SOLVER.ACCUMULATION_STEPS batches of IMS_PER_BATCH a step."""
+    settings = without_idle(settings)
+    steps, images = (leaves(settings).get(f"SOLVER.{key}") for key in ("ACCUMULATION_STEPS", "IMS_PER_BATCH"))
+    if not (isinstance(steps, int) and isinstance(images, int)):
+        return settings
+    before = steps * images
+    if before != batch:
+        raise ValueError(
+            f"the run in {path.parent} was begun with SOLVER.ACCUMULATION_STEPS {steps} and IMS_PER_BATCH {images}. "
+            f"To go on with it, set SOLVER.IMS_PER_BATCH {before}, and SOLVER.IMS_PER_GPU to the images that a GPU "
+            f"takes at once. SOLVER.IMS_PER_BATCH is {batch} now"
+        )
+    rest = {key: value for key, value in settings["SOLVER"].items() if key != "ACCUMULATION_STEPS"}
+    return {**settings, "SOLVER": {**rest, "IMS_PER_BATCH": before}}
 
 
 def warn_of_changes(before: Mapping, now: Mapping) -> None:

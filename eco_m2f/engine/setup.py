@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from ..config import add_eco_config, leaves, set_in_vain
+from ..config import add_eco_config, leaves, merge_options, merge_settings, set_in_vain
 from ..data.classes import dataset_classes
 from ..data.datasets import register_from_config
 from ..modeling.parent import Classified
@@ -38,10 +38,10 @@ def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     with _explained(f"the config file {config_file}"):
         if loaded.get("VERSION", cfg.VERSION) != cfg.VERSION:
             raise ValueError(f"its VERSION is {loaded['VERSION']!r}, and this software knows {cfg.VERSION} alone")
-        cfg.merge_from_other_cfg(CfgNode(loaded))
+        merge_settings(cfg, loaded)
         check_numbers(cfg)
     with _explained("the list of options KEY VALUE"):
-        cfg.merge_from_list(list(opts))
+        merge_options(cfg, opts)
         check_numbers(cfg)
     for key in ("TRAIN", "TEST"):
         if not all(isinstance(name, str) for name in cfg.DATASETS[key]):
@@ -98,7 +98,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """Config of the command line, output folder, loggers, seeds."""
     hide_training_trace()
     cfg = load_cfg(args.config_file, args.opts)
-    before = settings_before(cfg.OUTPUT_DIR) if getattr(args, "resume", False) and comm.is_main_process() else None
+    before = None
+    if getattr(args, "resume", False) and comm.is_main_process():
+        before = settings_before(cfg.OUTPUT_DIR, cfg.SOLVER.IMS_PER_BATCH)
     if comm.get_world_size() > 1 and cfg.MODEL.DEVICE == "cpu" and torch.distributed.get_backend() == "nccl":
         raise ValueError(
             "MODEL.DEVICE is cpu, but the processes took a GPU each: hide these by CUDA_VISIBLE_DEVICES=''"

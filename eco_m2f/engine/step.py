@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 class Step(SimpleTrainer):
     """One optimizer step: mixed precision on any device, gradient accumulation, and losses that must be finite.
 
-    Random numbers (points, dropout) depend on the seed, the iteration and the process alone, so that a resumed run
-    draws what an uninterrupted one would have.
+    Random numbers (points, dropout) depend on the seed, the iteration and the batch alone, whichever process has it.
+    So a resumed run draws what an uninterrupted one would have, and two processes draw what one would.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Step(SimpleTrainer):
         """
         super().__init__(model, data_loader, optimizer)
         if accumulation_steps < 1:
-            raise ValueError(f"SOLVER.ACCUMULATION_STEPS must be at least 1, got {accumulation_steps}")
+            raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
         self.accumulation_steps = accumulation_steps
         self.precision = precision
         self.seed = seed
@@ -45,7 +45,7 @@ class Step(SimpleTrainer):
             start = time.perf_counter()
             batch = next(self._data_loader_iter)
             data_time += time.perf_counter() - start
-            key = np.random.SeedSequence([self.seed, comm.get_rank(), self.iter, i])
+            key = np.random.SeedSequence([self.seed, 0, self.iter, i * comm.get_world_size() + comm.get_rank()])
             torch.manual_seed(int(key.generate_state(1)[0]))
             last = i + 1 == self.accumulation_steps
             waits = isinstance(self.model, DistributedDataParallel) and not last
@@ -85,8 +85,9 @@ def enough_values(batch: list[dict]) -> Iterator[None]:
         images = ", ".join(f"{_name(x)} ({x['image'].shape[-1]}x{x['image'].shape[-2]})" for x in batch)
         raise ValueError(
             f"BatchNorm in training needs more than one value per channel, but the images {images} leave a map of one "
-            "pixel: raise SOLVER.IMS_PER_BATCH or the size (INPUT.MIN_SIZE_TRAIN, INPUT.MAX_SIZE_TRAIN, "
-            "INPUT.IMAGE_SIZE), or keep its statistics with MODEL.RESNETS.NORM FrozenBN (MODEL.TIMM.FREEZE_BN True)"
+            "pixel: raise SOLVER.IMS_PER_GPU and SOLVER.IMS_PER_BATCH, or the size (INPUT.MIN_SIZE_TRAIN, "
+            "INPUT.MAX_SIZE_TRAIN, INPUT.IMAGE_SIZE), or keep its statistics with MODEL.RESNETS.NORM FrozenBN "
+            "(MODEL.TIMM.FREEZE_BN True)"
         ) from error
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint.checkpointer import Checkpointer
+from ..data.batch_size import split_batch
 from ..data.loader import build_train_loader
 from ..data.present import loading
 from ..evaluation.collect import EvaluationError
@@ -29,9 +30,10 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode):
         super(DefaultTrainer, self).__init__()
-        check_training(cfg, comm.get_world_size())
+        check_training(cfg)
+        passes = split_batch(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.IMS_PER_GPU, comm.get_world_size())
+        logger.info("%s", passes)
         check_datasets(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
@@ -40,7 +42,7 @@ class Trainer(DefaultTrainer):
             self.build_train_loader(cfg, seed),
             optimizer,
             precision=autocast(cfg, model.device.type, cfg.SOLVER.AMP.ENABLED),
-            accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
+            accumulation_steps=passes.count,
             seed=seed,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -118,15 +120,10 @@ class Trainer(DefaultTrainer):
             raise self.failed_evaluation
 
 
-def check_training(cfg: CfgNode, processes: int) -> None:
-    """Raises ValueError where there is nothing to train on, or a batch that processes cannot share."""
+def check_training(cfg: CfgNode) -> None:
+    """Raises ValueError where there is nothing to train on."""
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty: name a dataset to train on")
-    batch = cfg.SOLVER.IMS_PER_BATCH
-    if batch < 1 or batch % processes:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {batch}, which {processes} process(es) cannot share: take a multiple of that"
-        )
 
 
 def trains_some_exits(model: nn.Module) -> bool:

@@ -61,8 +61,7 @@ class EarlyExits(nn.Module):
     def from_config(cls, cfg) -> dict:
         parent = super().from_config(cfg)
         eco, head = cfg.MODEL.ECO, parent[cls.head_name]
-        kind = list(eco.ALPHA_LIST) if eco.ALPHA == "list" else eco.ALPHA
-        weights = exit_weights(kind, eco.EXITS, head.exits[-1])
+        weights = exit_weights(eco.ALPHA, eco.EXITS, head.exits[-1])
         return {
             **parent,
             "exits": eco.EXITS,

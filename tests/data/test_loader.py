@@ -38,8 +38,35 @@ def test_a_later_start_goes_on_where_the_run_was(start):
 def test_processes_share_the_images_of_a_round():
     parts = [take(TrainBatches([False] * 12, 2, 0, rank, 3), 2) for rank in range(3)]
     assert sorted(i for part in parts for i in indices(part)) == list(range(12))
-    alone = indices(take(TrainBatches([False] * 12, 12, 0), 1))
-    assert [indices(part) for part in parts] == [alone[rank::3] for rank in range(3)]
+    alone = take(TrainBatches([False] * 12, 2, 0), 6)
+    assert parts == [alone[rank::3] for rank in range(3)]
+
+
+STEPS, SIZE = 30, 8  # of 4 batches of two
+
+
+def steps_of(processes: int, groups: list[bool], first: int = 0) -> list[list]:
+    """The batches of each step from the first on, in the order of the passes and of the processes."""
+    count, parts = SIZE // 2 // processes, []
+    for rank in range(processes):
+        batches = TrainBatches(groups, 2, 7, rank, processes)
+        batches.start = first * count
+        parts.append(take(batches, (STEPS - first) * count))
+    return [[part[s * count + i] for i in range(count) for part in parts] for s in range(STEPS - first)]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("groups", [[False] * 11, [i % 3 == 0 for i in range(11)]])
+def test_a_step_has_the_same_batches_with_any_number_of_processes(processes, groups):
+    """Also one that is resumed with another number."""
+    alone = steps_of(1, groups)
+    assert steps_of(processes, groups) == alone
+    assert steps_of(processes, groups, first=13) == alone[13:]
+
+
+def test_a_step_has_the_same_images_whatever_a_pass_takes():
+    pairs, whole = steps_of(1, [False] * 11), take(TrainBatches([False] * 11, SIZE, 7), STEPS)
+    assert [sum(step, []) for step in pairs] == whole
 
 
 def test_a_batch_holds_wide_images_or_high_ones():

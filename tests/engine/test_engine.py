@@ -18,7 +18,7 @@ from eco_m2f.engine.datasets import build_test_loader
 from eco_m2f.engine.evaluate import evaluate
 from eco_m2f.engine.optimizer import autocast, build_optimizer, gradient_clipper
 from eco_m2f.engine.predict import load_predictor
-from eco_m2f.engine.setup import build_model, load_cfg, setup
+from eco_m2f.engine.setup import build_model, load_cfg, setup, warn_of_keys_without_effect
 from eco_m2f.engine.step import Step, check_finite, enough_values
 from eco_m2f.engine.train import Trainer
 from eco_m2f.evaluation.semantic import SemanticEvaluator
@@ -409,8 +409,29 @@ def test_accumulated_losses_are_reported_as_their_mean():
     assert step.storage.latest()["total_loss"][0] == pytest.approx(4.0)
 
 
+def test_a_training_splits_its_batch_and_tells_how(tiny, caplog):
+    options = ["SOLVER.IMS_PER_BATCH", 6, "SOLVER.IMS_PER_GPU", 2, "OUTPUT_DIR", str(tiny.base / "split")]
+    with caplog.at_level("INFO", "eco_m2f"):
+        step = Trainer(load_cfg(tiny.config(), options))._trainer
+    assert step.accumulation_steps == 3 and len(next(iter(step.data_loader))) == 2
+    assert caplog.messages.count(
+        "6 images an optimizer step: processes 1, images per process and pass 2, passes per step 3"
+    ) == 1  # fmt: skip
+    with pytest.raises(ValueError, match="SOLVER.IMS_PER_GPU is 4, .* 6 images .*: set it to 3 or 6, or to 0"):
+        Trainer(load_cfg(tiny.config(), [*options, "SOLVER.IMS_PER_GPU", 4]))
+
+
+def test_a_reference_number_of_gpus_changes_no_schedule(tiny, caplog):
+    """detectron2 would scale batch, rate and iterations by it; here IMS_PER_GPU serves any number of GPUs."""
+    options = ["SOLVER.REFERENCE_WORLD_SIZE", 8, "OUTPUT_DIR", str(tiny.base / "reference")]
+    cfg = load_cfg(tiny.config(), options)
+    warn_of_keys_without_effect(cfg)
+    assert "SOLVER.REFERENCE_WORLD_SIZE is 8, which has no effect" in caplog.text
+    assert Trainer(cfg).cfg == cfg and cfg.SOLVER.IMS_PER_BATCH == 2
+
+
 def test_no_accumulation_steps_are_refused():
-    with pytest.raises(ValueError, match="ACCUMULATION_STEPS must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="accumulation_steps must be at least 1, got 0"):
         make_step(nn.Linear(1, 1), [], accumulation_steps=0)
 
 
@@ -474,7 +495,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny, tmp_path, c
     def trainer(kind, folder, *more):
         options = ["SEED", seed, "SOLVER.MAX_ITER", 5, "SOLVER.CHECKPOINT_PERIOD", 2, "DATALOADER.NUM_WORKERS", workers]
         random = ["MODEL.ECO.EXITS_PER_STEP", 2, "MODEL.MASK_FORMER.DROPOUT", 0.1, "MODEL.DETR.DROPOUT", 0.1]
-        random += ["SOLVER.ACCUMULATION_STEPS", 2]
+        random += ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.IMS_PER_GPU", 2]
         data = ["INPUT.MIN_SIZE_TRAIN", (32, 48, 64), "DATASETS.TEST", (), "OUTPUT_DIR", str(tmp_path / folder)]
         cfg = load_cfg(tiny.config(config), [*options, *random, *data, *more])
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -556,7 +577,7 @@ def test_after_a_failed_last_step_nothing_is_evaluated_nor_saved(tiny, tmp_path,
 
 def test_batch_norm_with_one_value_per_channel_names_images_and_remedy():
     batch = [{"image": torch.zeros(3, 24, 32), "file_name": "a.png"}]
-    with pytest.raises(ValueError, match=r"a.png \(32x24\).*SOLVER.IMS_PER_BATCH.*FrozenBN"):
+    with pytest.raises(ValueError, match=r"a.png \(32x24\).*SOLVER.IMS_PER_GPU.*SOLVER.IMS_PER_BATCH.*FrozenBN"):
         with enough_values(batch):
             nn.BatchNorm2d(2)(torch.ones(1, 2, 1, 1))
     with pytest.raises(ValueError, match="^another$"), enough_values(batch):

@@ -4,6 +4,7 @@ import argparse
 import logging
 
 import pytest
+import yaml
 from tiny import Tiny, kept_log_handlers
 
 from eco_m2f.engine.resuming import changed_settings, settings_before
@@ -61,4 +62,28 @@ def test_resuming_with_another_rate_warns(config, tmp_path, told, caplog):
 def test_a_config_that_cannot_be_read_stops_nothing_and_runs_nothing(tmp_path, content):
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
     (tmp_path / "config.yaml").write_bytes(content)
-    assert settings_before(str(tmp_path)) is None
+    assert settings_before(str(tmp_path), 1) is None
+
+
+def old_run(config: str, output, *, steps: int, batch: int) -> None:
+    """A run of an earlier version, which accumulated `steps` batches."""
+    set_up(config, output, resume=False)
+    (output / "last_checkpoint").write_text("model_0000001.pth")
+    settings = yaml.safe_load((output / "config.yaml").read_text())
+    settings["SOLVER"] |= {"IMS_PER_BATCH": batch, "ACCUMULATION_STEPS": steps}
+    settings["MODEL"]["ECO"]["ALPHA_LIST"] = []
+    (output / "config.yaml").write_text(yaml.safe_dump(settings))
+
+
+@pytest.mark.parametrize("steps, batch", [(1, 4), (4, 1), (2, 2)])
+def test_an_earlier_run_goes_on_with_the_same_number_of_images(config, tmp_path, told, steps, batch):
+    old_run(config, tmp_path, steps=steps, batch=batch)
+    set_up(config, tmp_path, "SOLVER.IMS_PER_BATCH", 4, resume=True)
+    assert told() == []
+
+
+def test_an_earlier_run_with_another_number_of_images_is_refused_every_time(config, tmp_path):
+    old_run(config, tmp_path, steps=8, batch=2)
+    for _ in range(2):  # the folder keeps its config
+        with pytest.raises(ValueError, match="ACCUMULATION_STEPS 8 and IMS_PER_BATCH 2.* SOLVER.IMS_PER_BATCH 16"):
+            set_up(config, tmp_path, "SOLVER.IMS_PER_BATCH", 2, resume=True)

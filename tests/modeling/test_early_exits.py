@@ -449,4 +449,4 @@ def test_exits_that_the_encoder_does_not_have_are_refused():
 @pytest.mark.parametrize("alphas", [[0.2, 0.2, 0.3, 0.4, 0.5], [0.5, 0.4, 0.3, 0.2, 0.1]])
 def test_alpha_that_does_not_increase_is_refused(alphas):
     with pytest.raises(ValueError, match="increas"):
-        build(ECO, "MODEL.ECO.ALPHA", "list", "MODEL.ECO.ALPHA_LIST", alphas)
+        build(ECO, "MODEL.ECO.ALPHA", alphas)

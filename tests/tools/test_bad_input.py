@@ -109,7 +109,7 @@ def test_a_value_of_the_wrong_type(tools):
 
 
 def test_alpha_that_does_not_increase(tools):
-    status = tools.train("MODEL.ECO.ALPHA", "list", "MODEL.ECO.ALPHA_LIST", "[1, 2, 2, 3, 4]")
+    status = tools.train("MODEL.ECO.ALPHA", "[1, 2, 2, 3, 4]")
     assert_names(tools.message(status), "strictly increase", "[1.0, 2.0, 2.0, 3.0, 4.0]", "'uniform'")
 
 
@@ -169,7 +169,10 @@ def test_a_model_on_the_other_kind_of_annotation(tools, kind, other, lacks):
 
 
 def test_a_batch_that_cannot_be_shared(tools):
-    assert_names(tools.message(tools.train("SOLVER.IMS_PER_BATCH", 0)), "SOLVER.IMS_PER_BATCH", "0")
+    assert_names(tools.message(tools.train("SOLVER.IMS_PER_BATCH", 0)), "SOLVER.IMS_PER_BATCH is 0", "set it to 1")
+    message = tools.message(tools.train("SOLVER.IMS_PER_BATCH", 8, "SOLVER.IMS_PER_GPU", 3))
+    assert_names(message, "SOLVER.IMS_PER_GPU is 3", "8 images", "set it to 2 or 4")
+    assert_names(tools.message(tools.train("SOLVER.ACCUMULATION_STEPS", 8)), "multiply SOLVER.IMS_PER_BATCH by it")
 
 
 @pytest.mark.parametrize(

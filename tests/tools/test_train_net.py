@@ -52,8 +52,9 @@ def test_step_a_from_the_parent_in_two_processes_then_evaluation(tiny, parent):
     """Mixed precision, accumulation, and a data set from the command line, all at once."""
     output, weights = tiny.base / "eco", parent[0] / "model_0000001.pth"
     options = ["MODEL.WEIGHTS", weights, "SOLVER.MAX_ITER", 2, "MODEL.ECO.EXITS_PER_STEP", 1]
-    amp = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16", "SOLVER.ACCUMULATION_STEPS", 2]
-    printed = train_net(tiny, output, "--num-gpus", 2, *options, *amp, run=tool)
+    amp = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16", "SOLVER.IMS_PER_BATCH", 4]
+    printed = train_net(tiny, output, "--num-gpus", 2, *options, *amp, "SOLVER.IMS_PER_GPU", 1, run=tool)
+    assert "4 images an optimizer step: processes 2, images per process and pass 1, passes per step 2" in printed
     fitting = re.search(r"(\d+) of (\d+) backbone tensors and (\d+) of (\d+) others loaded", printed)
     assert fitting[1] == fitting[2] and fitting[3] == fitting[4]
     start = torch.load(weights, weights_only=False)["model"]

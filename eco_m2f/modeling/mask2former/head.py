@@ -16,16 +16,8 @@ class MaskFormerHead(ExitHead):
     """Backbone maps -> class logits and mask logits, at one exit or at several."""
 
     @configurable
-    def __init__(
-        self,
-        input_shape: dict[str, ShapeSpec],
-        *,
-        pixel_decoder: nn.Module,
-        predictor: nn.Module,
-        num_classes: int,
-    ):
+    def __init__(self, *, pixel_decoder: nn.Module, predictor: nn.Module, num_classes: int):
         super().__init__()
-        self.in_features = sorted(input_shape, key=lambda name: input_shape[name].stride)
         self.pixel_decoder = pixel_decoder
         self.predictor = predictor
         self.num_classes = num_classes
@@ -41,7 +33,6 @@ class MaskFormerHead(ExitHead):
             )
         shapes = {k: v for k, v in input_shape.items() if k in head.IN_FEATURES}
         return {
-            "input_shape": shapes,
             "pixel_decoder": SEM_SEG_HEADS_REGISTRY.get(head.PIXEL_DECODER_NAME)(cfg, shapes),
             "predictor": predictor(cfg, head.CONVS_DIM, mask_classification=True),
             "num_classes": head.NUM_CLASSES,
