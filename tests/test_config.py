@@ -454,6 +454,7 @@ def read_keys(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> set[str]:
                 tiny.config(), ["MODEL.ECO.POLICY", policy, "MODEL.ECO.GATE", "no", "MODEL.ECO.DERIVED", "no"]
             )
             build_model(reads.watch(cfg))
+    build_model(reads.watch(load_cfg(tiny.config(), ["MODEL.ECO.POLICY", "StateChangeExit"])))
     gate_settings(reads.watch(load_cfg(tiny.config())))
     several = ["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (64,), "TEST.AUG.FLIP", False]
     cfg = reads.watch(load_cfg(tiny.config(), several))
@@ -541,6 +542,7 @@ CHANGES = {  # key: what is set besides, its new value, and where the change sho
     "POLICY": ((), "LinearGate", lambda model: type(model.exit_policy)),
     "EXIT": ((), 4, lambda model: model.exit_policy.exits),
     "MAX_EXIT": (("MODEL.ECO.POLICY", "LinearGate"), 4, lambda model: model.exit_policy.exits),
+    "CHANGE_THRESHOLD": (("MODEL.ECO.POLICY", "StateChangeExit"), 0.5, lambda model: model.exit_policy.threshold),
     "FEATURE": (("MODEL.ECO.POLICY", "LinearGate"), "projected", lambda model: model.exit_policy.in_channels),
 }
 

@@ -158,7 +158,7 @@ def model_config(cfg: CfgNode) -> CfgNode:
     kept = CfgNode({"MODEL": cfg.MODEL.clone(), "INPUT": cfg.INPUT.clone(), "TEST": cfg.TEST.clone()})
     kept.MODEL.pop("WEIGHTS")
     kept.MODEL.pop("DEVICE")
-    for key in ("POLICY", "EXIT", "GATE", "MAX_EXIT", "BETA", "DERIVED", "LOSS", "GATE_SOLVER"):
+    for key in ("POLICY", "EXIT", "GATE", "MAX_EXIT", "CHANGE_THRESHOLD", "BETA", "DERIVED", "LOSS", "GATE_SOLVER"):
         kept.MODEL.ECO.pop(key)  # all exits are run, and a gate comes later
     return kept
 

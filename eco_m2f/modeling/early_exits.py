@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..evaluation.flops import ExitCosts
 from ..exits import ExitSampler, combine_exit_losses, exit_weights
-from .exit_policy import build_exit_policy, pool_valid
+from .exit_policy import build_exit_policy, covered, pool_valid
+from .sequential_exits import merge_rows, predict_exit_by_exit
 
 
 class EarlyExits(nn.Module):
@@ -89,16 +90,27 @@ class EarlyExits(nn.Module):
 
     def inference(self, features: dict[str, Tensor], images: ImageList, batched_inputs: list[dict]) -> list[dict]:
         """As the parent, plus `exit` (int) and `exit_gflops` ({total, encoder}) of every image."""
-        ids = [x.get("image_id") for x in batched_inputs]
-        source = getattr(self.exit_policy, "feature_source", "res5")
-        exits = self.exit_policy(self.policy_features(features, source), images.image_sizes, image_ids=ids)
-        chosen = exits.tolist()
-        results = self.postprocess(self.predict(features, chosen), images, batched_inputs)
+        chosen, pred = self.choose_and_predict(features, images, batched_inputs)
+        results = self.postprocess(pred, images, batched_inputs)
         padded = images.tensor.shape[-2:]
         for x, size, result, k in zip(batched_inputs, images.image_sizes, results, chosen):
             result["exit"] = k
             result["exit_gflops"] = self.costs(padded, self.output_size(x, size))[k]
         return results
+
+    def choose_and_predict(
+        self, features: dict[str, Tensor], images: ImageList, batched_inputs: list[dict]
+    ) -> tuple[list[int], dict[str, Tensor]]:
+        """The exit of every image, by the policy, and the prediction of the batch."""
+        if getattr(self.exit_policy, "sequential", False):
+            shapes = self.backbone.output_shape()
+            strides = [shapes[name].stride for name in self.head.encoder_features]
+            cells = [[covered(size, s) for s in strides] for size in images.image_sizes]
+            return predict_exit_by_exit(self.head, self.exit_policy, features, cells)
+        ids = [x.get("image_id") for x in batched_inputs]
+        source = getattr(self.exit_policy, "feature_source", "res5")
+        exits = self.exit_policy(self.policy_features(features, source), images.image_sizes, image_ids=ids).tolist()
+        return exits, self.predict(features, exits)
 
     def predict(self, features: dict[str, Tensor], exits: list[int]) -> dict[str, Tensor]:
         """Each image at its own exit, as if alone with these features.
@@ -107,17 +119,11 @@ class EarlyExits(nn.Module):
         """
         if len(set(exits)) == 1:
             return self.head(features, exits[0])
-        merged = {}
+        parts = []
         for k in sorted(set(exits)):
             rows = torch.tensor([i for i, e in enumerate(exits) if e == k], device=self.device)
-            pred = self.head({n: f[rows] for n, f in features.items()}, k)
-            for name, value in pred.items():
-                if not isinstance(value, Tensor):
-                    continue  # auxiliary outputs, which only training reads
-                if name not in merged:
-                    merged[name] = value.new_empty(len(exits), *value.shape[1:])
-                merged[name][rows] = value
-        return merged
+            parts.append((rows, self.head({n: f[rows] for n, f in features.items()}, k)))
+        return merge_rows(parts)
 
     def policy_features(self, features: dict[str, Tensor], source: str) -> dict[str, Tensor]:
         """What a policy reads: the backbone's maps, and for "projected" also the coarsest after the projection."""

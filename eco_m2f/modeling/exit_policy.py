@@ -1,4 +1,7 @@
-"""Inference: which exit each image takes. `FixedExit`, `LinearGate` (the paper's), `OracleExit` (the upper bound)."""
+"""Inference: which exit each image takes. `FixedExit`, `LinearGate` (the paper's), `OracleExit` (the upper bound).
+
+`StateChangeExit`, which decides on the way, is in `state_change_exit.py`.
+"""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -29,6 +32,14 @@ the batch. (These rows depend on how far the batch is padded, see `early_exits.p
 `logits(features, image_sizes) -> [B, len(policy.exits)]` and `num_weights`, and raises RuntimeError as long as it has
 no weights.
 No policy adds anything to the state dict of its parent.
+
+A policy with `sequential` True is not called. It watches the encoder, and is asked after every exit of `policy.exits`
+but the last, of each image still under way, by `leaves(exit, maps, before)`:
+
+maps: what the encoder gives at this exit, coarse to fine, [C, h, w] each: the image's own tokens, without padding;
+before: the same at the exit before, or for the first exit the encoder's input.
+
+It returns a bool tensor [], True for an image that leaves. Its exits are those of MODEL.ECO.EXITS up to MAX_EXIT.
 """
 
 
@@ -210,6 +221,11 @@ class OracleExit(nn.Module):
         return torch.tensor([self.exit_of[str(i)] for i in image_ids], dtype=torch.int64)
 
 
+def covered(size: tuple[int, int], stride: int) -> tuple[int, int]:
+    """(rows, columns) of a map that an image of `size` (height, width) covers, from the top left."""
+    return -(-int(size[0]) // stride), -(-int(size[1]) // stride)
+
+
 def pool_valid(feature_map: Tensor, image_sizes: Sequence[tuple[int, int]], stride: int) -> Tensor:
     """The mean over the tokens that an image covers, its padding left out: [B, C, h, w] -> [B, C].
 
@@ -222,7 +238,7 @@ def pool_valid(feature_map: Tensor, image_sizes: Sequence[tuple[int, int]], stri
     dtype = torch.promote_types(feature_map.dtype, torch.float32)
     pooled = []
     for tokens, (height, width) in zip(feature_map, image_sizes):  # tokens: [C, h, w]
-        rows, columns = -(-int(height) // stride), -(-int(width) // stride)
+        rows, columns = covered((height, width), stride)
         if not (1 <= rows <= tokens.shape[1] and 1 <= columns <= tokens.shape[2]):
             raise ValueError(f"an image of {height} x {width} does not fit the map {list(tokens.shape)} at 1/{stride}")
         # flattened to one contiguous axis, so that the sum runs in the same order whatever the padding

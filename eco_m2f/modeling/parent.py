@@ -17,9 +17,17 @@ class ExitHead(nn.Module):
       besides, the same for every exit; a state is a list of tensors;
     - `decode(shared, state, aux=True) -> prediction`, a dict of tensors [B, ...], with "aux_outputs" if asked for; the
       state may have a batch where shared is of one image;
-    - `coarsest`: the name of the coarsest map of the backbone that the encoder takes;
-    - `projected(features) -> [B, projected_channels, h, w]`: that map as the encoder takes it, which a gate may read.
+    - `start(features) -> (shared, maps, run)` and `advance(run, exit) -> (run, state)`: the same, exit by exit, in
+      inference. maps are the encoder's input, [B, C, h, w] each; a run is an `EncoderState`;
+    - `encoder_features`: the names of the backbone's maps that the encoder takes, coarse to fine;
+    - `projected(features) -> [B, projected_channels, h, w]`: the coarsest as the encoder takes it, which a gate may
+      read.
     """
+
+    @property
+    def coarsest(self) -> str:
+        """The coarsest map of the backbone that the encoder takes."""
+        return self.encoder_features[0]
 
     def forward(self, features: dict[str, Tensor], exit: int | None = None) -> dict:
         """The prediction at an exit, by default after the last encoder layer; see `decode`."""

@@ -27,3 +27,21 @@ def test_padding_is_not_looked_at(encoder):
     assert not torch.allclose(padded, encoder([x], [pos], [4])[4][0][..., :3, :4], atol=1e-3)
     nothing = torch.zeros_like(padding)
     torch.testing.assert_close(encoder([x], [pos], [4], [nothing])[4][0], encoder([x], [pos], [4])[4][0])
+
+
+@torch.no_grad()
+def test_a_run_is_resumed_with_the_padding_of_the_images_that_stay(encoder):
+    torch.manual_seed(2)
+    x, pos = torch.randn(3, 32, 4, 6), torch.randn(3, 32, 4, 6)
+    padding = torch.zeros(3, 4, 6, dtype=torch.bool)
+    padding[1, 2:], padding[2, :, 3:] = True, True
+    wanted = encoder([x], [pos], encoder.exits, [padding])
+    state = encoder.start([x], [pos], [padding])
+    for k in encoder.exits:
+        state, maps = encoder.advance(state, k)
+        assert torch.equal(maps[0], wanted[k][0])
+    state, _ = encoder.advance(encoder.start([x], [pos], [padding]), 2)
+    _, maps = encoder.advance(state.take(torch.tensor([0, 2])), 4)
+    torch.testing.assert_close(maps[0], wanted[4][0][[0, 2]], atol=1e-5, rtol=1e-5)
+    _, wrong = encoder.advance(state.take(torch.tensor([0, 1])), 4)
+    assert not torch.allclose(wrong[0][1], maps[0][1], atol=1e-3)

@@ -1,5 +1,8 @@
 """The contract of TRANSFORMER_ENCODER_REGISTRY, for every member by existing."""
 
+from collections import Counter
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,9 +15,13 @@ from eco_m2f.modeling.encoders.msdeform import flatten_levels, reference_points,
 SHAPES = [(2, 3), (4, 6), (8, 12)]
 
 
-@pytest.fixture(scope="module", params=[name for name, _ in TRANSFORMER_ENCODER_REGISTRY])
+STAGES = ("ProScaleEncoder", "MODEL.PROSCALE.EXIT_AFTER_STAGES", True)
+VARIANTS = {name: (name,) for name, _ in TRANSFORMER_ENCODER_REGISTRY} | {"ProScaleEncoder, all stages": STAGES}
+
+
+@pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS)
 def encoder(request):
-    return from_options(request.param).eval()
+    return from_options(*request.param).eval()
 
 
 def from_options(name: str, *opts):
@@ -58,17 +65,97 @@ def test_images_of_a_batch_do_not_meet(encoder):
         torch.testing.assert_close(a[1:], b, atol=1e-5, rtol=1e-5)
 
 
-@torch.no_grad()
-def test_exit_k_runs_k_layers(encoder):
+@contextmanager
+def layer_calls(encoder):
+    """A list that grows by (layer's number, images) at every call of a layer."""
     ran = []
-    layers = encoder.encoder.layers
-    hooks = [layer.register_forward_pre_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(layers)]
-    for k in encoder.exits:
-        ran.clear()
-        encoder(*inputs(), [k])
-        assert len(ran) == len(set(ran)) == k
+    hooks = [
+        layer.register_forward_pre_hook(lambda m, args, i=i: ran.append((i, len(given(args)))))
+        for i, layer in enumerate(encoder.encoder.layers)
+    ]
+    yield ran
     for hook in hooks:
         hook.remove()
+
+
+def given(args) -> torch.Tensor:
+    """What a layer refines: tokens, or the first of its maps."""
+    return args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+
+
+@torch.no_grad()
+def test_exit_k_runs_k_layers(encoder):
+    for k in encoder.exits:
+        with layer_calls(encoder) as ran:
+            encoder(*inputs(), [k])
+        assert len(ran) == len(set(ran)) == k
+
+
+def steps(encoder, state, exits) -> dict:
+    """{exit: maps} of a run that stops at each of these exits."""
+    found = {}
+    for k in exits:
+        state, found[k] = encoder.advance(state, k)
+    return found
+
+
+@torch.no_grad()
+def test_step_by_step_is_one_go(encoder):
+    """Bit for bit, from every exit on; what a state held stays, so that another run can go on from it."""
+    maps, pos = inputs()
+    wanted = encoder(maps, pos, encoder.exits)
+    state = encoder.start(maps, pos)
+    for i, k in enumerate(encoder.exits):
+        for _ in range(2):
+            assert_equal(steps(encoder, state, encoder.exits[i:]), wanted, encoder.exits[i:])
+            assert_equal(steps(encoder, state, encoder.exits[-1:]), wanted, encoder.exits[-1:])
+        state, _ = encoder.advance(state, k)
+        assert state.exit == k
+
+
+def assert_equal(found: dict, wanted: dict, exits) -> None:
+    assert tuple(found) == tuple(exits)
+    for k in exits:
+        assert all(torch.equal(a, b) for a, b in zip(found[k], wanted[k], strict=True))
+
+
+@torch.no_grad()
+def test_no_layer_runs_twice_or_in_vain(encoder):
+    """The last layer alone may run again, for each exit, where every exit has it."""
+    with layer_calls(encoder) as together:
+        encoder(*inputs(), encoder.exits)
+    with layer_calls(encoder) as one_by_one:
+        steps(encoder, encoder.start(*inputs()), encoder.exits)
+    with layer_calls(encoder) as first:
+        encoder(*inputs(), encoder.exits[:1])
+    assert together == one_by_one
+    last, count = len(encoder.encoder.layers) - 1, Counter(i for i, _ in together)
+    assert sorted(count) == list(range(encoder.exits[-1]))
+    assert all(n == 1 for i, n in count.items() if i != last)
+    assert count[last] == (len(encoder.exits) if last in [i for i, _ in first] else 1)
+
+
+@torch.no_grad()
+def test_images_that_left_cost_nothing_more(encoder):
+    maps, pos = inputs(batch=4)
+    stay = torch.tensor([0, 3])
+    wanted = encoder([m[stay] for m in maps], pos, encoder.exits)
+    for i, k in enumerate((0, *encoder.exits[:-1])):
+        state = encoder.start(maps, pos)
+        state = encoder.advance(state, k)[0] if k else state
+        with layer_calls(encoder) as ran:
+            found = steps(encoder, state.take(stay), encoder.exits[i:])
+        assert ran and {images for _, images in ran} == {2}
+        for exit, levels in found.items():
+            for a, b in zip(levels, wanted[exit], strict=True):
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_only_exits_ahead_can_be_gone_on_to(encoder):
+    state, _ = encoder.advance(encoder.start(*inputs()), encoder.exits[-1])
+    for wrong in (0, encoder.exits[-1], encoder.exits[-1] + 1):
+        with pytest.raises(ValueError, match=f"exit {wrong} asked of a run at {encoder.exits[-1]}"):
+            encoder.advance(state, wrong)
 
 
 @torch.no_grad()

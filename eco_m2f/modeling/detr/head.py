@@ -7,6 +7,7 @@ from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
+from ..encoders import EncoderState
 from ..encoders.dense import DetrEncoder, allowed_tokens
 from ..layers import MLP, padded_sine_position, xavier_matrices_
 from ..parent import ExitHead
@@ -36,7 +37,7 @@ class DetrHead(ExitHead):
     ):
         """in_channels: of the map `in_feature`; num_classes: without "no object", which is the last logit."""
         super().__init__()
-        self.coarsest = in_feature
+        self.encoder_features = [in_feature]
         self.num_classes = num_classes
         self.transformer = nn.Module()  # a plain holder, for the published parameter names
         self.transformer.encoder = DetrEncoder(dim, enc_layers, num_heads, dim_feedforward, dropout)
@@ -89,12 +90,25 @@ class DetrHead(ExitHead):
             (position code [B, C, h, w], padding), the same for every exit; and {exit: [map of [B, C, h, w]]}. Padding
             is handed to attention also where there is none, as in the reference, on which the GFLOPs depend.
         """
+        x, pos, padding = self._encoder_input(features)
+        return (pos, padding), self.transformer.encoder([x], [pos], exits, [padding])
+
+    def start(self, features: dict[str, Tensor]) -> tuple[tuple[Tensor, Tensor], list[Tensor], EncoderState]:
+        """(position code and padding as of `encode`, [the encoder's input], its state before the first layer)."""
+        x, pos, padding = self._encoder_input(features)
+        return (pos, padding), [x], self.transformer.encoder.start([x], [pos], [padding])
+
+    def advance(self, state: EncoderState, exit: int) -> tuple[EncoderState, list[Tensor]]:
+        """See `ExitEncoder.advance`."""
+        return self.transformer.encoder.advance(state, exit)
+
+    def _encoder_input(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The projected map [B, C, h, w], its position code, and its padding [B, h, w]."""
         x = self.projected(features)
         padding = features.get("padding")
         if padding is None:
             padding = x.new_zeros(len(x), *x.shape[-2:], dtype=torch.bool)
-        pos = padded_sine_position(padding, x.shape[1]).to(x.dtype)
-        return (pos, padding), self.transformer.encoder([x], [pos], exits, [padding])
+        return x, padded_sine_position(padding, x.shape[1]).to(x.dtype), padding
 
     def decode(self, shared: tuple[Tensor, Tensor], maps: Sequence[Tensor], aux: bool = True) -> dict:
         """The prediction of one exit, from what `encode` gives.

@@ -1,6 +1,7 @@
 """Transformer encoders of the pixel decoder, one file each."""
 
 from .dense import DenseEncoder
+from .exit_encoder import EncoderState, ExitEncoder
 from .hybrid import HybridEncoder
 from .lite import LiteEncoder
 from .msdeform import MSDeformEncoder
@@ -10,6 +11,8 @@ from .registry import TRANSFORMER_ENCODER_REGISTRY, build_transformer_encoder
 __all__ = [
     "TRANSFORMER_ENCODER_REGISTRY",
     "DenseEncoder",
+    "EncoderState",
+    "ExitEncoder",
     "HybridEncoder",
     "LiteEncoder",
     "MSDeformEncoder",

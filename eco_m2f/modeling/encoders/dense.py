@@ -4,18 +4,30 @@ Parameter names below `encoder` are those of DETR's published checkpoints: `laye
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from detectron2.config import configurable
 from torch import Tensor, nn
 
 from ..layers import attend, xavier_matrices_
+from .exit_encoder import EncoderState, ExitEncoder
 from .msdeform import flatten_levels, split_levels
-from .registry import TRANSFORMER_ENCODER_REGISTRY, wanted_exits
+from .registry import TRANSFORMER_ENCODER_REGISTRY
+
+
+@dataclass(frozen=True)
+class DenseState(EncoderState):
+    """Tokens of all maps, S the sum of h * w over `shapes`."""
+
+    tokens: Tensor  # [B, S, C]
+    pos: Tensor  # [1 or B, S, C]
+    allowed: Tensor | None  # [B, 1, S] bool: the tokens that attention may look at
+    shapes: list[tuple[int, int]]
 
 
 @TRANSFORMER_ENCODER_REGISTRY.register()
-class DenseEncoder(nn.Module):
+class DenseEncoder(ExitEncoder):
     """DETR's encoder as a pixel decoder has it: without padding, every token looks at every other."""
 
     @configurable
@@ -44,12 +56,14 @@ class DenseEncoder(nn.Module):
         """See `TRANSFORMER_ENCODER_REGISTRY`; as in DETR, without a norm."""
         return nn.Sequential(nn.Conv2d(in_channels, self.dim, 1))
 
-    def forward(self, maps: Sequence[Tensor], pos: Sequence[Tensor], exits: Sequence[int]) -> dict[int, list[Tensor]]:
-        """See `TRANSFORMER_ENCODER_REGISTRY` for the contract."""
-        return self.encoder(maps, pos, exits)
+    def start(self, maps: Sequence[Tensor], pos: Sequence[Tensor]) -> DenseState:
+        return self.encoder.start(maps, pos)
+
+    def step(self, state: DenseState, exit: int) -> tuple[DenseState, list[Tensor]]:
+        return self.encoder.step(state, exit)
 
 
-class DetrEncoder(nn.Module):
+class DetrEncoder(ExitEncoder):
     """DETR's encoder under the contract of `TRANSFORMER_ENCODER_REGISTRY`; exit k is the state after layer k.
 
     It also takes which tokens are padding, and has no final norm, so that every exit has the decoder's input format.
@@ -81,16 +95,21 @@ class DetrEncoder(nn.Module):
         Returns:
             {exit: maps}, of the same shapes.
         """
-        wanted = wanted_exits(exits, self.exits)
+        return self.run(self.start(maps, pos, padding), exits)
+
+    def start(
+        self, maps: Sequence[Tensor], pos: Sequence[Tensor], padding: Sequence[Tensor] | None = None
+    ) -> DenseState:
+        """Arguments as of `forward`."""
         shapes = [tuple(m.shape[-2:]) for m in maps]
-        tokens, pos = flatten_levels(maps), flatten_levels(pos)  # [B, S, C]
         allowed = None if padding is None else allowed_tokens(padding)
-        out = {}
-        for depth, layer in enumerate(self.layers[: max(wanted)], start=1):
-            tokens = layer(tokens, pos, allowed)
-            if depth in wanted:
-                out[depth] = split_levels(tokens, shapes)
-        return out
+        return DenseState(0, flatten_levels(maps), flatten_levels(pos), allowed, shapes)
+
+    def step(self, state: DenseState, exit: int) -> tuple[DenseState, list[Tensor]]:
+        tokens = state.tokens
+        for layer in self.layers[state.exit : exit]:
+            tokens = layer(tokens, state.pos, state.allowed)
+        return replace(state, exit=exit, tokens=tokens), split_levels(tokens, state.shapes)
 
 
 class AttentionLayer(nn.Module):

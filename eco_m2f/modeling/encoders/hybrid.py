@@ -6,6 +6,7 @@ leaves nothing to exit from.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +14,14 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 
 from ..layers import attend, xavier_matrices_
-from .registry import TRANSFORMER_ENCODER_REGISTRY, wanted_exits
+from .exit_encoder import ExitEncoder, MapState
+from .registry import TRANSFORMER_ENCODER_REGISTRY
 
 NORMS = {"BN": nn.BatchNorm2d, "SyncBN": nn.SyncBatchNorm}
 
 
 @TRANSFORMER_ENCODER_REGISTRY.register()
-class HybridEncoder(nn.Module):
+class HybridEncoder(ExitEncoder):
     """Its only exit is the number of its attention layers: what crosses the scales comes after the last of them."""
 
     @configurable
@@ -69,19 +71,22 @@ class HybridEncoder(nn.Module):
         """See `TRANSFORMER_ENCODER_REGISTRY`."""
         return nn.Sequential(nn.Conv2d(in_channels, self.dim, 1, bias=False), self.norm(self.dim))
 
-    def forward(self, maps: Sequence[Tensor], pos: Sequence[Tensor], exits: Sequence[int]) -> dict[int, list[Tensor]]:
-        """See `TRANSFORMER_ENCODER_REGISTRY`; maps are doubled in size from one to the next.
+    def start(self, maps: Sequence[Tensor], pos: Sequence[Tensor]) -> MapState:
+        """As of every encoder; maps are doubled in size from one to the next.
 
         pos is not read: the position code of the coarsest map is of another form here, and the others need none.
         """
-        wanted_exits(exits, self.exits)
         sizes = [tuple(m.shape[-2:]) for m in maps]
         if any(fine != (2 * h, 2 * w) for (h, w), fine in zip(sizes, sizes[1:])):
             raise ValueError(
                 f"HybridEncoder needs maps that double in size from one to the next, not {sizes}: take a backbone "
                 "whose strides do (RESNETS.RES5_DILATION 1, TIMM.OUTPUT_STRIDE 32), or another encoder"
             )
-        return {self.exits[0]: self.across_scales([self.within_scale(maps[0]), *maps[1:]])}
+        return MapState(0, list(maps), pos=[])
+
+    def step(self, state: MapState, exit: int) -> tuple[MapState, list[Tensor]]:
+        state = replace(state, exit=exit, maps=[self.within_scale(state.maps[0]), *state.maps[1:]])
+        return state, self.across_scales(state.maps)
 
     def within_scale(self, coarsest: Tensor) -> Tensor:
         """Self-attention of a map: [B, C, h, w] -> [B, C, h, w]."""

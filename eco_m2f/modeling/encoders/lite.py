@@ -4,10 +4,12 @@ Against the paper: no key-aware attention, and one group of cheap layers before 
 it over (arXiv 2404.15244). Parameters are the parent's, in number, names and shapes.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from .msdeform import MSDeformEncoder
+from .msdeform import MSDeformEncoder, TokenState, split_levels
 from .registry import TRANSFORMER_ENCODER_REGISTRY
 
 
@@ -16,21 +18,18 @@ class LiteEncoder(MSDeformEncoder):
     """Exit k is the first k - 1 layers, cheap, and then the last layer, which is full whatever the exit.
 
     In a cheap layer the tokens of all levels but the finest are the queries, and all tokens the values; the finest
-    level stays as it was. The last layer runs once for every exit asked for, each time on another state.
+    level stays as it was. The last layer runs once for every exit asked for, each time on another state; a run goes on
+    from the state before it.
     """
 
-    def run(
-        self, tokens: Tensor, pos: Tensor, reference: Tensor, shapes: list[tuple[int, int]], wanted: set[int]
-    ) -> dict[int, Tensor]:
+    def step(self, state: TokenState, exit: int) -> tuple[TokenState, list[Tensor]]:
         *cheap, full = self.encoder.layers
+        tokens, shapes = state.tokens, state.shapes
         height, width = shapes[-1]
         coarse, fine = tokens.split([tokens.shape[1] - height * width, height * width], dim=1)
-        coarse_pos, coarse_reference = pos[:, : coarse.shape[1]], reference[:, : coarse.shape[1]]
-        states = {}
-        for k in range(1, max(wanted) + 1):
-            if k > 1:
-                coarse = cheap[k - 2](coarse, coarse_pos, coarse_reference, shapes, values=tokens)
-                tokens = torch.cat((coarse, fine), dim=1)
-            if k in wanted:
-                states[k] = full(tokens, pos, reference, shapes)
-        return states
+        coarse_pos, coarse_reference = (x[:, : coarse.shape[1]] for x in (state.pos, state.reference))
+        for layer in cheap[max(state.exit - 1, 0) : exit - 1]:
+            coarse = layer(coarse, coarse_pos, coarse_reference, shapes, values=tokens)
+            tokens = torch.cat((coarse, fine), dim=1)
+        maps = split_levels(full(tokens, state.pos, state.reference, shapes), shapes)
+        return replace(state, exit=exit, tokens=tokens), maps

@@ -1,10 +1,11 @@
 """The parent's encoder: layers of multi-scale deformable self-attention over all levels.
 
 State-dict names are Mask2Former's: `level_embed`, `encoder.layers.N...`. An encoder of the same layers that shows them
-other tokens overrides `run`.
+other tokens overrides `step`.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from detectron2.config import configurable
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from ...ops import MSDeformAttn
 from ..layers import xavier_matrices_
-from .registry import TRANSFORMER_ENCODER_REGISTRY, wanted_exits
+from .exit_encoder import EncoderState, ExitEncoder
+from .registry import TRANSFORMER_ENCODER_REGISTRY
 
 
 class MSDeformEncoderLayer(nn.Module):
@@ -47,8 +49,18 @@ class MSDeformEncoderLayer(nn.Module):
         return self.norm2(tokens + self.dropout(self.linear2(hidden)))
 
 
+@dataclass(frozen=True)
+class TokenState(EncoderState):
+    """Tokens of all levels, coarse first: [B, S, C], S the sum of h * w over `shapes`."""
+
+    tokens: Tensor
+    pos: Tensor  # [1 or B, S, C]
+    reference: Tensor  # [1, S, 1, 2]
+    shapes: list[tuple[int, int]]
+
+
 @TRANSFORMER_ENCODER_REGISTRY.register()
-class MSDeformEncoder(nn.Module):
+class MSDeformEncoder(ExitEncoder):
     """Mask2Former's deformable encoder; exit k is the state after layer k."""
 
     @configurable
@@ -100,26 +112,17 @@ class MSDeformEncoder(nn.Module):
         """See `TRANSFORMER_ENCODER_REGISTRY`."""
         return nn.Sequential(nn.Conv2d(in_channels, self.dim, 1), nn.GroupNorm(32, self.dim))
 
-    def forward(self, maps: Sequence[Tensor], pos: Sequence[Tensor], exits: Sequence[int]) -> dict[int, list[Tensor]]:
-        """See `TRANSFORMER_ENCODER_REGISTRY` for the contract."""
-        wanted = wanted_exits(exits, self.exits)
+    def start(self, maps: Sequence[Tensor], pos: Sequence[Tensor]) -> TokenState:
         shapes = [tuple(m.shape[-2:]) for m in maps]
         tokens = flatten_levels(maps)  # [B, S, C]
-        pos = flatten_levels([p + e[:, None, None] for p, e in zip(pos, self.level_embed)])
-        reference = reference_points(shapes, tokens.device, tokens.dtype)
-        states = self.run(tokens, pos, reference, shapes, wanted)
-        return {k: split_levels(state, shapes) for k, state in states.items()}
+        pos = flatten_levels([p + e[:, None, None] for p, e in zip(pos, self.level_embed)])  # [1 or B, S, C]
+        return TokenState(0, tokens, pos, reference_points(shapes, tokens.device, tokens.dtype), shapes)
 
-    def run(
-        self, tokens: Tensor, pos: Tensor, reference: Tensor, shapes: list[tuple[int, int]], wanted: set[int]
-    ) -> dict[int, Tensor]:
-        """{exit: tokens [B, S, C]} of the wanted exits; tokens, pos and reference run over all levels, coarse first."""
-        states = {}
-        for depth, layer in enumerate(self.encoder.layers[: max(wanted)], start=1):
-            tokens = layer(tokens, pos, reference, shapes)
-            if depth in wanted:
-                states[depth] = tokens
-        return states
+    def step(self, state: TokenState, exit: int) -> tuple[TokenState, list[Tensor]]:
+        tokens = state.tokens
+        for layer in self.encoder.layers[state.exit : exit]:
+            tokens = layer(tokens, state.pos, state.reference, state.shapes)
+        return replace(state, exit=exit, tokens=tokens), split_levels(tokens, state.shapes)
 
 
 def flatten_levels(maps: Sequence[Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ offsets and weights.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -12,8 +13,15 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor, nn
 
-from .msdeform import MSDeformEncoder, split_levels
+from .msdeform import MSDeformEncoder, TokenState, split_levels
 from .registry import TRANSFORMER_ENCODER_REGISTRY
+
+
+@dataclass(frozen=True)
+class StageState(TokenState):
+    """`tokens` are those of the levels that have joined."""
+
+    projected: Tensor  # [B, S, C], of all levels
 
 
 @TRANSFORMER_ENCODER_REGISTRY.register()
@@ -69,21 +77,27 @@ class ProScaleEncoder(MSDeformEncoder):
             "exit_after_stages": own.EXIT_AFTER_STAGES,
         }
 
-    def run(
-        self, tokens: Tensor, pos: Tensor, reference: Tensor, shapes: list[tuple[int, int]], wanted: set[int]
-    ) -> dict[int, Tensor]:
-        projected = split_levels(tokens, shapes)
-        ends = list(accumulate(h * w for h, w in shapes))
-        joined, present, states = 0, tokens[:, :0], {}
-        for depth, levels in enumerate(self.layer_levels[: max(wanted)], start=1):
-            if joined < levels:
-                present = torch.cat([present, *(self.joining(projected, i) for i in range(joined, levels))], dim=1)
-                joined = levels
-            end = ends[levels - 1]
-            present = self.encoder.layers[depth - 1](present, pos[:, :end], reference[:, :end], shapes[:levels])
-            if depth in wanted:
-                states[depth] = torch.cat((present, tokens[:, end:]), dim=1)
-        return states
+    def start(self, maps: Sequence[Tensor], pos: Sequence[Tensor]) -> StageState:
+        state = super().start(maps, pos)
+        return StageState(0, state.tokens[:, :0], state.pos, state.reference, state.shapes, projected=state.tokens)
+
+    def step(self, state: StageState, exit: int) -> tuple[StageState, list[Tensor]]:
+        tokens, shapes = state.tokens, state.shapes
+        for layer, levels in zip(self.encoder.layers[state.exit : exit], self.layer_levels[state.exit : exit]):
+            tokens = self.with_levels(tokens, state, levels)
+            end = tokens.shape[1]
+            tokens = layer(tokens, state.pos[:, :end], state.reference[:, :end], shapes[:levels])
+        maps = split_levels(torch.cat((tokens, state.projected[:, tokens.shape[1] :]), dim=1), shapes)
+        return replace(state, exit=exit, tokens=tokens), maps
+
+    def with_levels(self, tokens: Tensor, state: StageState, levels: int) -> Tensor:
+        """tokens [B, S, C] of the coarsest levels, and those with which further levels join, up to this many levels."""
+        ends = list(accumulate((h * w for h, w in state.shapes), initial=0))
+        joined = ends.index(tokens.shape[1])
+        if joined == levels:
+            return tokens
+        projected = split_levels(state.projected, state.shapes)
+        return torch.cat([tokens, *(self.joining(projected, i) for i in range(joined, levels))], dim=1)
 
     def joining(self, projected: Sequence[Tensor], level: int) -> Tensor:
         """The tokens [B, h * w, C] with which a level joins; projected: the maps [B, C, h, w] of all levels."""

@@ -7,6 +7,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
+from ..encoders import EncoderState
 from ..parent import ExitHead
 from .transformer_decoder import TRANSFORMER_DECODER_REGISTRY
 
@@ -44,9 +45,8 @@ class MaskFormerHead(ExitHead):
         return self.pixel_decoder.exits
 
     @property
-    def coarsest(self) -> str:
-        """The coarsest map of the backbone that the encoder takes."""
-        return self.pixel_decoder.encoder_in_features[0]
+    def encoder_features(self) -> list[str]:
+        return self.pixel_decoder.encoder_in_features
 
     @property
     def projected_channels(self) -> int:
@@ -61,6 +61,13 @@ class MaskFormerHead(ExitHead):
     ) -> tuple[tuple[Tensor, ...], dict[int, list[Tensor]]]:
         """See `MSDeformAttnPixelDecoder.encode`."""
         return self.pixel_decoder.encode(features, exits)
+
+    def start(self, features: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], list[Tensor], EncoderState]:
+        """See `MSDeformAttnPixelDecoder.start`."""
+        return self.pixel_decoder.start(features)
+
+    def advance(self, state: EncoderState, exit: int) -> tuple[EncoderState, list[Tensor]]:
+        return self.pixel_decoder.advance(state, exit)
 
     def decode(self, laterals: Sequence[Tensor], maps: Sequence[Tensor], aux: bool = True) -> dict:
         """The prediction of one exit, from what `encode` gives; see `TRANSFORMER_DECODER_REGISTRY`."""

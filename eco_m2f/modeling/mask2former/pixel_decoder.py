@@ -22,7 +22,7 @@ from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from fvcore.nn.weight_init import c2_xavier_fill
 from torch import Tensor, nn
 
-from ..encoders import build_transformer_encoder
+from ..encoders import EncoderState, build_transformer_encoder
 from ..layers import at_least_float32, sine_position
 
 MASK_BRANCHES = ("fpn", "lpe", "stride8")
@@ -150,11 +150,27 @@ class MSDeformAttnPixelDecoder(nn.Module):
             [B, conv_dim, h, w] of the encoder's features, coarse to fine}, float32 at least whatever the autocast.
         """
         with self._precision(next(iter(features.values()))):
-            features = {name: at_least_float32(f) for name, f in features.items()}
-            projected = [at_least_float32(m) for m in self.project(features)]
-            pos = [sine_position(*m.shape[-2:], m.shape[1], m.device).to(m.dtype) for m in projected]
+            features, projected, pos = self._encoder_input(features)
             maps = self.transformer(projected, pos, exits)
             return self.laterals(features), maps
+
+    def start(self, features: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], list[Tensor], EncoderState]:
+        """(what `encode` gives for the mask branch, the encoder's input maps, its state before the first layer)."""
+        with self._precision(next(iter(features.values()))):
+            features, projected, pos = self._encoder_input(features)
+            return self.laterals(features), projected, self.transformer.start(projected, pos)
+
+    def advance(self, state: EncoderState, exit: int) -> tuple[EncoderState, list[Tensor]]:
+        """See `ExitEncoder.advance`; the maps are those of `encode`."""
+        with self._precision(self.mask_features.weight):
+            return self.transformer.advance(state, exit)
+
+    def _encoder_input(self, features: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]:
+        """The features in float32 at least, and the maps and position codes that the encoder takes."""
+        features = {name: at_least_float32(f) for name, f in features.items()}
+        projected = [at_least_float32(m) for m in self.project(features)]  # [B, conv_dim, h, w] each
+        pos = [sine_position(*m.shape[-2:], m.shape[1], m.device).to(m.dtype) for m in projected]
+        return features, projected, pos
 
     def _precision(self, x: Tensor) -> torch.autocast:
         kind = x.device.type
