@@ -7,10 +7,12 @@ annotations_detectron2/<split>/*.png, in which 0..149 are the classes and 255 is
 """
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from eco_m2f.command_line import run
 from PIL import Image
 
 from eco_m2f.data.datasets.builtin import datasets_root
@@ -54,21 +56,21 @@ def _convert(path: Path, output: Path) -> None:
     Image.fromarray(class_map(read_classes(path), path)).save(output / path.name)
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = datasets_root() / "ADEChallengeData2016"
     parser.add_argument("root", type=Path, nargs="?", default=default, help="folder with images and annotations")
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS))
     parser.add_argument("--workers", type=int, default=4, help="processes")
     parser.add_argument("--overwrite", action="store_true", help="make the class maps again")
-    args = parser.parse_args()
-    try:
-        for split in args.splits:
-            written = prepare(args.root, split, args.workers, args.overwrite)
-            print(f"{args.root} {split}: {'written' if written else 'already there'}")
-    except (DataError, FileExistsError) as error:
-        parser.error(str(error))
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    for split in args.splits:
+        written = prepare(args.root, split, args.workers, args.overwrite)
+        print(f"{args.root} {split}: {'written' if written else 'already there'}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, build_parser().parse_args()))

@@ -10,11 +10,13 @@ evaluated labels become segments; a thing without an instance number is a crowd.
 """
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from detectron2.data.datasets.builtin_meta import CITYSCAPES_CATEGORIES
+from eco_m2f.command_line import run
 from PIL import Image
 
 from eco_m2f.data.datasets.builtin import datasets_root
@@ -91,21 +93,21 @@ def _image_of(images: Path, source: Path) -> Path:
     return images / source.parent.name / (source.name.removesuffix(SUFFIX) + "_leftImg8bit.png")
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = datasets_root() / "cityscapes"
     parser.add_argument("cityscapes", type=Path, nargs="?", default=default, help="folder with gtFine and leftImg8bit")
     parser.add_argument("--splits", nargs="+", choices=("train", "val"), default=["train", "val"])
     parser.add_argument("--workers", type=int, default=4, help="processes")
     parser.add_argument("--overwrite", action="store_true", help="make splits again whose JSON is there")
-    args = parser.parse_args()
-    try:
-        for split in args.splits:
-            written = prepare(args.cityscapes, split, args.workers, args.overwrite)
-            print(f"{args.cityscapes} {split}: {'written' if written else 'already there'}")
-    except DataError as error:
-        parser.error(str(error))
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    for split in args.splits:
+        written = prepare(args.cityscapes, split, args.workers, args.overwrite)
+        print(f"{args.cityscapes} {split}: {'written' if written else 'already there'}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, build_parser().parse_args()))

@@ -7,10 +7,12 @@ Also works for other folders in COCO panoptic format: --json, --panoptic and --o
 """
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from eco_m2f.command_line import run
 from PIL import Image
 
 from eco_m2f.data.annotations import read
@@ -62,7 +64,7 @@ def _convert(annotation: PanopticAnnotation, panoptic_root: Path, output: Path, 
     Image.fromarray(semantic).save(output / annotation.file_name)
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("coco", type=Path, nargs="?", default=datasets_root() / "coco", help="folder of COCO")
     parser.add_argument("--splits", nargs="+", choices=("train", "val"), default=["val"], help="of COCO 2017")
@@ -71,17 +73,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder to write")
     parser.add_argument("--workers", type=int, default=4, help="processes")
     parser.add_argument("--overwrite", action="store_true", help="make the class maps again")
-    args = parser.parse_args()
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
     own = (args.json, args.panoptic, args.output)
     if any(own) and not all(own):
-        parser.error("--json, --panoptic and --output go together")
+        raise ValueError("--json, --panoptic and --output go together")
     jobs = [own] if all(own) else [_coco_paths(args.coco, split) for split in args.splits]
-    try:
-        for panoptic_json, panoptic_root, output in jobs:
-            written = prepare(panoptic_json, panoptic_root, output, args.workers, args.overwrite)
-            print(f"{output}: {'written' if written else 'already there'}")
-    except (DataError, FileExistsError) as error:
-        parser.error(str(error))
+    for panoptic_json, panoptic_root, output in jobs:
+        written = prepare(panoptic_json, panoptic_root, output, args.workers, args.overwrite)
+        print(f"{output}: {'written' if written else 'already there'}")
 
 
 def _coco_paths(coco: Path, split: str) -> tuple[Path, Path, Path]:
@@ -93,4 +95,4 @@ def _coco_paths(coco: Path, split: str) -> tuple[Path, Path, Path]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, build_parser().parse_args()))

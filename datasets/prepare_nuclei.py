@@ -12,9 +12,11 @@ import csv
 import hashlib
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
+from eco_m2f.command_line import run
 from tqdm import tqdm
 
 from eco_m2f.data.datasets.builtin import NUCLEI_CATEGORIES, datasets_root
@@ -123,19 +125,19 @@ def _read_nuclei(raw: Path, row: dict) -> np.ndarray:
     return nuclei.astype(np.int32)
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("raw", type=Path, help="the folder with index.csv, images/ and instance_ids/")
     parser.add_argument("output", type=Path, nargs="?", default=datasets_root() / "nuclei", help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of the split (0 is the published one)")
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset made from other input")
-    args = parser.parse_args()
-    try:
-        written = prepare(args.raw, args.output, args.seed, args.overwrite)
-    except (DataError, FileExistsError) as error:
-        parser.error(str(error))
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    written = prepare(args.raw, args.output, args.seed, args.overwrite)
     print(f"{args.output}: {'written' if written else 'already there'}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, build_parser().parse_args()))

@@ -9,7 +9,7 @@ from minis import CONFIGS, ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "datasets").glob("*.md")])
 STARTERS = ("python", "pip", "make", "torchrun", "srun")
-SCRIPT = re.compile(r"(tools|datasets)/\w+\.py$")
+SCRIPT = re.compile(r"(tools|datasets)/(\w+/)*\w+\.py$")
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,6 @@ def _commands(lines: list[str], page: str, section: str):
 
 def strays() -> list[str]:
     """Lines of first comments that name a script with arguments, but do not begin with it: nothing would run these."""
-    inside = re.compile(r"^#.*\S.* (tools|datasets)/\w+\.py \w")
+    inside = re.compile(r"^#.*\S.* (tools|datasets)/(\w+/)*\w+\.py \w")
     lines = [(path, line) for path in sorted(CONFIGS.rglob("*.yaml")) for line in path.read_text().splitlines()]
     return [f"{path.name}: {line}" for path, line in lines if line.startswith("#") and inside.match(line)]

@@ -153,9 +153,6 @@ def parents_first(command: Command) -> tuple:
     return 0, command.tool == "train_net", "eco_" in Path(command.page).name, command.page
 
 
-# --- a command -------------------------------------------------------------------------------------------------------
-
-
 def run(command: Command, runs: dict[str, Command]) -> Result:
     """runs: what has been run so far, by what it was."""
     start = time.process_time()
@@ -249,9 +246,6 @@ def working_folder(command: Command) -> Iterator[None]:
             (folder / name).symlink_to(place)
     with contextlib.chdir(folder):
         yield
-
-
-# --- the data of every config ----------------------------------------------------------------------------------------
 
 
 def first_batches() -> dict[str, dict]:

@@ -67,6 +67,12 @@ def fill(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def pixel_decoder_exits(decoder, features: dict, exits) -> dict[int, tuple]:
+    """{exit: (mask features, maps coarse to fine)} of a pixel decoder."""
+    laterals, maps = decoder.encode(features, exits)
+    return {k: (decoder.mask_branch(laterals, maps[k]), maps[k]) for k in maps}
+
+
 def make_batch(sizes=((64, 96), (60, 80)), num_targets: int = 3) -> list[dict]:
     from detectron2.structures import Boxes, Instances
 

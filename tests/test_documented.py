@@ -18,12 +18,16 @@ from tiny import tool_environment
 
 pytestmark = pytest.mark.slow
 
+LONG = "takes minutes at the sizes that it measures"
 NOT_RUN = {  # pattern of commands: why, and the file of tests that stands for them
     r"make (recipe|env|test|format|help)\b.*": ("make completes .venv over the network", "tests/tools/test_recipe.py"),
     r"pip install .*": ("downloads", "tests/tools/test_install.py"),
     r"tools/install_detectron2.py": ("downloads", "tests/tools/test_install.py"),
     r"tools/convert_timm.py vit_\w+ \S+\.pkl": ("timm downloads the weights", "tests/modeling/test_dovit.py"),
-    r"tools/benchmark.py .*": ("takes minutes at the sizes that it measures", "tests/tools/test_benchmark.py"),
+    r"tools/benchmarks/op.py .*": (LONG, "tests/tools/benchmarks/test_benchmark_op.py"),
+    r"tools/benchmarks/model.py .*": (LONG, "tests/tools/benchmarks/test_benchmark_model.py"),
+    r"tools/benchmarks/step_[abc].py .*": (LONG, "tests/tools/benchmarks/test_benchmark_steps.py"),
+    r"tools/benchmarks/dovit.py .*": (LONG, "tests/tools/benchmarks/test_benchmark_dovit.py"),
 }
 COMMANDS = list({(command.folder, command.text): command for command in all_commands()}.values())
 LEAVES = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml") if not p.name.startswith("Base-"))
@@ -112,9 +116,6 @@ def test_no_command_hides_within_a_comment():
 def test_every_page_is_read():
     assert {p.name for p in PAGES} >= {"README.md", "GUIDE.md", "MODEL_ZOO.md", "RELIABILITY.md", "ADDING.md", "toy.md"}
     assert sum(c.page == "docs/GUIDE.md" for c in COMMANDS) >= 25 and len(RUN) > 135
-
-
-# --- what was run ----------------------------------------------------------------------------------------------------
 
 
 def trained(results) -> list[dict]:

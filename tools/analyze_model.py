@@ -1,5 +1,4 @@
-#!/usr/bin/env python
-"""Parameters of a config's model, and its GFLOPs at every exit or share of tokens, without weights or images.
+"""Counts the parameters of a config's model, and its GFLOPs at every exit or share of tokens, without an image.
 
     tools/analyze_model.py --config-file configs/cityscapes/panoptic-segmentation/maskformer2_R50_bs16_90k.yaml \\
         --size 1024 2048 --json analysis.json

@@ -20,6 +20,7 @@ from eco_m2f.data.datasets import parse_custom, register_from_config
 from eco_m2f.data.datasets.paths import resolve
 from eco_m2f.data.panoptic_map import DataError
 from eco_m2f.data.schema import DETECTION, PANOPTIC
+from eco_m2f.engine.command_line import run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,24 +37,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> int:
-    parser = build_parser()
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> int:
     try:
-        results = _check(args, parser)
+        results = _check(args)
     except DataError as error:
         if isinstance(error.__cause__, FileNotFoundError):
-            parser.error(str(error))
+            build_parser().error(str(error))
         print(f"a dataset that cannot be registered: 1 finding(s)\n  {error}")
         return 1
     except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
+        build_parser().error(str(error))
     for name, findings in results.items():
         print(f"{name}: {len(findings)} finding(s)" + (f"\n{summary(findings, args.lines)}" if findings else ""))
     return int(any(results.values()))
 
 
-def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, list[Finding]]:
+def _check(args: argparse.Namespace) -> dict[str, list[Finding]]:
     """The findings of each dataset."""
     custom, results = _register(args.custom, args.train)
     names, num_classes, reference = [*args.names, *custom], args.num_classes, args.train
@@ -66,7 +65,7 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[st
         num_classes = num_classes or cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
         reference = reference or next(iter(cfg.DATASETS.TRAIN), None)
     if not names and not results:
-        parser.error("no dataset: give a name, --config-file or --custom")
+        raise ValueError("no dataset: give a name, --config-file or --custom")
     for name in dict.fromkeys(names):
         if name not in results:
             results[name] = check_dataset(
@@ -96,4 +95,4 @@ def _register(specs: list[str], training: str | None) -> tuple[list[str], dict[s
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main, build_parser().parse_args()))

@@ -1,5 +1,4 @@
-#!/usr/bin/env python3
-"""Convert a published backbone (.pth) to a file for MODEL.WEIGHTS (.pkl or .safetensors).
+"""Converts a published backbone (.pth) to a file for MODEL.WEIGHTS (.pkl or .safetensors).
 
     python tools/convert_backbone.py swin_tiny_patch4_window7_224.pth swin_tiny_patch4_window7_224.pkl
     python tools/convert_backbone.py moby_swin_t_300ep_pretrained.pth moby_swin_t_300ep_pretrained.pkl
@@ -34,10 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
     return converter_parser(__doc__, ".pkl or .safetensors")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    args = build_parser().parse_args(arguments)
+def main(args: argparse.Namespace) -> None:
     print(convert(args.source, args.target))
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run(main, build_parser().parse_args()))

@@ -1,5 +1,4 @@
-#!/usr/bin/env python3
-"""Convert a published DETR checkpoint (.pth, ResNet backbone) to the names of this project's Detr and EcoDetr.
+"""Converts a published DETR checkpoint (.pth, with a ResNet) to the names of this project's Detr and EcoDetr.
 
     python tools/convert_detr.py detr-r50-e632da11.pth detr_r50.pth
 
@@ -14,10 +13,10 @@ from pathlib import Path
 import torch
 from detectron2.data import MetadataCatalog
 
-from eco_m2f.checkpoint.published import resnet_name
+from eco_m2f.checkpoint.published import check_target, resnet_name
 from eco_m2f.checkpoint.safe_load import CheckpointError, read_checkpoint, write_weights
 from eco_m2f.engine.command_line import converter_parser, run
-from eco_m2f.files import atomic_write, prepare_output
+from eco_m2f.files import atomic_write
 
 BACKBONE = "backbone.0.body."
 PROBES = ("transformer.encoder.layers.0.self_attn.in_proj_weight", f"{BACKBONE}conv1.weight", "class_embed.weight")
@@ -26,9 +25,7 @@ COCO_LOGITS = 92  # the category ids 0..90, and "no object"
 
 def convert(source: Path, target: Path) -> str:
     """Write the converted checkpoint and return a line that tells what is in it."""
-    if target.suffix not in (".pth", ".safetensors"):
-        raise CheckpointError(f"{target} must end in .pth or .safetensors, for that is how it is recognised")
-    prepare_output(target)
+    check_target(target, (".pth", ".safetensors"))
     weights = read_checkpoint(source)["model"]
     missing = [name for name in PROBES if name not in weights or not weights[name].dim()]
     if missing:
@@ -71,10 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
     return converter_parser(__doc__, ".pth or .safetensors")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    args = build_parser().parse_args(arguments)
+def main(args: argparse.Namespace) -> None:
     print(convert(args.source, args.target))
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run(main, build_parser().parse_args()))

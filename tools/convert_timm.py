@@ -1,5 +1,4 @@
-#!/usr/bin/env python3
-"""Write the weights of a timm model as a backbone for MODEL.WEIGHTS (.pkl or .safetensors).
+"""Writes the weights of a timm model as a backbone for MODEL.WEIGHTS (.pkl or .safetensors).
 
 For a config with MODEL.TIMM, or, the plain vision transformers (vit_*), for one of a DoViT.
 
@@ -87,14 +86,17 @@ def in_timm_names(weights: dict, wanted: dict, path: Path) -> dict[str, torch.Te
     return {key: weights[key] for key in wanted}
 
 
-def main(arguments: list[str] | None = None) -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="timm's name of the model")
     parser.add_argument("target", type=Path, help="the .pkl or .safetensors file to write")
     parser.add_argument("--source", help="checkpoint, or package that holds one (default: timm's download)")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
     print(convert(args.name, args.target, args.source))
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run(main, build_parser().parse_args()))

@@ -1,5 +1,4 @@
-#!/usr/bin/env python
-"""Step B: the quality of every image of a split at every exit, with what a gate needs to learn from it.
+"""Writes the quality of every image of a split at every exit, with what a gate learns from (Step B).
 
 The quality is PQ, or the AP of boxes, as the config's model has it.
 
@@ -19,7 +18,7 @@ from eco_m2f.engine.predict import build_trained
 from eco_m2f.engine.setup import setup
 
 
-def main(args) -> None:
+def main(args: argparse.Namespace) -> None:
     cfg = setup(args)
     derive.derive(
         cfg,

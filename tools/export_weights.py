@@ -1,5 +1,4 @@
-#!/usr/bin/env python3
-"""Write the weights of a checkpoint (.pth, .pkl) alone as .safetensors, to share or to deploy them.
+"""Writes the weights of a checkpoint (.pth, .pkl) alone as .safetensors, to share or to deploy them.
 
     python tools/export_weights.py eco.pth eco.safetensors
 
@@ -8,18 +7,19 @@ is compared whenever it is loaded, and nothing in it can run code. MODEL.WEIGHTS
 needs the .pth.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
-from eco_m2f.checkpoint.safe_load import CheckpointError, read_checkpoint, write_weights
+from eco_m2f.checkpoint.published import check_target
+from eco_m2f.checkpoint.safe_load import read_checkpoint, write_weights
 from eco_m2f.engine.command_line import converter_parser, run
 
 
 def export(source: Path, target: Path) -> str:
     """Write the weights and return a line that tells what is in the file."""
-    if target.suffix != ".safetensors":
-        raise CheckpointError(f"{target} must end in .safetensors, for that is how it is recognised when it is loaded")
+    check_target(target, (".safetensors",))
     checkpoint = read_checkpoint(source)
     weights = checkpoint["model"]
     notes = {"__author__": checkpoint["__author__"]} if isinstance(checkpoint.get("__author__"), str) else {}
@@ -31,14 +31,13 @@ def export(source: Path, target: Path) -> str:
     return f"{target}: {len(weights)} tensors, {sum(w.numel() for w in weights.values()):,} numbers"
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     return converter_parser(__doc__, ".safetensors")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    args = build_parser().parse_args(arguments)
+def main(args: argparse.Namespace) -> None:
     print(export(args.source, args.target))
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run(main, build_parser().parse_args()))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Install detectron2 and panopticapi, neither of which has a release of its own on the package index.
+"""Installs detectron2 and panopticapi, neither of which has a release of its own on the package index.
 
 Usage: python tools/install_detectron2.py, with the Python that is to import them and that has torch already.
 
@@ -94,6 +94,7 @@ def install_detectron2() -> None:
     pip("install", "--constraint", str(CONSTRAINTS), *DEPENDENCIES)
 
 
+# This runs before the package is installed, so it has no command_line.run.
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if importlib.util.find_spec("torch") is None:

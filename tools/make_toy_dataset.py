@@ -1,12 +1,14 @@
 """Generates the toy set in COCO panoptic format; a second run with the same parameters does nothing."""
 
 import argparse
+import sys
 
 from eco_m2f.data.datasets.builtin import datasets_root
 from eco_m2f.data.toy import ToySpec, make_toy_dataset
+from eco_m2f.engine.command_line import run
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", default=str(datasets_root() / "toy"), help="folder to write")
     parser.add_argument("--num-train", type=int, default=ToySpec.num_train, help="training images")
@@ -14,14 +16,14 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=ToySpec.size, help="side of the images, pixels")
     parser.add_argument("--seed", type=int, default=ToySpec.seed, help="of everything drawn")
     parser.add_argument("--overwrite", action="store_true", help="replace a toy set made with other parameters")
-    args = parser.parse_args()
-    try:
-        spec = ToySpec(args.num_train, args.num_val, args.size, args.seed)
-        written = make_toy_dataset(args.output, spec, args.overwrite)
-    except (ValueError, FileExistsError) as error:
-        parser.error(str(error))
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    spec = ToySpec(args.num_train, args.num_val, args.size, args.seed)
+    written = make_toy_dataset(args.output, spec, args.overwrite)
     print(f"{args.output}: {'written' if written else 'already there with these parameters'}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, build_parser().parse_args()))

@@ -1,5 +1,4 @@
-#!/usr/bin/env python
-"""The whole method on one dataset: parent, its forced exits, Step A, Step B, Step C for three betas, and a report.
+"""Runs the whole method on one dataset: parent, its forced exits, Step A, Step B, Step C for three betas, and a report.
 
     tools/recipe.py --data toy --output output/recipe
     tools/recipe.py --data nuclei --nuclei-raw <folder> --output output/recipe-nuclei

@@ -1,5 +1,6 @@
-#!/usr/bin/env python
-"""The table and the pictures of a recipe's folder: table.md, table.csv, pq_gflops.png (of boxes: ap_gflops.png), ...
+"""Writes the table and the pictures of a recipe's folder.
+
+They are table.md, table.csv, pq_gflops.png (of boxes: ap_gflops.png), and others.
 
 tools/report.py output/recipe
 """

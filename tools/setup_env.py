@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make .venv complete: the pinned packages, detectron2, and this package with its extension.
+"""Makes .venv complete: the pinned packages, detectron2, and this package with its extension.
 
 Usage: python3.11 tools/setup_env.py (or just `make`). Needs nothing but the standard library, a C++ compiler and a
 package index. Each step leaves a stamp in .venv that holds a hash of all it was made from, so a second run does
@@ -141,6 +141,7 @@ def alone() -> Iterator[None]:
         yield
 
 
+# This runs before the package is installed, so it has no command_line.run.
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     tools = ROOT / "tools"

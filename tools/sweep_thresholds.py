@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Evaluates a DoViT at several thresholds: mIoU beside the tokens kept and the GFLOPs saved, as a table and a CSV.
 
     tools/sweep_thresholds.py --config-file configs/toy/dovit_toy.yaml --thresholds 0.9 0.95 0.98 1.0 \\
@@ -21,7 +20,7 @@ from eco_m2f.files import prepare_output, write_csv
 from eco_m2f.modeling import DoViT
 
 
-def main(args) -> None:
+def main(args: argparse.Namespace) -> None:
     cfg = setup(args)
     if args.output:
         prepare_output(args.output)

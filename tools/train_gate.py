@@ -1,4 +1,4 @@
-"""Step C: fit the gate of a budget on a derived dataset, measure it, and save it beside the parent.
+"""Fits the gate of a budget on a derived dataset, evaluates it, and saves it (Step C).
 
     # one gate
     tools/train_gate.py --train derived/train --val derived/val --beta 0.0005 --output gate.safetensors
@@ -26,8 +26,9 @@ import numpy as np
 from eco_m2f.derived.dataset import DerivedDataset
 from eco_m2f.engine.command_line import give_back_freed_memory, run
 from eco_m2f.exits import GATE_LOSSES
+from eco_m2f.files import write_csv
 from eco_m2f.gates.fit import OPTIMIZERS, AdamOptions
-from eco_m2f.gates.frontier import HEADER, Row, format_row, frontier, write_csv
+from eco_m2f.gates.frontier import HEADER, Row, format_row, frontier
 from eco_m2f.gates.search import search_budget
 
 HELD_OUT = 0.1  # of the training images, where there is no --val
@@ -67,10 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The options, with what --config-file says in the place of those that are not given."""
+def complete(args: argparse.Namespace) -> None:
+    """Puts what --config-file says in the place of options that are not given; refuses options that do not agree."""
     parser = build_parser()
-    args = parser.parse_args(argv)
     args.searched = args.target_gflops is not None or args.max_pq_drop is not None
     if not (args.config_file or args.beta or args.searched):
         parser.error("one of --beta, --target-gflops, --max-pq-drop and --config-file is needed")
@@ -80,37 +80,39 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--{adam_alone[0].replace('_', '-')} is read by --optimizer adam alone")
     if args.searched and (len(args.max_exit or ()) > 1 or len(args.loss) > 1):
         parser.error("a search takes one --max-exit and one --loss")
-    return args
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+def main(args: argparse.Namespace) -> None:
+    complete(args)
     give_back_freed_memory()
     train, val = load(args)
     check_derived_with(args, train)
-    max_exits = args.max_exit or [train.exits[-1]]
-    adam = AdamOptions(args.adam_lr, args.adam_batch, args.adam_epochs, args.adam_iterations)
-    options = {"optimizer": args.optimizer, "l2": args.l2, "seed": args.seed, "adam": adam}
     about = (
         f"{len(train)} images to fit on, {len(val)} to measure on, exits {list(train.exits)}, quality {train.measure}"
     )
     print(f"{about}\n{HEADER}", flush=True)
-    if not args.searched:
-        rows = show(frontier(train, val, args.beta, max_exits, args.loss, **options))
-        best = [row for row in rows if row.gate]
-    else:
-        limits = {"target_gflops": args.target_gflops, "max_pq_drop": args.max_pq_drop}
-        found, rows = search_budget(train, val, max_exits[0], args.loss[0], **limits, **options)
-        show(rows)
-        best = [found]
+    rows, best = fit(args, train, val)
     for row in best:
         path = gate_path(args.output, row, alone=len(best) == 1)
         row.gate.save(path)
         quality = f"{train.measure} {row.score:.2f}"
         print(f"saved {path}: beta {row.beta:.4g}, K {row.max_exit}, {row.total_gflops:.2f} GFLOPs, {quality}")
     if args.frontier:
-        write_csv(rows, args.frontier)
+        write_csv(args.frontier, [row.numbers() for row in rows])
         print(f"saved {args.frontier}")
+
+
+def fit(args: argparse.Namespace, train: DerivedDataset, val: DerivedDataset) -> tuple[list[Row], list[Row]]:
+    """Everything that was fitted, shown as it comes; and the rows whose gates are wanted."""
+    max_exits = args.max_exit or [train.exits[-1]]
+    adam = AdamOptions(args.adam_lr, args.adam_batch, args.adam_epochs, args.adam_iterations)
+    options = {"optimizer": args.optimizer, "l2": args.l2, "seed": args.seed, "adam": adam}
+    if not args.searched:
+        rows = show(frontier(train, val, args.beta, max_exits, args.loss, **options))
+        return rows, [row for row in rows if row.gate]
+    limits = {"target_gflops": args.target_gflops, "max_pq_drop": args.max_pq_drop}
+    found, rows = search_budget(train, val, max_exits[0], args.loss[0], **limits, **options)
+    return show(rows), [found]
 
 
 def fill_in(args: argparse.Namespace) -> None:
@@ -171,4 +173,4 @@ def gate_path(output: str, row: Row, alone: bool) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run(main, build_parser().parse_args()))

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Trains the parent, an ECO model (Step A) or a DoViT, and evaluates any of them.
 
 Train:     tools/train_net.py --config-file configs/toy/maskformer2_toy.yaml
@@ -18,7 +17,7 @@ from eco_m2f.engine.setup import setup
 from eco_m2f.engine.train import Trainer
 
 
-def main(args) -> None:
+def main(args: argparse.Namespace) -> None:
     cfg = setup(args)
     if args.eval_only:
         evaluate(cfg, build_trained(cfg))

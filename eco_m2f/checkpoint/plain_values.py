@@ -46,9 +46,6 @@ def _whole_numbers(values: Any, what: str) -> tuple[int, ...]:
     return tuple(values)
 
 
-# --- containers ------------------------------------------------------------------------------------------------------
-
-
 def _encoded(text: Any = "", encoding: str = "latin1") -> bytes:
     """Bytes as protocol 2 spells them. Other codecs could expand a small file without bound."""
     if isinstance(text, bytes | bytearray):
@@ -88,9 +85,6 @@ def _settings(*arguments: Any) -> Unbuilt:
     """The options of a run, argparse's, as a dict."""
     _need(not arguments, "options in it are not spelled as a dict")
     return Unbuilt(lambda state: dict(state) if isinstance(state, dict) else {})
-
-
-# --- arrays ----------------------------------------------------------------------------------------------------------
 
 
 def _dtype(code: Any, *_: object) -> Unbuilt:
@@ -140,9 +134,6 @@ def _scalar(dtype: Any, data: Any) -> Any:
     return _array(data, dtype, ())[()]
 
 
-# --- tensors ---------------------------------------------------------------------------------------------------------
-
-
 class Storage:
     """The numbers of tensors; they may be filled in after tensors were made of it.
 
@@ -187,9 +178,6 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: object) -> to
 def _parameter(value: Any, *_: object) -> torch.Tensor:
     _need(isinstance(value, torch.Tensor), "a parameter in it is no tensor")
     return value
-
-
-# --- names -----------------------------------------------------------------------------------------------------------
 
 
 def _builtins() -> dict[tuple[str, str], object]:

@@ -4,7 +4,7 @@ import os
 import pickle
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,15 +64,16 @@ def read_backbone(path: str | os.PathLike) -> PublishedBackbone:
     return PublishedBackbone(layout.name, taken, left_out)
 
 
-def check_target(path: str | os.PathLike) -> None:
-    """Makes the folder of a file to be written.
+def check_target(path: str | os.PathLike, suffixes: Sequence[str] = (".pkl", ".safetensors")) -> None:
+    """Makes the folder of a file of weights, before the work. By default the file is of a backbone.
 
-    Raises CheckpointError for a path that ends neither in .pkl nor in .safetensors.
+    Raises:
+        CheckpointError: the path has none of these suffixes.
+        ValueError: it cannot be written, see `prepare_output`.
     """
-    if Path(path).suffix not in (".pkl", ".safetensors"):
-        raise CheckpointError(
-            f"{path} must end in .pkl or .safetensors, for that is how it is recognised when it is loaded"
-        )
+    if Path(path).suffix not in suffixes:
+        wanted = " or ".join(suffixes)
+        raise CheckpointError(f"{path} must end in {wanted}, for that is how it is recognised when it is loaded")
     prepare_output(path)
 
 
@@ -90,9 +91,6 @@ def write_backbone(path: str | os.PathLike, weights: Mapping[str, Tensor]) -> No
     content = {"model": arrays, "__author__": "third_party", "matching_heuristics": True}
     with atomic_write(path) as file:
         pickle.dump({**content, SHA256: weights_sha256(weights)}, file, protocol=4)
-
-
-# --- names -----------------------------------------------------------------------------------------------------------
 
 
 def swin_name(name: str) -> str | None:

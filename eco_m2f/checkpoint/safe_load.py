@@ -42,9 +42,6 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used: which file, why, and what to do about it."""
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
 def read_checkpoint(path: str | os.PathLike, keys: Sequence[str] = STATE_DICTS) -> dict:
     """Read the weights in a .pth, .pkl or .safetensors file without running code from it.
 
@@ -155,9 +152,6 @@ def _check_names_once(path: Path) -> None:
     json.loads(header, object_pairs_hook=once)
 
 
-# --- the state dict --------------------------------------------------------------------------------------------------
-
-
 def _with_model(data: object, path: Path, keys: Sequence[str]) -> dict:
     """The file's content with its state dict under "model"; a bare one is wrapped. Values must be arrays."""
     if not isinstance(data, Mapping) or not data:
@@ -208,9 +202,6 @@ def _foreign(path: Path, framework: str, sign: str) -> str:
         f"{path} is a checkpoint of {framework} ({sign}): its parameters have other names and in part another layout, "
         "so it cannot be loaded. Take the weights that Mask2Former's or DETR's authors publish, or train the parent"
     )
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def weights_sha256(weights: Mapping[str, torch.Tensor]) -> str:

@@ -17,9 +17,6 @@ MAX_INFLATION = 4  # torch.save does not compress; where someone did, weights ha
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the older form
 
 
-# --- archives --------------------------------------------------------------------------------------------------------
-
-
 def check_records(archive: zipfile.ZipFile, size: int) -> None:
     """Compares an archive's table of contents with its size; the records' bytes are not read.
 
@@ -97,9 +94,6 @@ def _persistent_load(read: Callable[[str, object, int], Storage]) -> Callable[[o
         return storage
 
     return load
-
-
-# --- the older form --------------------------------------------------------------------------------------------------
 
 
 def read_legacy(stream: Any, size: int) -> object:

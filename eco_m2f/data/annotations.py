@@ -132,9 +132,6 @@ def leaves_folder(file_name: str) -> bool:
     return ".." in parts or not parts[0] or parts[0] == "~" or (len(parts[0]) == 2 and parts[0][1] == ":")
 
 
-# --- the file --------------------------------------------------------------------------------------------------------
-
-
 def _bytes(json_file: str | Path, kind: Kind) -> bytes:
     try:
         with open_regular(json_file) as file:
@@ -260,9 +257,6 @@ def _short(value: Any, most: int = 80) -> str:
 
 def _type(value: Any) -> str:
     return {"NoneType": "null", "str": "text", "dict": "object"}.get(type(value).__name__, type(value).__name__)
-
-
-# --- what entries must not contradict --------------------------------------------------------------------------------
 
 
 def _contradictions(content: Content, kind: Kind, outside: bool, lost: set) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 
 from .annotations import (
     ADVICE,
@@ -26,19 +26,12 @@ from .annotations import (
     read_registered,
     repeated,
 )
-from .categories import (
-    SEMANTIC_TYPES,
-    by_position,
-    check_same_categories,
-    check_same_classes,
-    registered_categories,
-    same_categories,
-)
+from .categories import by_position, check_same_categories, check_same_classes, registered_categories, same_categories
 from .check_files import ImageFiles, check_files, compare_class_map, compare_objects, missing_files
-from .datasets.coco_boxes import EVALUATOR_TYPE
 from .datasets.coco_panoptic_like import EVALUATOR_TYPE as OWN
 from .panoptic_map import DataError, read_ids
 from .parallel import each
+from .registered import box_metadata, has_boxes, is_semantic, may_lie_outside, metadata_of, panoptic_metadata
 from .schema import (
     INSTANCES,
     PANOPTIC,
@@ -65,11 +58,11 @@ def check_class_count(
     reference: the training set; where the categories differ from its, the message tells that: no number will do.
     """
     if annotation == "boxes":
-        count = len(_box_metadata(dataset_name).thing_classes)
-    elif _is_semantic(dataset_name):
+        count = len(box_metadata(dataset_name).thing_classes)
+    elif is_semantic(dataset_name):
         count = len(MetadataCatalog.get(dataset_name).stuff_classes)
     else:
-        meta = _metadata(dataset_name)
+        meta = panoptic_metadata(dataset_name)
         count = len(meta.thing_dataset_id_to_contiguous_id) + len(meta.stuff_dataset_id_to_contiguous_id)
     if count != num_classes:
         if reference is not None and reference != dataset_name:
@@ -90,7 +83,7 @@ def check_at_start(names: Sequence[str], reference: str | None = None, evaluated
         meta = MetadataCatalog.get(name)
         if reference is not None and name != reference:
             check_same_as_training(reference, name, meta)
-        if _is_semantic(name):
+        if is_semantic(name):
             continue
         content, panoptic = read_registered(meta), kind_of(meta) is PANOPTIC
         registered, listed = registered_categories(meta), [c.as_dict() for c in content.categories]
@@ -101,7 +94,7 @@ def check_at_start(names: Sequence[str], reference: str | None = None, evaluated
             continue
         instances = None
         if name in evaluated and getattr(meta, "json_file", None):
-            instances = read(meta.json_file, INSTANCES, _outside(meta))
+            instances = read(meta.json_file, INSTANCES, may_lie_outside(meta))
             for finding in _check_instances(content, instances, meta, False):
                 raise DataError(f"{meta.json_file}: {finding}")
         _check_some_files(_panoptic_files(content, meta, LOOKED_AT, instances), getattr(meta, "json_file", None))
@@ -123,11 +116,11 @@ def check_dataset(
     set, whose categories this one must have; tell: gets what is worth knowing and not wrong, line by line.
     Raises ValueError if the name is not registered, or has neither panoptic annotation nor boxes.
     """
-    boxes = _has_boxes(name)
-    meta = _box_metadata(name) if boxes else _metadata(name)
+    boxes = has_boxes(name)
+    meta = box_metadata(name) if boxes else panoptic_metadata(name)
     findings = [] if num_classes is None else list(_check_classes(name, num_classes, "boxes" if boxes else "panoptic"))
     findings += _check_reference(reference, name, meta)
-    content, found = examine_file(meta.json_file if boxes else meta.panoptic_json, kind_of(meta), _outside(meta))
+    content, found = examine_file(meta.json_file if boxes else meta.panoptic_json, kind_of(meta), may_lie_outside(meta))
     if content is None:
         return [*findings, *found]
     instances, more = (None, []) if boxes else _read_instances(meta)
@@ -189,7 +182,7 @@ def _read_instances(meta) -> tuple[InstanceContent | None, list[Finding]]:
     # COCO's own is a download of its own, which only AP needs
     if not getattr(meta, "json_file", None) or not (Path(meta.json_file).is_file() or meta.evaluator_type == OWN):
         return None, []
-    return examine_file(meta.json_file, INSTANCES, _outside(meta))
+    return examine_file(meta.json_file, INSTANCES, may_lie_outside(meta))
 
 
 def check_box_json(content: DetectionContent, meta, whole: bool = True) -> Iterator[Finding]:
@@ -218,50 +211,6 @@ def summary(findings: Iterable[Finding], limit: int = 10) -> str:
     return "\n".join(lines)
 
 
-# --- which dataset, and its categories -------------------------------------------------------------------------------
-
-
-def _is_semantic(name: str) -> bool:
-    return name in DatasetCatalog.list() and MetadataCatalog.get(name).get("evaluator_type") in SEMANTIC_TYPES
-
-
-def _has_boxes(name: str) -> bool:
-    """Whether a dataset is in COCO's detection format, and has no panoptic annotation."""
-    meta = MetadataCatalog.get(name) if name in DatasetCatalog.list() else None
-    return getattr(meta, "evaluator_type", None) == EVALUATOR_TYPE and not getattr(meta, "panoptic_json", None)
-
-
-def _registered(name: str, alike: Callable[[str], bool]):
-    """The metadata of a dataset; an unknown name is answered with those that are alike."""
-    if name not in DatasetCatalog.list():
-        others = sorted(n for n in DatasetCatalog.list() if alike(n))
-        raise ValueError(
-            f"dataset {name!r} is not registered; choose one of {others}, or register your own by DATASETS.CUSTOM"
-        )
-    return MetadataCatalog.get(name)
-
-
-def _box_metadata(name: str):
-    meta = _registered(name, lambda n: n.endswith(("_detection_train", "_detection_val")) or n.startswith("coco_2017"))
-    if getattr(meta, "evaluator_type", None) != EVALUATOR_TYPE:
-        raise ValueError(
-            f"dataset {name!r} has no boxes in COCO's detection format: take a detection dataset, such as "
-            "coco_2017_train or toy_detection_train, or an entry boxes=<json> of DATASETS.CUSTOM"
-        )
-    return meta
-
-
-def _metadata(name: str):
-    meta = _registered(name, lambda n: "panoptic" in n and not n.endswith(("_separated", "_stuffonly")))
-    if not getattr(meta, "panoptic_json", None):
-        raise ValueError(f"dataset {name!r} has no panoptic annotation (its metadata lacks panoptic_json)")
-    return meta
-
-
-def _outside(meta) -> bool:
-    return getattr(meta, "outside", False)
-
-
 def _check_classes(name: str, num_classes: int, annotation: str) -> Iterator[Finding]:
     try:
         check_class_count(name, num_classes, annotation)
@@ -272,7 +221,7 @@ def _check_classes(name: str, num_classes: int, annotation: str) -> Iterator[Fin
 def _check_reference(reference: str | None, name: str, meta) -> Iterator[Finding]:
     if reference is None or name == reference:
         return
-    _registered(reference, lambda n: "panoptic" in n)
+    metadata_of(reference, lambda n: "panoptic" in n)
     try:
         check_same_as_training(reference, name, meta)
     except ValueError as error:
@@ -282,7 +231,7 @@ def _check_reference(reference: str | None, name: str, meta) -> Iterator[Finding
 def check_same_as_training(reference: str, name: str, meta) -> None:
     """Raises ValueError unless a dataset has the classes of the training set `reference`, numbered alike."""
     ours, theirs = registered_categories(meta), registered_categories(MetadataCatalog.get(reference))
-    if _is_semantic(name) or _is_semantic(reference):
+    if is_semantic(name) or is_semantic(reference):
         ours, theirs = by_position(ours), by_position(theirs)
     of_theirs = f"the training set {reference!r} (the first of DATASETS.TRAIN)"
     check_same_classes(theirs, ours, of_theirs, f"dataset {name!r}")
@@ -307,9 +256,6 @@ def _check_categories(content: Content, meta, used: set[int]) -> Iterator[Findin
 def _check_images(images: Sequence[Image]) -> Iterator[Finding]:
     names = {image.id: image.file_name for image in images}
     yield from repeated(names.values(), "image file used twice", "keep one of the `images` entries")
-
-
-# --- boxes, side files, pixels ---------------------------------------------------------------------------------------
 
 
 def _check_box(name: str, o: Object, image: Image | None) -> Iterator[Finding]:
@@ -374,7 +320,11 @@ def _panoptic_files(
     classes = {**meta.stuff_dataset_id_to_contiguous_id, **meta.thing_dataset_id_to_contiguous_id}
     for a in _spread(content.annotations, most):
         image = images.get(a.image_id)
-        if image is None or not _outside(meta) and (leaves_folder(image.file_name) or leaves_folder(a.file_name)):
+        if (
+            image is None
+            or not may_lie_outside(meta)
+            and (leaves_folder(image.file_name) or leaves_folder(a.file_name))
+        ):
             continue  # the reader reports it
         yield ImageFiles(
             image=image_file(meta, image),
@@ -392,7 +342,7 @@ def _panoptic_files(
 
 def _box_files(images: Sequence[Image], meta, most: int | None = None) -> Iterator[ImageFiles]:
     for image in _spread(images, most):
-        if _outside(meta) or not leaves_folder(image.file_name):
+        if may_lie_outside(meta) or not leaves_folder(image.file_name):
             yield ImageFiles(image_file(meta, image), size=_size(image))
 
 

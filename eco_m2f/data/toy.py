@@ -180,8 +180,6 @@ class _Canvas:
     def _between(self, easy: float, hard: float) -> float:
         return easy + (hard - easy) * self.difficulty
 
-    # ---- background
-
     def paint_background(self) -> None:
         """Cells of a warped Voronoi diagram, each filled with one stuff class."""
         rng, n = self.rng, self.size
@@ -223,8 +221,6 @@ class _Canvas:
             length = self.size * self.rng.uniform(0.03, 0.12)
             bar = np.array([[-1, -0.12], [1, -0.12], [1, 0.12], [-1, 0.12]]) * length
             self._blend(*self._place(_polygon(bar), self._anywhere(), length, self._turn()), self._color())
-
-    # ---- objects
 
     def paint_object(self) -> None:
         """Tries a few places for one object and paints the first that leaves every object visible enough."""
@@ -282,8 +278,6 @@ class _Canvas:
         self.ids[window][distance < 0] = segment
         self.crowds.add(segment)
 
-    # ---- painting
-
     def _place(self, shape: Callable, centre: np.ndarray, reach: float, turn: float) -> tuple[tuple, np.ndarray]:
         """The window of the canvas around a shape, and the signed distance to its outline there (negative inside)."""
         low = np.clip(np.floor(centre - reach - 2).astype(int), 0, self.size)
@@ -320,8 +314,6 @@ class _Canvas:
 
     def _turn(self) -> float:
         return self.rng.uniform(0, 2 * np.pi)
-
-    # ---- bookkeeping
 
     def _new_segment(self, name: str) -> int:
         """A fresh segment id; spread over all three bytes, as real panoptic PNGs are."""

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from ..files import atomic_write
 from .panoptic_map import VOID, ids_to_rgb
 
 
@@ -29,17 +30,6 @@ def whole_folder(output: str | Path) -> Iterator[Path]:
         os.replace(draft, output)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def whole_file(path: str | Path, content: str) -> None:
-    """Writes a text file whole or not at all."""
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(content)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def already_made(output: str | Path, made_from: dict, splits: Collection[str], overwrite: bool) -> bool:
@@ -96,7 +86,8 @@ def write_json(
         "categories": categories,
     }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    whole_file(path, json.dumps(content))
+    with atomic_write(path, "w") as file:
+        file.write(json.dumps(content))
 
 
 def _made_from(path: Path) -> dict | None:

@@ -27,9 +27,6 @@ class DerivedDatasetError(ValueError):
     """A derived dataset that cannot be used or gone on with: which, why, and what to do about it."""
 
 
-# --- the manifest ----------------------------------------------------------------------------------------------------
-
-
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
@@ -130,9 +127,6 @@ def short(value: object) -> str:
     """The value as a message shows it."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
-
-
-# --- the rows --------------------------------------------------------------------------------------------------------
 
 
 def _column(name: str, kind: pa.DataType) -> pa.Field:

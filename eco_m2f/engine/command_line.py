@@ -138,12 +138,12 @@ def _work(main: Callable, args: argparse.Namespace) -> None:
 
 
 def run(function: Callable, *args) -> int:
-    """Calls a tool's work and returns its exit status: a mistake of input ends in one message, not in a stack trace.
+    """Calls a tool's work and returns its exit status: what the function returns, or 0 where that is None.
 
-    The trace goes to OUTPUT_DIR/log.txt.
+    A mistake of input ends in one message, not in a stack trace. The trace goes to OUTPUT_DIR/log.txt.
     """
     try:
-        function(*args)
+        return function(*args) or 0
     except KeyboardInterrupt:
         print("interrupted; run the same command again (train_net.py: with --resume) to go on", file=sys.stderr)
         return 130
@@ -159,7 +159,6 @@ def run(function: Callable, *args) -> int:
     except MISTAKES as error:
         print(f"error: {_last_exception(str(error))[1]}", file=sys.stderr)
         return 1
-    return 0
 
 
 def _last_exception(text: str) -> tuple[type, str]:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..data.images import rgb_from
+from ..data.given_images import rgb_from
 from ..data.mappers import PanopticTestMapper
 
 TOO_LARGE = (
@@ -38,7 +38,7 @@ class Predictor:
         return getattr(self.model, "classes", None)
 
     def __call__(self, image: str | os.PathLike | Image.Image | np.ndarray | torch.Tensor) -> dict:
-        """The result for an image (see `data.images.rgb_from`), at the image's size as it is seen upright.
+        """The result for an image (see `data.given_images.rgb_from`), at the image's size as it is seen upright.
 
         Raises ValueError for what is no image, or is empty, too thin or too large for the model.
         """

@@ -52,7 +52,7 @@ def image_statistics(
 class PanopticTarget:
     """The ground truth of one image, prepared to be compared with any number of predictions.
 
-    gt_map: [H, W] integer ids (see `rgb_to_id`), 0 is void. gt_segments: COCO's `segments_info`: `id`, `category_id`,
+    gt_map: [H, W] integer ids, 0 is void. gt_segments: COCO's `segments_info`: `id`, `category_id`,
     optional `iscrowd` (0). As in panopticapi, an id of the map that is in no segment counts as background of unknown
     kind: not void. The area of a segment is that of its mask, so that IoU and PQ stay in [0, 1]; panopticapi believes
     the annotation's `area`, and so differs where that is wrong.
@@ -161,14 +161,6 @@ def dataset_pq(total: ImageStatistics, categories: Iterable[Mapping]) -> dict:
     }
     result = {name: _mean_quality([per_class[c] for c in members]) for name, members in groups.items()}
     return {**result, "per_class": per_class}
-
-
-def rgb_to_id(image: np.ndarray) -> np.ndarray:
-    """Ids [H, W] int32 of a COCO panoptic PNG [H, W, 3] uint8 in RGB order: R + 256 G + 256^2 B."""
-    if image.ndim != 3 or image.shape[2] < 3:
-        raise ValueError(f"a panoptic PNG has three channels, this array is {image.shape}")
-    channels = image[..., :3].astype(np.int32)
-    return channels[..., 0] + (channels[..., 1] << 8) + (channels[..., 2] << 16)
 
 
 def to_dataset_categories(segments: Sequence[Mapping], dataset_id: Mapping[int, int]) -> list[dict]:

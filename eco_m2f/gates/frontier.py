@@ -9,12 +9,10 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from .. import files
 from ..derived.dataset import DerivedDataset
 from ..exits import check_has_minimum, exit_targets, exits_up_to
 from .fit import AdamOptions, Scaling, fit_gates
@@ -164,11 +162,6 @@ def frontier(
         for beta in betas:
             yield oracle_row(val, beta, max_exit)
             yield from itertools.islice(gates, len(losses))
-
-
-def write_csv(rows: Sequence[Row], path: str | Path) -> None:
-    """Writes the rows whole or not at all; columns as in `Row`, one more per exit."""
-    files.write_csv(path, [row.numbers() for row in rows])
 
 
 HEADER = "policy  K  beta     loss      PQ     PQ_th  PQ_st  quality  exit   GFLOPs    encoder  images per exit"

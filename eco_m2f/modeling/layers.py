@@ -10,6 +10,18 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear, [B, N, h, w] -> [B, N, *size], float32 at least."""
+    return F.interpolate(at_least_float32(maps), size=size, mode="bilinear", align_corners=False)
+
+
+def pixel_centres(height: int, width: int, device, dtype) -> Tensor:
+    """The centres of a map's pixels as (x, y) in [0, 1], row by row -> [height * width, 2]."""
+    y = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height
+    x = (torch.arange(width, device=device, dtype=dtype) + 0.5) / width
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(height * width, 2)
+
+
 class MLP(nn.Module):
     """Linear layers with ReLU between them; parameters `layers.N.{weight,bias}`."""
 

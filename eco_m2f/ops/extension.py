@@ -5,8 +5,6 @@ dispatcher then prefers its kernels over the PyTorch reference, per device.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -44,27 +42,6 @@ def compiled_backends() -> tuple[str, ...]:
     """The devices that have a compiled kernel: a subset of ("cpu", "cuda")."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return tuple(key.lower() for key in ("CPU", "CUDA") if has_kernel("eco_m2f::ms_deform_attn", key))
-
-
-@contextmanager
-def cpu_sampler(limit: str) -> Iterator[str]:
-    """Within it, the compiled CPU kernels use no more than this instruction set, in all threads; for tests.
-
-    Args:
-        limit: "avx512", "avx2", "baseline" (the compiler's own target), "portable" (kernels without staging).
-
-    Yields:
-        The one in use: a lesser one where the processor lacks what was asked for.
-
-    Raises:
-        RuntimeError: no CPU kernels were built. ValueError: limit is none of these.
-    """
-    if "cpu" not in compiled_backends():
-        raise RuntimeError(f"no CPU kernels are loaded; build them: {BUILD_COMMAND}")
-    try:
-        yield torch.ops.eco_m2f.limit_cpu_sampler(limit)
-    finally:
-        torch.ops.eco_m2f.limit_cpu_sampler("")
 
 
 def build_info() -> str:

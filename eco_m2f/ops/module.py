@@ -9,7 +9,7 @@ from .extension import compiled_backends
 from .fused import ms_deform_attn_fused
 from .ms_deform_attn import flat_shapes, ms_deform_attn
 
-# One pass takes two thirds of the time of PyTorch's softmax and locations and then the op (tools/benchmark.py op
+# One pass takes two thirds of the time of PyTorch's softmax and locations and then the op (tools/benchmarks/op.py
 # --from-logits). On a GPU it has not been measured yet.
 ONE_PASS_ON_CPU = "cpu" in compiled_backends()
 

@@ -103,8 +103,6 @@ def test_a_config_comes_as_a_dict(protocol):
     assert read == {"MODEL": {"DEPTHS": [2, 2], "NAME": "swin"}, "LR": 0.1} and type(read) is OrderedDict
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
-
 CALL = b"cnumpy\ndtype\n"
 DTYPE_F4 = CALL + b"(X\x02\x00\x00\x00f4\x89\x88tR(K\x03X\x01\x00\x00\x00<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
 RECONSTRUCT = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tC\x01btR"

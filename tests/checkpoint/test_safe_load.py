@@ -86,9 +86,6 @@ def test_the_state_of_a_training(tmp_path, options):
     assert str(other.state_dict()) == str(optimizer.state_dict())
 
 
-# --- damaged and hostile archives ------------------------------------------------------------------------------------
-
-
 def rewrite(path, change, **options) -> None:
     """An archive with its records changed: change(name, content) -> content or None to leave the record out."""
     with zipfile.ZipFile(path) as archive:
@@ -293,9 +290,6 @@ def test_the_hostile_cases_are_refused(shared, tmp_path):
             read_checkpoint(copy)
 
 
-# --- safetensors -----------------------------------------------------------------------------------------------------
-
-
 def test_safetensors_are_read_and_written(tmp_path):
     expected = {name: value.detach() for name, value in every_kind().items() if not value.is_complex()}
     path = tmp_path / "m.safetensors"
@@ -347,9 +341,6 @@ def test_a_tensor_beyond_the_end_of_safetensors_is_refused(tmp_path):
     (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\x00" * 16)
     with pytest.raises(CheckpointError, match=r"m\.safetensors"):
         read_checkpoint(tmp_path / "m.safetensors")
-
-
-# --- where the state dict is, and whose it is ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict", "model_state", "model_ema"])

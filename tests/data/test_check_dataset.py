@@ -1,7 +1,6 @@
 """The checker: silent on good data, and each kind of fault found, named and counted."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -268,14 +267,13 @@ def test_the_check_goes_on_after_whatever_an_image_does(tree, found, monkeypatch
 
 
 @pytest.fixture
-def run(script, monkeypatch, capsys):
+def run(script, capsys):
     """Runs tools/check_dataset.py: (exit code, what it printed)."""
     tool = script("tools/check_dataset")
 
     def run(*arguments) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["check_dataset.py", *arguments, "--workers", "1"])
         try:
-            code = tool.main()
+            code = tool.main(tool.build_parser().parse_args([*arguments, "--workers", "1"]))
         except SystemExit as error:
             code = error.code
         out, err = capsys.readouterr()

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from eco_m2f.data import images
-from eco_m2f.data.images import DataError, open_image, read_rgb, rgb_from
+from eco_m2f.data.given_images import rgb_from
+from eco_m2f.data.images import DataError, open_image, read_rgb
 from eco_m2f.data.panoptic_map import ids_to_rgb, read_classes, read_ids
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -29,8 +30,6 @@ def save(image: Image.Image, path: Path, **options) -> Path:
 def grey16(values: np.ndarray) -> Image.Image:
     return Image.fromarray(values.astype(np.uint16))
 
-
-# --- what each kind of pixel becomes ---------------------------------------------------------------------------------
 
 ALPHA = np.arange(35, dtype=np.uint8).reshape(5, 7)
 KINDS = {  # name of the file -> (image, what is read)
@@ -170,9 +169,6 @@ def test_pixels_of_a_png_that_do_not_unpack_are_refused(tmp_path, pixels):
             read(path)
 
 
-# --- orientation -----------------------------------------------------------------------------------------------------
-
-
 def oriented(path: Path, value: int, pixels: np.ndarray = RGB) -> Path:
     exif = Image.Exif()
     exif[0x0112] = value
@@ -208,9 +204,6 @@ def test_labels_with_an_orientation_are_refused(tmp_path):
     path = oriented(tmp_path / "a.png", 3, ids_to_rgb(np.ones((2, 2), int)))
     with pytest.raises(DataError, match="a.png.*EXIF orientation 3"):
         read_ids(path, [1])
-
-
-# --- labels ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_palette_png_is_read_only_where_its_colours_are_listed_ids(tmp_path):
@@ -250,8 +243,6 @@ def test_a_palette_of_greys_must_agree_with_its_indices(tmp_path):
     with pytest.raises(DataError, match=r"other.png.*palette of greys, \[0, 7, 255\] for the indices \[0, 1, 2\]"):
         read_classes(other)
 
-
-# --- from memory -----------------------------------------------------------------------------------------------------
 
 MEMORY = {
     "array": (RGB, RGB),
@@ -318,9 +309,6 @@ def test_paths_are_images_too(tmp_path):
 def test_what_is_no_image_ends_in_one_message(given, message):
     with pytest.raises(ValueError, match=message):
         rgb_from(given)
-
-
-# --- damage on purpose -----------------------------------------------------------------------------------------------
 
 
 def _samples(folder: Path) -> list[Path]:

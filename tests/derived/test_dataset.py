@@ -161,9 +161,6 @@ def test_without_statistics_there_is_no_pq(tmp_path):
         dataset.dataset_pq([2])
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_bytes_do_not_depend_on_the_number_of_ranks(tmp_path, world_size):
     write(tmp_path / "one")
@@ -293,9 +290,6 @@ def test_no_dataset_and_another_format_are_told_apart(tmp_path):
     (tmp_path / MANIFEST).write_text('{"format": "other.v9"}')
     with pytest.raises(DerivedDatasetError, match="other.v9"):
         DerivedDataset.load(tmp_path)
-
-
-# --- the parent's identity -------------------------------------------------------------------------------------------
 
 
 def test_parent_sha256_depends_on_content_alone():

@@ -192,9 +192,6 @@ def test_values_that_are_missing_are_refused(folder):
         DerivedDataset.load(folder)
 
 
-# --- the manifest ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("version", FORMATS)
 def test_every_wrong_value_of_the_manifest_is_refused_by_name(folder, version):
     """Those of the older format, which has no digest, are found by their types, or by the shards, which repeat them."""
@@ -236,9 +233,6 @@ def test_a_provenance_that_cannot_be_is_not_written(tmp_path, changes):
     assert not list(tmp_path.iterdir())
 
 
-# --- damage ----------------------------------------------------------------------------------------------------------
-
-
 def same(a: DerivedDataset, b: DerivedDataset) -> bool:
     arrays = ("sizes", "quality", "features", "total_gflops", "encoder_gflops")
     equal = all(np.array_equal(getattr(a, name), getattr(b, name)) for name in arrays)
@@ -257,9 +251,6 @@ def test_fuzz_damage_shows_or_does_no_harm(folder, name, count):
     found = [outcome(load, folder / name, bad) for bad in damaged((folder / name).read_bytes(), tries(count))]
     assert all(loaded is None or same(loaded, sound) for loaded in found)
     assert 2 * found.count(None) > len(found)
-
-
-# --- images that have changed ----------------------------------------------------------------------------------------
 
 
 def test_images_that_have_changed_since_a_shard_was_written_are_refused(tmp_path):

@@ -31,6 +31,10 @@ def test_a_mistake_ends_in_one_line_and_status_1(capsys, error):
     assert capsys.readouterr().err == f"error: {error}\n"
 
 
+def test_the_exit_status_is_what_the_function_returns():
+    assert [command_line.run(lambda: status) for status in (None, 0, 1)] == [0, 0, 1]
+
+
 def test_a_fault_of_the_program_shows_its_trace():
     with pytest.raises(KeyError):
         command_line.run(fail_with, KeyError("bug"))

@@ -72,9 +72,6 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in Path(directory).iterdir()}
 
 
-# --- what is written -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_for_every_image(made, kind):
     case, folder = made(kind)
@@ -145,9 +142,6 @@ def test_another_shard_size_gives_the_same_rows(case, whole, tmp_path):
     a, b = DerivedDataset.load(whole), DerivedDataset.load(tmp_path / "derived")
     for name in ("quality", "features", "total_gflops", "encoder_gflops"):
         assert np.array_equal(getattr(a, name), getattr(b, name))
-
-
-# --- resuming --------------------------------------------------------------------------------------------------------
 
 
 def test_stopped_in_the_middle_it_goes_on_with_the_same_bytes(case, whole, tmp_path, monkeypatch):
@@ -339,9 +333,6 @@ def test_the_parent_without_exits_is_refused(case, tmp_path):
     cfg = load_cfg(case.tiny.config("maskformer2"))
     with pytest.raises(ValueError, match="EcoMaskFormer.*got MaskFormer"):
         step_b.derive(cfg, build_model(cfg), case.dataset, str(tmp_path / "derived"), SHARD_SIZE)
-
-
-# --- several processes -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -95,9 +95,6 @@ def test_channels_are_given_in_the_order_of_the_config(trained, predict, monkeyp
     assert [x.amax((1, 2)).tolist() for x in seen] == [[200, 0, 0], [0, 0, 200]]
 
 
-# --- away from the dataset -------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def gone(trained, monkeypatch):
     """The options of a machine on which no dataset is registered."""

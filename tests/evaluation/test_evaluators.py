@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation import SemSegEvaluator, inference_on_dataset
 from panoptic_dataset import CATEGORIES, CONTIGUOUS, make_outputs, register, unregister, write_dataset
+from panopticapi.utils import rgb2id
 from PIL import Image
 
 from eco_m2f.evaluation.build import evaluators_for
@@ -17,7 +18,6 @@ from eco_m2f.evaluation.exit_statistics import ExitStatistics
 from eco_m2f.evaluation.ground_truth import PanopticGroundTruth, semantic_map
 from eco_m2f.evaluation.instance import InstanceEvaluator
 from eco_m2f.evaluation.panoptic import PanopticEvaluator
-from eco_m2f.evaluation.panoptic_quality import rgb_to_id
 from eco_m2f.evaluation.semantic import SemanticEvaluator
 
 NAME = "evaluator_test_set"
@@ -77,7 +77,7 @@ def test_semantic_equals_detectron2(dataset):
     derived = run(SemanticEvaluator(PanopticGroundTruth(NAME)), inputs, outputs)["sem_seg"]
     inputs = [{**x, "file_name": str(x["image_id"])} for x in inputs]
     for x, a in zip(inputs, annotations):
-        id_map = rgb_to_id(np.array(Image.open(root / "panoptic" / a["file_name"])))
+        id_map = rgb2id(np.array(Image.open(root / "panoptic" / a["file_name"])))
         truth = np.full(id_map.shape, 255, dtype=np.uint8)
         for s in a["segments_info"]:
             truth[id_map == s["id"]] = CONTIGUOUS[s["category_id"]]
@@ -111,7 +111,7 @@ def test_instances_equal_pycocotools_on_an_instance_json(dataset):
     root, annotations, inputs, outputs = dataset
     objects, results = [], []
     for a, y in zip(annotations, outputs):
-        id_map = rgb_to_id(np.array(Image.open(root / "panoptic" / a["file_name"])))
+        id_map = rgb2id(np.array(Image.open(root / "panoptic" / a["file_name"])))
         for s in a["segments_info"]:
             if CONTIGUOUS[s["category_id"]] < 2:
                 code = rle.encode(np.asfortranarray((id_map == s["id"]).astype(np.uint8)))
@@ -147,7 +147,7 @@ def _instance_json(root, annotations, change=lambda content: None):
     """The thing segments as an instance JSON whose ids begin at 0, after a change."""
     objects = []
     for a in annotations:
-        id_map = rgb_to_id(np.array(Image.open(root / "panoptic" / a["file_name"])))
+        id_map = rgb2id(np.array(Image.open(root / "panoptic" / a["file_name"])))
         for s in (s for s in a["segments_info"] if CONTIGUOUS[s["category_id"]] < 2):
             counts = np.diff(
                 np.flatnonzero(np.diff((id_map == s["id"]).ravel(order="F"), prepend=0, append=-1))

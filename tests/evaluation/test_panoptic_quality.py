@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from panopticapi.utils import rgb2id
 from PIL import Image
 
 from eco_m2f.evaluation.panoptic_quality import (
@@ -12,7 +13,6 @@ from eco_m2f.evaluation.panoptic_quality import (
     contiguous_to_dataset_id,
     dataset_pq,
     image_statistics,
-    rgb_to_id,
     to_dataset_categories,
     total_statistics,
 )
@@ -121,7 +121,7 @@ def test_coco_sample_equals_panopticapi(shared, tmp_path):
     annotation = json.loads((root / "panoptic_examples.json").read_text())
     cases = []
     for entry in annotation["annotations"]:
-        gt = rgb_to_id(np.array(Image.open(root / "panoptic_examples" / entry["file_name"])))
+        gt = rgb2id(np.array(Image.open(root / "panoptic_examples" / entry["file_name"])))
         pred = np.roll(gt, (3, 5), axis=(0, 1))  # every segment moved a little; void moves with them
         pred[:, :60] = np.where(pred[:, :60] == 0, pred.max(), pred[:, :60])
         category_of = {s["id"]: s["category_id"] for s in entry["segments_info"]}

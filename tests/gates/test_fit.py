@@ -120,9 +120,6 @@ def test_beta_beyond_every_gain_sends_all_to_the_first_exit(loss):
     assert gate.choose(torch.from_numpy(features)).unique().tolist() == [2]
 
 
-# --- fits that run away ----------------------------------------------------------------------------------------------
-
-
 def low_quality(n=300, channels=6):
     """Qualities so low that a beta of 0.01 makes most utilities negative."""
     features, quality = make_data(n, channels)
@@ -185,9 +182,6 @@ def test_a_sound_fit_is_never_taken_for_one_that_ran_away(loss, optimizer):
     fit_gate(noise, flat, EXITS, 0.0005, 6, loss, optimizer=optimizer, adam=few, **SOURCE)
     separable = np.eye(5)[np.argmax(flat, axis=1)].astype(np.float32)
     fit_gate(separable, flat, EXITS, 0.0, 6, loss, optimizer=optimizer, adam=few, l2=1e-9, **SOURCE)
-
-
-# --- Adam's options --------------------------------------------------------------------------------------------------
 
 
 def test_adam_takes_as_many_steps_as_it_is_told(monkeypatch):

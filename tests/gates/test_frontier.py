@@ -9,7 +9,8 @@ from derived_by_depth import EXITS, GFLOPS, make_derived
 
 from eco_m2f.derived.dataset import DerivedDataset
 from eco_m2f.exits import exit_targets, utility
-from eco_m2f.gates.frontier import GateFitter, fixed_rows, format_row, frontier, measure, oracle_row, write_csv
+from eco_m2f.files import write_csv
+from eco_m2f.gates.frontier import GateFitter, fixed_rows, format_row, frontier, measure, oracle_row
 from eco_m2f.gates.search import search_budget
 
 
@@ -145,7 +146,7 @@ def test_another_quality_measure_than_pq(tmp_path):
 
 def test_tables(train, val, tmp_path):
     rows = list(frontier(train, val, [0.005], [6]))
-    write_csv(rows, tmp_path / "out" / "frontier.csv")
+    write_csv(tmp_path / "out" / "frontier.csv", [row.numbers() for row in rows])
     with open(tmp_path / "out" / "frontier.csv", newline="") as file:
         written = list(csv.DictReader(file))
     assert [r["policy"] for r in written] == ["fixed", "fixed", "fixed", "oracle", "gate"]

@@ -33,8 +33,6 @@ class PlainHead:
         mask_features = self.mask_branch(features["res2"], maps[-1])
         return {"maps": maps, "mask_features": mask_features, "predictions": self.predict(maps, mask_features)}
 
-    # --- the pixel decoder -------------------------------------------------------------------------------------------
-
     def project(self, level: int, x: np.ndarray) -> np.ndarray:
         name = f"pixel_decoder.input_proj.{level}"
         return self.group_norm(f"{name}.1", self.conv(f"{name}.0", x))
@@ -76,8 +74,6 @@ class PlainHead:
         x = self.conv("pixel_decoder.layer_1", lateral + resize(finest, res2.shape[1:]))
         x = np.maximum(self.group_norm("pixel_decoder.layer_1.norm", x), 0)
         return self.conv("pixel_decoder.mask_features", x)
-
-    # --- the predictor -----------------------------------------------------------------------------------------------
 
     def predict(self, maps: list[np.ndarray], mask_features: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         query, place = self.w["predictor.query_feat.weight"], self.w["predictor.query_embed.weight"]
@@ -121,8 +117,6 @@ class PlainHead:
             scores = query[:, part] @ keys[:, part].T / np.sqrt(len(part))
             read[:, part] = softmax(np.where(allowed, scores, -np.inf)) @ values[:, part]
         return self.linear(f"{name}.out_proj", read)
-
-    # --- layers ------------------------------------------------------------------------------------------------------
 
     def linear(self, name: str, x: np.ndarray) -> np.ndarray:
         return x @ self.w[f"{name}.weight"].T + self.w[f"{name}.bias"]

@@ -212,9 +212,6 @@ def test_what_timm_does_not_offer_is_said():
         build_backbone(*LITE0, "MODEL.TIMM.OUT_FEATURES", ["res2", "res6"])
 
 
-# --- tools/convert_timm.py -------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def convert():
     import convert_timm

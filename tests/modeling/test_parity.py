@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from minis import CONFIGS, make_batch
+from minis import CONFIGS, make_batch, pixel_decoder_exits
 from on_meta import build_on_meta
 from plain_head import PlainHead
 from safetensors.torch import load_file
@@ -48,7 +48,7 @@ def test_every_exit_matches_the_reference(case):
     for name, feature in features.items():
         close(feature, f"backbone.{name}")
     exits = [2, 3, 4, 5, 6]
-    states = model.sem_seg_head.pixel_decoder.forward_exits(features, exits)
+    states = pixel_decoder_exits(model.sem_seg_head.pixel_decoder, features, exits)
     inferred, preds = model.sem_seg_head.forward_exits(features, exits), with_aux(model.sem_seg_head, features, exits)
     for k in exits:
         close(states[k][0], f"exit{k}.mask_features")
@@ -105,7 +105,7 @@ def test_every_exit_matches_the_plain_head(build_mini, fill_weights, sizes):
     plain = PlainHead(model.state_dict())
     features = model.backbone(model.preprocess(make_batch(sizes)).tensor)
     exits = [1, 2, 3, 4, 5, 6]
-    states = model.sem_seg_head.pixel_decoder.forward_exits(features, exits)
+    states = pixel_decoder_exits(model.sem_seg_head.pixel_decoder, features, exits)
     inferred, preds = model.sem_seg_head.forward_exits(features, exits), with_aux(model.sem_seg_head, features, exits)
     close = lambda actual, wanted: np.testing.assert_allclose(actual, wanted, atol=1e-4, rtol=1e-5)  # noqa: E731
     for k in exits:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eco_m2f.ops import compiled_backends, ms_deform_attn, reference_ms_deform_attn
-from eco_m2f.ops.extension import cpu_sampler
+from eco_m2f.ops.extension import BUILD_COMMAND
 from eco_m2f.ops.reference import reference_ms_deform_attn_backward
 
 COMPILED = ("avx512", "avx2", "baseline", "portable")
@@ -71,6 +71,27 @@ def away_from_knots(case: Case, distance: float = 1e-3) -> Case:
     base = pixels.floor()
     pixels = base + (pixels - base).clamp(distance, 1 - distance)
     return case.with_(locations=((pixels + 0.5) / sizes).to(case.locations.dtype))
+
+
+@contextmanager
+def cpu_sampler(limit: str) -> Iterator[str]:
+    """Within it, the compiled CPU kernels use no more than this instruction set, in all threads.
+
+    Args:
+        limit: "avx512", "avx2", "baseline" (the compiler's own target), "portable" (kernels without staging).
+
+    Yields:
+        The one in use: a lesser one where the processor lacks what was asked for.
+
+    Raises:
+        RuntimeError: no CPU kernels were built. ValueError: limit is none of these.
+    """
+    if "cpu" not in compiled_backends():
+        raise RuntimeError(f"no CPU kernels are loaded; build them: {BUILD_COMMAND}")
+    try:
+        yield torch.ops.eco_m2f.limit_cpu_sampler(limit)
+    finally:
+        torch.ops.eco_m2f.limit_cpu_sampler("")
 
 
 @contextmanager

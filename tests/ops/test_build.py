@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from op_cases import cpu_sampler
 
 from eco_m2f.ops import build_info, compiled_backends
-from eco_m2f.ops.extension import cpu_sampler, extension_path
+from eco_m2f.ops.extension import extension_path
 
 pytestmark = pytest.mark.slow
 

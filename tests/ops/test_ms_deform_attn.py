@@ -5,11 +5,21 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import BACKENDS, COMPILED, PYRAMID, Case, away_from_knots, make_case, relative_error, run, use
+from op_cases import (
+    BACKENDS,
+    COMPILED,
+    PYRAMID,
+    Case,
+    away_from_knots,
+    cpu_sampler,
+    make_case,
+    relative_error,
+    run,
+    use,
+)
 from safetensors.torch import load_file
 
 from eco_m2f.ops import compiled_backends, grid_sample_ms_deform_attn, ms_deform_attn, reference_ms_deform_attn
-from eco_m2f.ops.extension import cpu_sampler
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 

@@ -123,8 +123,6 @@ def test_as_a_process():
     assert done.stderr.splitlines()[-1] == "error: a size is a height and a width of at least 1 pixel, got 64 x 0"
 
 
-# --- shares of tokens ------------------------------------------------------------------------------------------------
-
 DOVIT = CONFIGS / "toy" / "dovit_toy.yaml"
 THRESHOLDS = """dataset,mIoU,threshold,kept@1,kept@2,kept@3,GFLOPs,static_GFLOPs,saved
 val,50.0,0.9,75.0,50.0,25.0,0.1,0.2,50.0
@@ -214,9 +212,6 @@ def test_a_table_without_shares(capsys, thresholds, text, told):
 def test_shares_of_a_model_that_stops_no_tokens(capsys):
     told = message(capsys, start("--size", 64, 64, "--kept", 0.5, 0.5, 0.5))
     assert "--kept and --thresholds-csv are of a DoViT: this is a EcoMaskFormer" in told
-
-
-# --- mistakes --------------------------------------------------------------------------------------------------------
 
 
 def test_neither_size_nor_csv(capsys):

@@ -43,9 +43,6 @@ def loaded(tmp_path, config: str, *opts) -> torch.nn.Module:
     return model
 
 
-# --- Swin and MoBY ---------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def swin() -> dict:
     """Small Swin weights in the original names: of the norms at the end, one of the last width; masks; a classifier."""
@@ -101,9 +98,6 @@ def test_a_block_that_is_not_whole_is_told(tmp_path, swin):
     assert not (tmp_path / "weights.pkl").exists()
 
 
-# --- ResNet and DINO -------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def resnet() -> torch.nn.Module:
     """torchvision's ResNet-50 with random weights and statistics, as DINO publishes it: without a classifier."""
@@ -157,12 +151,11 @@ def test_names():
         resnet_name("blocks.0.weight")
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
-
-
 def test_the_command_says_what_it_wrote(tmp_path, swin, capsys):
     torch.save(swin, tmp_path / "swin.pth")
-    convert_backbone.main([str(tmp_path / "swin.pth"), str(tmp_path / "swin.pkl")])
+    convert_backbone.main(
+        convert_backbone.build_parser().parse_args([str(tmp_path / "swin.pth"), str(tmp_path / "swin.pkl")])
+    )
     assert re.match(
         r".*swin.pkl: Swin, \d+ tensors, 8 blocks; left out: layers \(3\), norm \(2\)$", capsys.readouterr().out
     )

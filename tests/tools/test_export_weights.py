@@ -10,7 +10,9 @@ from eco_m2f.checkpoint.safe_load import CheckpointError, read_checkpoint, weigh
 def test_the_weights_alone_are_written(tmp_path, capsys):
     weights = {"a.weight": torch.arange(6.0).reshape(2, 3).T, "a.count": torch.tensor(3)}
     torch.save({"model": weights, "optimizer": {"lr": 1.0}, "matching_heuristics": True}, tmp_path / "m.pth")
-    export_weights.main([str(tmp_path / "m.pth"), str(tmp_path / "m.safetensors")])
+    export_weights.main(
+        export_weights.build_parser().parse_args([str(tmp_path / "m.pth"), str(tmp_path / "m.safetensors")])
+    )
     found = read_checkpoint(tmp_path / "m.safetensors")
     assert found.keys() == {"model", "matching_heuristics"}
     assert weights_sha256(found["model"]) == weights_sha256(weights)

@@ -51,9 +51,6 @@ def d2(monkeypatch):
     return module
 
 
-# --- what is pinned
-
-
 def pins() -> dict[str, str]:
     lines = (line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
     return dict(re.fullmatch(r"([\w.-]+)==([\w.]+)", line).groups() for line in lines if line)
@@ -103,9 +100,6 @@ def test_the_other_opencv_goes_first(env):
     (env.VENV / "lib/python3.11/site-packages/opencv_python_headless-5.0.dist-info").mkdir(parents=True)
     env.drop_other_opencv("opencv-python")
     assert env.commands[0][-3:-2] == ["-y"] and set(env.commands[0][-2:]) == env.OPENCV
-
-
-# --- .venv
 
 
 def test_a_second_run_does_nothing(env, monkeypatch):
@@ -190,9 +184,6 @@ def test_fingerprint_follows_names_and_content(env, tmp_path):
         prints.append(env.fingerprint(folder))
     assert len(set(prints)) == 4
     assert env.fingerprint("x", folder) != prints[-1] == env.fingerprint(folder)
-
-
-# --- detectron2
 
 
 def test_one_that_imports_is_kept(d2, monkeypatch, capsys):

@@ -66,7 +66,7 @@ def derived(tmp_path_factory):
 
 def run(derived, tmp_path, *options, val=True):
     split = ["--train", str(derived["train"])] + (["--val", str(derived["val"])] if val else [])
-    tool.main([*split, "--output", str(tmp_path / "gate.pth"), *options])
+    tool.main(tool.build_parser().parse_args([*split, "--output", str(tmp_path / "gate.pth"), *options]))
 
 
 def test_one_beta_is_one_gate(derived, tmp_path, capsys):
@@ -103,8 +103,6 @@ def test_max_pq_drop(derived, tmp_path):
     results = Gate.load(tmp_path / "gate.pth").results
     assert results["pq"] >= 70 - 1.5 and results["total_gflops"] < 140
 
-
-# --- settings from a config ------------------------------------------------------------------------------------------
 
 ECO = """
 _BASE_: {base}
@@ -214,6 +212,6 @@ def test_wrong_usage_ends_with_an_error(derived, tmp_path, options):
 
 def test_help_explains(capsys):
     with pytest.raises(SystemExit):
-        tool.main(["--help"])
+        tool.build_parser().parse_args(["--help"])
     printed = capsys.readouterr().out
     assert "--target-gflops" in printed and "No images and no parent are needed" in printed

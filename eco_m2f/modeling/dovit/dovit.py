@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...checkpoint.checkpointer import Checkpointer
 from ...evaluation.flops import padded_size
-from ..mask2former.postprocessing import crop_and_resize, resize
+from ..mask2former.postprocessing import crop_and_resize, resize_masks
 from ..parent import Classified
 from .costs import TokenCosts, TokenTable
 from .heads import NaiveHead
@@ -135,8 +135,6 @@ class DoViT(Classified):
         images = [(x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs]
         return ImageList.from_tensors(images, self.size_divisibility)
 
-    # --- training ----------------------------------------------------------------------------------------------------
-
     def prepare_targets(self, batched_inputs: list[dict], size: Sequence[int]) -> Tensor:
         """The classes [B, H, W] of a batch; its padding is to be ignored."""
         targets = torch.full((len(batched_inputs), *size), self.ignore_value, device=self.device)
@@ -169,8 +167,6 @@ class DoViT(Classified):
         Checkpointer(teacher).load_for_evaluation(path)
         self._teacher = (teacher,)
 
-    # --- inference ---------------------------------------------------------------------------------------------------
-
     def inference(self, batched_inputs: list[dict]) -> list[dict]:
         """Images of one size run together; others apart, for a token sees all of its image, and padding too."""
         groups = defaultdict(list)
@@ -189,7 +185,7 @@ class DoViT(Classified):
         results = []
         for i, (logits, size, x) in enumerate(zip(self.head(features), images.image_sizes, batched_inputs)):
             wanted = (x.get("height", size[0]), x.get("width", size[1]))
-            sem_seg = crop_and_resize(resize(logits, padded), size, wanted)
+            sem_seg = crop_and_resize(resize_masks(logits, padded), size, wanted)
             results.append({"sem_seg": sem_seg, "tokens": self.accounts([k[i] for k in kept], padded, wanted)})
         return results
 

@@ -148,9 +148,6 @@ def run_kept(layers: Sequence[nn.Module], tokens: Tensor, kept: Tensor) -> Tenso
     return x.view(tokens.shape)
 
 
-# --- the parts of a layer --------------------------------------------------------------------------------------------
-
-
 class PatchEmbedding(nn.Module):
     """[B, 3, H, W] -> [B, C, H / p, W / p]."""
 

@@ -12,7 +12,7 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 
 from ...ops import MSDeformAttn
-from ..layers import xavier_matrices_
+from ..layers import pixel_centres, xavier_matrices_
 from .exit_encoder import EncoderState, ExitEncoder
 from .registry import TRANSFORMER_ENCODER_REGISTRY
 
@@ -142,9 +142,4 @@ def split_levels(tokens: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tens
 
 def reference_points(shapes: Sequence[tuple[int, int]], device, dtype) -> Tensor:
     """Pixel centres of every level as (x, y) in [0, 1], one point for all levels -> [1, S, 1, 2]."""
-    points = []
-    for h, w in shapes:
-        y = (torch.arange(h, device=device, dtype=dtype) + 0.5) / h
-        x = (torch.arange(w, device=device, dtype=dtype) + 0.5) / w
-        points.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(h * w, 2))
-    return torch.cat(points)[None, :, None]
+    return torch.cat([pixel_centres(h, w, device, dtype) for h, w in shapes])[None, :, None]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
 from ..layers import at_least_float32
-from .matcher import FOCAL_ALPHA, FOCAL_GAMMA, HungarianMatcher, pixel_centres, point_sample
+from .matcher import FOCAL_ALPHA, FOCAL_GAMMA, HungarianMatcher, all_pixels, point_sample
 
 
 def mask_loss(logits: Tensor, targets: Tensor, num_masks: float | Tensor) -> Tensor:
@@ -166,5 +166,5 @@ class SetCriterion(QueryCriterion):
 
     def _points(self, masks: Tensor) -> Tensor:
         if self.num_points is None:
-            return pixel_centres(masks)
+            return all_pixels(masks)
         return uncertain_points(masks, self.num_points, self.oversample_ratio, self.importance_sample_ratio)

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from ..encoders.msdeform import reference_points
-from ..layers import at_least_float32
+from ..layers import at_least_float32, pixel_centres
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # arXiv 1708.02002
 
@@ -38,9 +37,9 @@ def pairwise_focal_cost(logits: Tensor, targets: Tensor) -> Tensor:
     return (of_zero.sum(-1, keepdim=True) + (of_one - of_zero) @ targets.mT) / logits.shape[-1]
 
 
-def pixel_centres(maps: Tensor) -> Tensor:
+def all_pixels(maps: Tensor) -> Tensor:
     """The points at which `point_sample` gives the pixels of maps [N, C, H, W] themselves: [N, H * W, 2]."""
-    return reference_points([tuple(maps.shape[-2:])], maps.device, maps.dtype)[0, :, 0].expand(len(maps), -1, -1)
+    return pixel_centres(*maps.shape[-2:], maps.device, maps.dtype).expand(len(maps), -1, -1)
 
 
 def pairwise_dice_cost(logits: Tensor, targets: Tensor) -> Tensor:
@@ -124,7 +123,7 @@ class HungarianMatcher(nn.Module):
         with torch.autocast(labels.device.type, enabled=False):
             masks, logits = [at_least_float32(m) for m in masks], at_least_float32(torch.stack(logits))
             if points is None and self.num_points is None:
-                points = torch.cat([pixel_centres(m[None]) for m in masks])
+                points = torch.cat([all_pixels(m[None]) for m in masks])
             elif points is None:
                 points = torch.rand(len(masks), self.num_points, 2, device=labels.device, dtype=masks[0].dtype)
             sampled = torch.cat([point_sample(m[None], p[None]) for m, p in zip(masks, points)])  # [L, Q, P]

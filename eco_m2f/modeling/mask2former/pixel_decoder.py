@@ -125,18 +125,6 @@ class MSDeformAttnPixelDecoder(nn.Module):
         """The exits that the encoder offers."""
         return self.transformer.exits
 
-    def forward_features(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """The last exit, in Mask2Former's form: (mask_features, coarsest map, maps coarse to fine)."""
-        mask_features, maps = self.forward_exits(features, self.exits[-1:])[self.exits[-1]]
-        return mask_features, maps[0], maps
-
-    def forward_exits(
-        self, features: dict[str, Tensor], exits: Sequence[int]
-    ) -> dict[int, tuple[Tensor, list[Tensor]]]:
-        """{exit: (mask_features [B, mask_dim, H / common_stride, W / common_stride], maps)}; see `encode`."""
-        laterals, maps = self.encode(features, exits)
-        return {k: (self.mask_branch(laterals, maps[k]), maps[k]) for k in sorted(maps)}
-
     def encode(
         self, features: dict[str, Tensor], exits: Sequence[int]
     ) -> tuple[tuple[Tensor, ...], dict[int, list[Tensor]]]:
@@ -191,7 +179,10 @@ class MSDeformAttnPixelDecoder(nn.Module):
         return tuple(m.contiguous(memory_format=torch.channels_last) for m in maps)
 
     def mask_branch(self, laterals: Sequence[Tensor], maps: Sequence[Tensor]) -> Tensor:
-        """Mask features: of a feature pyramid that begins with the finest map; or of that map."""
+        """Mask features [B, mask_dim, H / common_stride, W / common_stride].
+
+        They are of a feature pyramid that begins with the finest map, or of that map.
+        """
         x = maps[-1]
         with self._precision(x):
             for (i, _), lateral in zip(self._pyramid(), laterals):

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
+
+from ..layers import resize
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class PostProcessor:
         if self.panoptic_on and not (self.semantic_on or self.instance_on):
             keep = taking_part(logits, self.object_mask_threshold)  # others' masks need not even be resized
             logits, masks = logits[keep], masks[keep]
-        masks = resize(masks, padded_size)
+        masks = resize_masks(masks, padded_size)
         if self.resize_first:
             masks = crop_and_resize(masks, image_size, output_size)
         logits = logits.float()
@@ -79,7 +80,7 @@ class PostProcessor:
         return instance_inference(logits, masks, self.detections_per_image, only)
 
 
-def resize(masks: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear, [N, h, w] -> [N, *size], float32."""
     masks = masks.float()
     if masks.shape[-2:] == tuple(size):
@@ -88,12 +89,12 @@ def resize(masks: Tensor, size: tuple[int, int]) -> Tensor:
         return masks.new_empty(0, *size)
     # Contiguous, or maps made from a sequence of tokens would be taken for channels-last: the result would be made so
     # too, and then copied, which on a CPU takes ten times as long as the resizing.
-    return F.interpolate(masks[None].contiguous(), size=size, mode="bilinear", align_corners=False)[0]
+    return resize(masks[None].contiguous(), size)[0]
 
 
 def crop_and_resize(masks: Tensor, image_size: tuple[int, int], output_size: tuple[int, int]) -> Tensor:
     """Takes the padding off, then resizes to the output size."""
-    return resize(masks[:, : image_size[0], : image_size[1]], output_size)
+    return resize_masks(masks[:, : image_size[0], : image_size[1]], output_size)
 
 
 def semantic_inference(logits: Tensor, masks: Tensor) -> Tensor:

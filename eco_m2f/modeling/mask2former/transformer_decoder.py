@@ -10,7 +10,7 @@ from fvcore.common.registry import Registry
 from fvcore.nn.weight_init import c2_xavier_fill
 from torch import Tensor, nn
 
-from ..layers import MLP, at_least_float32, attend, sine_position, xavier_matrices_
+from ..layers import MLP, attend, resize, sine_position, xavier_matrices_
 
 TRANSFORMER_DECODER_REGISTRY = Registry("TRANSFORMER_MODULE")
 TRANSFORMER_DECODER_REGISTRY.__doc__ = """
@@ -191,11 +191,6 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
 def predict_masks(embedding: Tensor, mask_features: Tensor) -> Tensor:
     """Mask logits [B, Q, h, w]: products of the queries' [B, Q, C] with the mask features [B, C, h, w]."""
     return torch.einsum("bqc,bchw->bqhw", embedding, mask_features)
-
-
-def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, [B, N, h, w] -> [B, N, *size], float32 at least."""
-    return F.interpolate(at_least_float32(maps), size=size, mode="bilinear", align_corners=False)
 
 
 @torch.no_grad()

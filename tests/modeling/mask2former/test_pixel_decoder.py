@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from minis import ECO, MASKFORMER, PARENT, PROSCALE, RT, build, fill, make_batch
+from minis import ECO, MASKFORMER, PARENT, PROSCALE, RT, build, fill, make_batch, pixel_decoder_exits
 
 from eco_m2f.modeling.layers import sine_position
 
@@ -14,9 +14,7 @@ def states(model):
     """The backbone's maps, and (mask features, maps) of the last exit."""
     features = model.backbone(model.preprocess(make_batch()).tensor)
     decoder = model.sem_seg_head.pixel_decoder
-    mask_features, coarsest, maps = decoder.forward_features(features)
-    assert coarsest is maps[0]
-    return features, mask_features, maps
+    return features, *pixel_decoder_exits(decoder, features, decoder.exits[-1:])[decoder.exits[-1]]
 
 
 @torch.no_grad()
@@ -117,10 +115,10 @@ def test_autocast_enters_where_the_config_lets_it(amp):
     layer = pixel_decoder.transformer.encoder.layers[0]
     for part in (layer.linear1, layer.self_attn.value_proj, layer.self_attn.sampling_offsets, pixel_decoder.layer_1):
         part.register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
-    expected = pixel_decoder.forward_exits(features, (2, 6))
+    expected = pixel_decoder_exits(pixel_decoder, features, (2, 6))
     with torch.autocast("cpu", torch.bfloat16):
         kinds.clear()
-        found = pixel_decoder.forward_exits(features, (2, 6))
+        found = pixel_decoder_exits(pixel_decoder, features, (2, 6))
     low = torch.bfloat16 if amp else torch.float32
     assert kinds == [low, torch.float32, low, low, low]  # values, offsets, feed-forward network; then each exit's masks
     for k in (2, 6):

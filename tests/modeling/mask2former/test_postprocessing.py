@@ -11,7 +11,7 @@ from eco_m2f.modeling.mask2former.postprocessing import (
     crop_and_resize,
     instance_inference,
     panoptic_inference,
-    resize,
+    resize_masks,
     semantic_inference,
 )
 
@@ -102,7 +102,7 @@ def test_semantic_alone_is_resized_after_the_sum():
     only = PostProcessor(7, THINGS, panoptic_on=False, instance_on=False, resize_first=False)
     out = only(logits, masks, (64, 96), (60, 90), (30, 45))
     assert list(out) == ["sem_seg"]
-    expected = crop_and_resize(semantic_inference(logits, resize(masks, (64, 96))), (60, 90), (30, 45))
+    expected = crop_and_resize(semantic_inference(logits, resize_masks(masks, (64, 96))), (60, 90), (30, 45))
     torch.testing.assert_close(out["sem_seg"], expected)
 
 
@@ -113,11 +113,11 @@ def test_maps_of_tokens_are_resized_as_other_maps_are(monkeypatch):
         F, "interpolate", lambda x, **options: (seen.append(x.is_contiguous()), original(x, **options))[1]
     )
     tokens = torch.randn(4, 6, 5)
-    resized = resize(tokens.permute(2, 0, 1), (8, 12))
-    assert seen == [True] and torch.equal(resized, resize(tokens.permute(2, 0, 1).contiguous(), (8, 12)))
+    resized = resize_masks(tokens.permute(2, 0, 1), (8, 12))
+    assert seen == [True] and torch.equal(resized, resize_masks(tokens.permute(2, 0, 1).contiguous(), (8, 12)))
 
 
 def test_identity_resize_is_exact():
     masks = torch.randn(3, 17, 23)
     same = torch.nn.functional.interpolate(masks[None], size=(17, 23), mode="bilinear", align_corners=False)[0]
-    assert torch.equal(resize(masks, (17, 23)), same)
+    assert torch.equal(resize_masks(masks, (17, 23)), same)
