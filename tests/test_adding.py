@@ -8,6 +8,7 @@ import pytest
 import torch
 from minis import CONFIGS, ECO, PARENT, ROOT, build, make_batch
 
+from eco_m2f.costs import ExitCosts
 from eco_m2f.derived.dataset import DerivedDataset
 from eco_m2f.gates.gate import Gate
 from eco_m2f.modeling.encoders import TRANSFORMER_ENCODER_REGISTRY
@@ -55,7 +56,7 @@ def test_the_contract_of_the_registry(rule):
 def test_the_model_trains_leaves_early_and_is_counted(config):
     model = build(config)
     assert model.exits == (2, 4, 6)
-    batch, costs = make_batch(), model.costs((64, 96), (64, 96))
+    batch, costs = make_batch(), ExitCosts(model)((64, 96), (64, 96))
     for k in model.exits:
         model.exit_policy = FixedExit(k)
         with torch.no_grad():

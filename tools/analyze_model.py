@@ -11,7 +11,7 @@
         --thresholds-csv thresholds.csv
 
 The images of the CSV are resized by INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST and padded as in evaluation, and their
-results resized back; the image of --size is only padded. eco_m2f/evaluation/flops.py says what is counted.
+results resized back; the image of --size is only padded. eco_m2f/costs/exits.py says what is counted.
 """
 
 import argparse
@@ -23,12 +23,11 @@ import detectron2
 import torch
 
 import eco_m2f
+from eco_m2f.costs import CostTable, analyze, at_test_size, cost_table, format_report, read_image_sizes, read_shares
 from eco_m2f.engine.command_line import HelpFormatter, run
 from eco_m2f.engine.setup import build_model, load_cfg
-from eco_m2f.evaluation.flops import CostTable, ExitCosts, analyze, at_test_size, format_report, read_image_sizes
 from eco_m2f.files import atomic_write
 from eco_m2f.modeling import DoViT
-from eco_m2f.modeling.dovit.costs import read_shares
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,7 +51,7 @@ def main(args: argparse.Namespace) -> None:
     limits = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     images = [(at_test_size(size, *limits), size) for size in sizes]
     model = build_model(cfg)
-    costs = cost_table(model, args.kept, args.thresholds_csv)
+    costs = costs_of(model, args.kept, args.thresholds_csv)
     report = analyze(model, args.size, images, costs)
     print(format_report(report, costs))
     if args.json:
@@ -63,14 +62,14 @@ def main(args: argparse.Namespace) -> None:
             file.write(json.dumps({**source, **report, "versions": versions}, indent=2) + "\n")
 
 
-def cost_table(model: torch.nn.Module, kept: list[float] | None, thresholds_csv: str | None) -> CostTable:
+def costs_of(model: torch.nn.Module, kept: list[float] | None, thresholds_csv: str | None) -> CostTable:
     """What is to be told of the model: its exits; of a DoViT, its shares of tokens."""
     if not isinstance(model, DoViT):
         if kept or thresholds_csv:
             raise ValueError(f"--kept and --thresholds-csv are of a DoViT: this is a {type(model).__name__}")
-        return ExitCosts(model)
+        return cost_table(model)
     shares = {" ".join(map(str, kept)): kept} if kept else {}
-    return model.cost_table(shares | (read_shares(thresholds_csv) if thresholds_csv else {}))
+    return cost_table(model, shares | (read_shares(thresholds_csv) if thresholds_csv else {}))
 
 
 if __name__ == "__main__":

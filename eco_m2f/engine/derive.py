@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..checkpoint.parent_hash import parent_sha256
+from ..costs import ExitCosts
 from ..data.mappers import PanopticTestMapper
 from ..data.parallel import alongside
 from ..data.present import loading
@@ -193,7 +194,8 @@ def derived_rows(
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
     model.eval()
-    predicted = (clock.timed(predict_exits, model, measure, batch[0], cfg.MODEL.ECO.FEATURE) for batch in loader)
+    read = (cfg.MODEL.ECO.FEATURE, ExitCosts(model))
+    predicted = (clock.timed(predict_exits, model, measure, batch[0], *read) for batch in loader)
     yield from alongside(Predicted.row, predicted, workers)
 
 
@@ -222,13 +224,13 @@ class Predicted:
         )
 
 
-def predict_exits(model: EarlyExits, measure: Measure, x: dict, source: str) -> Predicted:
+def predict_exits(model: EarlyExits, measure: Measure, x: dict, source: str, costs: ExitCosts) -> Predicted:
     """Runs one mapped image through the model once, to all exits; `source` is where the gate's feature is read."""
     target = measure.target(x["image_id"])
     images = model.preprocess([x])
     features = model.extract(images)
     predictions = model.head.forward_exits(features, model.exits)
-    costs = model.costs(images.tensor.shape[-2:], (x["height"], x["width"]))
+    gflops = costs(images.tensor.shape[-2:], (x["height"], x["width"]))
     pooled = model.pooled_feature(features, images.image_sizes, source)[0]
     return Predicted(
         image={**{k: x[k] for k in ("image_id", "height", "width")}, "file_name": Path(x["file_name"]).name},
@@ -236,6 +238,6 @@ def predict_exits(model: EarlyExits, measure: Measure, x: dict, source: str) -> 
         predictions=[model.judged(predictions[k], images, x) for k in model.exits],
         target=target,
         feature=pooled.float().cpu().numpy(),
-        total_gflops=[costs[k]["total"] for k in model.exits],
-        encoder_gflops=[costs[k]["encoder"] for k in model.exits],
+        total_gflops=[gflops[k]["total"] for k in model.exits],
+        encoder_gflops=[gflops[k]["encoder"] for k in model.exits],
     )

@@ -8,6 +8,7 @@ from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from torch import nn
 
+from ..costs import ExitCosts, TokenCosts, costs_of_results
 from ..evaluation.build import evaluators_for
 from ..evaluation.collect import EvaluationError, Evaluators
 from ..evaluation.multi_scale import MultiScale
@@ -32,12 +33,13 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
     if cfg.TEST.AUG.ENABLED:
         judged["_TTA"] = MultiScale.from_config(cfg, model)
     results, failures, errors = {}, {}, []
+    costs = costs_of_results(model)
     for name in cfg.DATASETS.TEST:
         check_model_classes(model, name)
         check_oracle(model, name)
         results[name] = {}
         for suffix, part in judged.items():
-            evaluators = _evaluators(cfg, name, semantic_alone=bool(suffix))
+            evaluators = _evaluators(cfg, name, costs, semantic_alone=bool(suffix))
             with autocast(cfg, model.device.type, cfg.TEST.AMP):
                 found = inference_on_dataset(part, build_test_loader(cfg, name), evaluators) or {}
             results[name] |= {f"{task}{suffix}": values for task, values in found.items()}
@@ -52,12 +54,15 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
     return told
 
 
-def _evaluators(cfg: CfgNode, dataset_name: str, semantic_alone: bool) -> Evaluators:
+def _evaluators(
+    cfg: CfgNode, dataset_name: str, costs: ExitCosts | TokenCosts | None, semantic_alone: bool
+) -> Evaluators:
     """semantic_alone: of several views, which go to a folder of their own."""
     test = cfg.MODEL.MASK_FORMER.TEST
     return evaluators_for(
         dataset_name,
         os.path.join(cfg.OUTPUT_DIR, "inference_TTA" if semantic_alone else "inference"),
+        costs=costs,
         semantic_on=test.SEMANTIC_ON,
         instance_on=test.INSTANCE_ON and not semantic_alone,
         panoptic_on=test.PANOPTIC_ON and not semantic_alone,

@@ -1,5 +1,6 @@
 """One image in, the model's result out: what `engine.load_predictor` returns."""
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..costs import CostTable, cost_table, input_sizes
 from ..data.given_images import rgb_from
 from ..data.mappers import PanopticTestMapper
 
@@ -52,6 +54,24 @@ class Predictor:
             if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
                 raise
             raise ValueError(f"an image of {width}x{height} pixels {TOO_LARGE} ({error})") from error
+
+    def costs(self, image: str | os.PathLike | Image.Image | np.ndarray | torch.Tensor) -> dict:
+        """GFLOPs of an image of this size, without running the model.
+
+        Returns:
+            {exit: {"total", "backbone", ...}} in the paper's convention, see `costs.ExitCosts.details`; of a DoViT
+            {"static": {...}}, where no token stops.
+
+        Raises:
+            ValueError: it is no image, or its costs are not known, as for a model that has no exits.
+        """
+        rgb = rgb_from(image)
+        x = {"image": self.mapper.to_tensor(rgb), "height": rgb.shape[0], "width": rgb.shape[1]}
+        return self._cost_table.details(*input_sizes(x, self.model.size_divisibility))
+
+    @functools.cached_property
+    def _cost_table(self) -> CostTable:
+        return cost_table(self.model)
 
     def _check_memory(self, height: int, width: int) -> None:
         """Raises ValueError where the host's memory cannot hold the masks, for which the system would end the process.

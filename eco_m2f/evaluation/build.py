@@ -4,6 +4,7 @@ import os
 
 from detectron2.data import MetadataCatalog
 
+from ..costs import ExitCosts, TokenCosts
 from ..data.categories import SEMANTIC_TYPES
 from .boxes import BoxEvaluator, BoxGroundTruth
 from .cityscapes_instances import CityscapesInstanceEvaluator, CityscapesInstances
@@ -23,12 +24,13 @@ def evaluators_for(
     dataset_name: str,
     output_dir: str | None = None,
     *,
+    costs: ExitCosts | TokenCosts | None = None,
     semantic_on: bool = True,
     instance_on: bool = True,
     panoptic_on: bool = True,
     max_detections: int = 100,
 ) -> Evaluators:
-    """PQ, mIoU and AP for the heads that are on, and the statistics of exits or tokens.
+    """PQ, mIoU and AP for the heads that are on, and with `costs` of the model the statistics of its exits or tokens.
 
     Serves any dataset in COCO's panoptic format, those of class maps alone, which get mIoU, and those in COCO's
     detection format, which get the AP of boxes; results go to `output_dir/<dataset_name>` where that is given. AP on
@@ -40,7 +42,7 @@ def evaluators_for(
     if kind not in known:
         raise ValueError(f"dataset {dataset_name!r} has evaluator_type {kind!r}; known are {known}")
     folder = os.path.join(output_dir, dataset_name) if output_dir else None
-    evaluators = [ExitStatistics(folder), TokenStatistics(folder)]
+    evaluators = [] if costs is None else [_statistics(costs)(costs, folder)]
     if kind == BOX_TYPE:
         evaluators.append(BoxEvaluator(BoxGroundTruth(dataset_name), folder, max_detections))
         return Evaluators(evaluators, folder)
@@ -59,3 +61,7 @@ def evaluators_for(
         else:
             evaluators.append(InstanceEvaluator(truth, folder, max_detections))
     return Evaluators(evaluators, folder)
+
+
+def _statistics(costs: ExitCosts | TokenCosts) -> type[ExitStatistics] | type[TokenStatistics]:
+    return TokenStatistics if isinstance(costs, TokenCosts) else ExitStatistics

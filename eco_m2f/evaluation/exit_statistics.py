@@ -3,21 +3,28 @@
 from collections import Counter
 from collections.abc import Mapping
 
+from ..costs import ExitCosts, input_sizes
 from .collect import RowEvaluator
 
 
 class ExitStatistics(RowEvaluator):
-    """Reads `exit` (int) and `exit_gflops` {"total", "encoder"} of the outputs; a model without exits gives no result.
+    """Reads `exit` (int) of the outputs; a model without exits gives no result.
 
     `evaluate` returns {"exits": {mean_exit, GFLOPs, encoder_GFLOPs, images@<exit>}}: means over all images in the
-    paper's convention (`flops.py`), and the number of images per exit. With an output_dir it also writes `exits.json`
-    with every image's exit.
+    paper's convention (`costs/exits.py`), and the number of images per exit. With an output_dir it also writes
+    `exits.json` with every image's exit.
     """
+
+    def __init__(self, costs: ExitCosts, output_dir: str | None = None):
+        """costs: of the model, which gets its images one by one: an image is padded for itself alone."""
+        super().__init__(output_dir)
+        self._costs = costs
 
     def row(self, x: Mapping, y: Mapping) -> tuple[int, float, float] | None:
         if "exit" not in y:
             return None
-        return int(y["exit"]), float(y["exit_gflops"]["total"]), float(y["exit_gflops"]["encoder"])
+        gflops = self._costs(*input_sizes(x, self._costs.size_divisibility))[y["exit"]]
+        return int(y["exit"]), float(gflops["total"]), float(gflops["encoder"])
 
     def summary(self, rows: dict) -> dict:
         if not rows:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from ..costs import TokenCosts, input_sizes
 from .collect import RowEvaluator
 
 
@@ -13,8 +14,20 @@ class TokenStatistics(RowEvaluator):
     latter that was saved, shares in percent. With an output_dir it also writes `tokens.json`, with every image's own.
     """
 
+    def __init__(self, costs: TokenCosts, output_dir: str | None = None):
+        super().__init__(output_dir)
+        self._costs = costs
+
     def row(self, x: Mapping, y: Mapping) -> dict | None:
-        return dict(y["tokens"]) if "tokens" in y else None
+        """{threshold, kept, gflops, static_gflops} of an image. At a threshold of 1 nothing is decided."""
+        if "tokens" not in y:
+            return None
+        threshold, shares = y["tokens"]["threshold"], y["tokens"]["kept"]
+        sizes = input_sizes(x, self._costs.size_divisibility)
+        static = gflops = self._costs(*sizes)
+        if threshold < 1:
+            gflops = self._costs(*sizes, [round(share * self._costs.tokens(sizes[0])) for share in shares])
+        return {"threshold": threshold, "kept": shares, "gflops": gflops, "static_gflops": static}
 
     def summary(self, rows: dict) -> dict:
         if not rows:

@@ -20,7 +20,6 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..evaluation.flops import ExitCosts
 from ..exits import ExitSampler, combine_exit_losses, exit_weights
 from .exit_policy import build_exit_policy, covered, pool_valid
 from .sequential_exits import merge_rows, predict_exit_by_exit
@@ -56,7 +55,6 @@ class EarlyExits(nn.Module):
         self.sampler = sampler
         self.exit_policy = exit_policy
         self.recompute = recompute
-        self._costs = None
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -89,13 +87,11 @@ class EarlyExits(nn.Module):
         return combine_exit_losses(losses, weights, self.exits[-1])
 
     def inference(self, features: dict[str, Tensor], images: ImageList, batched_inputs: list[dict]) -> list[dict]:
-        """As the parent, plus `exit` (int) and `exit_gflops` ({total, encoder}) of every image."""
+        """As the parent, plus `exit` (int) of every image."""
         chosen, pred = self.choose_and_predict(features, images, batched_inputs)
         results = self.postprocess(pred, images, batched_inputs)
-        padded = images.tensor.shape[-2:]
-        for x, size, result, k in zip(batched_inputs, images.image_sizes, results, chosen):
+        for result, k in zip(results, chosen):
             result["exit"] = k
-            result["exit_gflops"] = self.costs(padded, self.output_size(x, size))[k]
         return results
 
     def choose_and_predict(
@@ -133,12 +129,6 @@ class EarlyExits(nn.Module):
         """What a gate that reads `source` sees of every image: [B, C], see `pool_valid`."""
         stride = policy_shapes(self.backbone, self.head)[source].stride
         return pool_valid(self.policy_features(features, source)[source], image_sizes, stride)
-
-    def costs(self, padded_size: Sequence[int], output_size: Sequence[int]) -> dict[int, dict[str, float]]:
-        """{exit: {"total", "encoder"}} GFLOPs of one image of these sizes (height, width), paper convention."""
-        if self._costs is None:
-            self._costs = ExitCosts(self, self.exits)
-        return self._costs(tuple(padded_size), tuple(output_size))
 
     def load_gate(self, path: str) -> None:
         """Loads the weights of a learned policy; the gate must have been fitted for exactly these parent weights.

@@ -147,11 +147,11 @@ def test_another_shard_size_gives_the_same_rows(case, whole, tmp_path):
 def test_stopped_in_the_middle_it_goes_on_with_the_same_bytes(case, whole, tmp_path, monkeypatch):
     directory, original, derived = tmp_path / "derived", step_b.predict_exits, []
 
-    def row(model, truth, x, source):
+    def row(model, truth, x, *read):
         if len(derived) == 5:  # the second image of shard 2
             raise RuntimeError("power cut")
         derived.append(x["image_id"])
-        return original(model, truth, x, source)
+        return original(model, truth, x, *read)
 
     monkeypatch.setattr(step_b, "predict_exits", row)
     with pytest.raises(RuntimeError, match="power cut"):

@@ -240,7 +240,7 @@ def test_a_compiled_predictor_gives_what_another_does(tiny, tmp_path, monkeypatc
         counters.clear()
         found = load_predictor(tiny.config(), [*opts, True])(image)
         assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
-        assert found["exit"] == k and found["exit_gflops"] == wanted["exit_gflops"]
+        assert found["exit"] == k
         torch.testing.assert_close(found["sem_seg"], wanted["sem_seg"], atol=1e-4, rtol=1e-4)
 
 

@@ -9,6 +9,7 @@ from tiny import Tiny
 
 from eco_m2f.checkpoint.checkpointer import Checkpointer
 from eco_m2f.checkpoint.safe_load import CheckpointError, read_checkpoint
+from eco_m2f.costs import ExitCosts, padded_size
 from eco_m2f.data.classes import dataset_classes
 from eco_m2f.engine.predict import load_predictor
 from eco_m2f.engine.predictor import Predictor
@@ -62,6 +63,19 @@ def test_thin_and_tiny_images_give_a_result_at_their_size(predict, shape):
     result = predict(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
     assert result["panoptic_seg"][0].shape == result["sem_seg"].shape[1:] == shape[:2]
     assert result["sem_seg"].isfinite().all()
+
+
+def test_costs_are_those_of_the_sizes_that_the_model_gets_and_gives(trained, predict):
+    image = np.zeros((40, 70, 3), np.uint8)
+    shown = predict.mapper.to_tensor(image).shape[-2:]
+    assert shown != (40, 70)
+    expected = ExitCosts(predict.model).details(padded_size(shown, predict.model.size_divisibility), (40, 70))
+    assert predict.costs(image) == expected and predict(image)["exit"] in expected
+
+
+def test_costs_of_what_is_no_image(predict):
+    with pytest.raises(ValueError):
+        predict.costs(np.zeros((0, 5, 3), np.uint8))
 
 
 def test_an_image_whose_masks_do_not_fit_into_the_memory_is_refused(predict, monkeypatch):

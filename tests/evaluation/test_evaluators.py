@@ -8,7 +8,7 @@ import torch
 import torch.multiprocessing as mp
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation import SemSegEvaluator, inference_on_dataset
-from panoptic_dataset import CATEGORIES, CONTIGUOUS, make_outputs, register, unregister, write_dataset
+from panoptic_dataset import CATEGORIES, CONTIGUOUS, LayerCosts, make_outputs, register, unregister, write_dataset
 from panopticapi.utils import rgb2id
 from PIL import Image
 
@@ -50,7 +50,8 @@ def test_panoptic_equals_panopticapi(dataset, tmp_path):
         rgb[..., 0] = pred_map.numpy()
         Image.fromarray(rgb).save(root / "pred" / f"{x['image_id']}.png")
         segments = [{**s, "category_id": CATEGORIES[s["category_id"]]["id"]} for s in segments]
-        predictions.append({**x, "file_name": f"{x['image_id']}.png", "segments_info": segments})
+        file_name = f"{x['image_id']}.png"
+        predictions.append({"image_id": x["image_id"], "file_name": file_name, "segments_info": segments})
     (root / "pred.json").write_text(json.dumps({"annotations": predictions}))
     expected = pq_compute(str(root / "panoptic.json"), str(root / "pred.json"))
     for group, suffix in (("All", ""), ("Things", "_th"), ("Stuff", "_st")):
@@ -223,16 +224,20 @@ def test_instances_without_any_prediction_score_zero(dataset):
 def test_exit_statistics(dataset, tmp_path):
     _, _, inputs, outputs = dataset
     for y, k in zip(outputs, (2, 2, 6, 3, 2)):
-        y["exit"], y["exit_gflops"] = k, {"total": 10.0 * k, "encoder": 1.0 * k}
-    result = run(ExitStatistics(str(tmp_path / "out")), inputs, outputs)["exits"]
+        y["exit"] = k
+    inputs = [{"image_id": x["image_id"], "image": torch.empty(3, 50, 70)} for x in inputs]
+    inputs[0] |= {"height": 100, "width": 140}
+    result = run(ExitStatistics(LayerCosts(), str(tmp_path / "out")), inputs, outputs)["exits"]
+    pixels = (64 * 96 + (4 * 50 * 70 + 100 * 140) / 5) / 1000
     assert result == {
-        "mean_exit": 3.0, "GFLOPs": 30.0, "encoder_GFLOPs": 3.0, "images@2": 3, "images@3": 1, "images@6": 1
+        "mean_exit": 3.0, "GFLOPs": pytest.approx(30 + pixels), "encoder_GFLOPs": 3.0,
+        "images@2": 3, "images@3": 1, "images@6": 1,
     }  # fmt: skip
     written = json.loads((tmp_path / "out" / "exits.json").read_text())
     assert written["per_image"]["102"] == 6
     for y in outputs:
         del y["exit"]
-    assert run(ExitStatistics(), inputs, outputs) == {}
+    assert run(ExitStatistics(LayerCosts()), inputs, outputs) == {}
 
 
 class Replay(torch.nn.Module):
@@ -250,11 +255,13 @@ def test_table_in_detectron2s_loop(dataset):
     _, _, inputs, outputs = dataset
     model = Replay({x["image_id"]: y for x, y in zip(inputs, outputs)})
     loader = [[x] for x in inputs]
-    result = inference_on_dataset(model, loader, evaluators_for(NAME))
+    result = inference_on_dataset(model, loader, evaluators_for(NAME, costs=LayerCosts()))
     assert set(result) == {"exits", "panoptic_seg", "sem_seg", "segm"}
-    only = inference_on_dataset(model, loader, evaluators_for(NAME, instance_on=False, semantic_on=False))
+    evaluators = evaluators_for(NAME, costs=LayerCosts(), instance_on=False, semantic_on=False)
+    only = inference_on_dataset(model, loader, evaluators)
     assert set(only) == {"exits", "panoptic_seg"}
     assert only["panoptic_seg"] == result["panoptic_seg"]
+    assert "exits" not in inference_on_dataset(model, loader, evaluators_for(NAME))
 
 
 def test_table_refuses_what_it_does_not_know(dataset):
@@ -288,7 +295,7 @@ def _evaluate_on_rank(rank, world_size, root, init_file, result_file):
     register(NAME, root)
     annotations = json.loads((root / "panoptic.json").read_text())["annotations"]
     inputs, outputs = make_outputs(root, annotations)
-    evaluators = evaluators_for(NAME)
+    evaluators = evaluators_for(NAME, costs=LayerCosts())
     evaluators.reset()
     # as detectron2's sampler, but interleaved, and with one image on both
     evaluators.process(inputs[rank::world_size] + inputs[:1], outputs[rank::world_size] + outputs[:1])
@@ -316,7 +323,7 @@ def _one_fails_on_one_rank(evaluators, inputs, outputs, rank):
 
 def test_two_processes_equal_one(dataset, tmp_path):
     _, _, inputs, outputs = dataset
-    evaluators = evaluators_for(NAME)
+    evaluators = evaluators_for(NAME, costs=LayerCosts())
     evaluators.reset()
     evaluators.process(inputs, outputs)
     expected = json.loads(json.dumps(evaluators.evaluate()))

@@ -8,18 +8,31 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
+from eco_m2f.costs import TokenCosts
 from eco_m2f.evaluation.build import evaluators_for
 from eco_m2f.evaluation.token_statistics import TokenStatistics
 
-INPUTS = [{"image_id": i} for i in range(2)]
+INPUTS = [{"image_id": i, "image": torch.empty(3, 75, 78), "height": 90} for i in range(2)]
+
+
+class CountCosts(TokenCosts):
+    """100 tokens an image; 10 GFLOPs without stopping, and what the numbers of those that go on cost."""
+
+    size_divisibility = 8
+
+    def __init__(self):
+        self.known = {None: 10.0, (80, 50): 6.0, (60, 0): 4.0, (100, 100): 11.0}
+
+    def tokens(self, padded_size):
+        return 100
+
+    def __call__(self, padded_size, output_size, kept=None):
+        assert (padded_size, output_size) == ((80, 80), (90, 78))
+        return self.known[kept if kept is None else tuple(kept)]
 
 
 def outputs(threshold=0.9) -> list[dict]:
-    common = {"threshold": threshold, "static_gflops": 10.0}
-    return [
-        {"tokens": {**common, "kept": [0.8, 0.5], "gflops": 6.0}},
-        {"tokens": {**common, "kept": [0.6, 0.0], "gflops": 4.0}},
-    ]
+    return [{"tokens": {"threshold": threshold, "kept": kept}} for kept in ([0.8, 0.5], [0.6, 0.0])]
 
 
 def run(evaluator, inputs, given):
@@ -30,19 +43,27 @@ def run(evaluator, inputs, given):
 
 
 def test_means_over_images(tmp_path):
-    evaluator = TokenStatistics(str(tmp_path))
+    evaluator = TokenStatistics(CountCosts(), str(tmp_path))
     result = run(evaluator, INPUTS, outputs())["tokens"]
     assert result == pytest.approx(
         {"threshold": 0.9, "kept@1": 70.0, "kept@2": 25.0, "GFLOPs": 5.0, "static_GFLOPs": 10.0, "saved": 50.0}
     )
     written = json.loads((tmp_path / "tokens.json").read_text())
-    assert written["per_image"]["1"] == outputs()[1]["tokens"] and written["saved"] == pytest.approx(50.0)
+    expected = {**outputs()[1]["tokens"], "gflops": 4.0, "static_gflops": 10.0}
+    assert written["per_image"]["1"] == expected and written["saved"] == pytest.approx(50.0)
     again = run(evaluator, INPUTS[:1], outputs()[:1])["tokens"]
     assert again["GFLOPs"] == 6.0  # a reset forgets
 
 
+def test_decisions_that_stop_nothing_cost_more_than_none():
+    everything = {"kept": [1.0, 1.0]}
+    for threshold, gflops in ((0.9, 11.0), (1.0, 10.0)):
+        found = run(TokenStatistics(CountCosts()), INPUTS[:1], [{"tokens": {"threshold": threshold, **everything}}])
+        assert (found["tokens"]["GFLOPs"], found["tokens"]["static_GFLOPs"]) == (gflops, 10.0)
+
+
 def test_a_model_that_stops_no_tokens_gives_no_result():
-    assert run(TokenStatistics(), INPUTS, [{}, {}]) == {}
+    assert run(TokenStatistics(CountCosts()), INPUTS, [{}, {}]) == {}
 
 
 @pytest.fixture
@@ -61,8 +82,8 @@ def semantic_set(tmp_path):
 def test_class_maps_alone_are_judged_by_miou(semantic_set, tmp_path):
     """Of two pixels of sky one is taken for sea; the pixel of void counts nowhere."""
     scores = torch.tensor([[[1.0, 0, 0, 1]], [[0.0, 1, 1, 0]]])
-    evaluator = evaluators_for("class_maps", str(tmp_path / "out"))
-    result = run(evaluator, [semantic_set], [{"sem_seg": scores, **outputs()[0]}])
+    evaluator = evaluators_for("class_maps", str(tmp_path / "out"), costs=CountCosts())
+    result = run(evaluator, [{**INPUTS[0], **semantic_set}], [{"sem_seg": scores, **outputs()[0]}])
     assert set(result) == {"sem_seg", "tokens"}
     expected = {"IoU-sky": 50.0, "IoU-sea": 50.0, "mIoU": 50.0, "pACC": 200 / 3}
     assert {k: result["sem_seg"][k] for k in expected} == pytest.approx(expected)

@@ -14,9 +14,11 @@ from eco_m2f.budget import Gate
 from minis import CONFIGS, DETR, ECO, ECO_DETR, LITE, MASKFORMER, MINI, PARENT, PROSCALE, RT, build, fill, make_batch
 
 from eco_m2f.checkpoint.parent_hash import parent_sha256
+from eco_m2f.costs import ExitCosts, padded_size
 from eco_m2f.engine.optimizer import autocast, build_optimizer
 from eco_m2f.engine.setup import build_model, load_cfg
 from eco_m2f.engine.step import Step
+from eco_m2f.evaluation.exit_statistics import ExitStatistics
 
 pytestmark = pytest.mark.slow
 
@@ -88,9 +90,7 @@ def same(a: dict, b: dict) -> bool:
         pairs += [(a["sem_seg"], b["sem_seg"]), (a["panoptic_seg"][0], b["panoptic_seg"][0])]
         if a["panoptic_seg"][1] != b["panoptic_seg"][1]:
             return False
-    return a.keys() - {"exit", "exit_gflops"} == b.keys() - {"exit", "exit_gflops"} and all(
-        torch.equal(x, y) for x, y in pairs
-    )
+    return a.keys() - {"exit"} == b.keys() - {"exit"} and all(torch.equal(x, y) for x, y in pairs)
 
 
 def step(model, double: bool = False) -> tuple[dict, dict]:
@@ -213,9 +213,13 @@ def test_results_tell_exit_and_cost(system):
     results = eco(make_batch(SIZES))
     assert [r["exit"] for r in results] == [first, last]
     assert all(r["sem_seg"].isfinite().all() for r in results if "sem_seg" in r)
-    costs, small = eco.costs(SIZES[0], SIZES[0]), eco.costs(SIZES[0], SIZES[1])
-    assert results[0]["exit_gflops"] == costs[first]
-    assert results[1]["exit_gflops"] == small[last]  # its results are resized to its own size, which boxes are not
+    assert results[0].keys() - system.models()[0](make_batch(SIZES))[0].keys() == {"exit"}  # nothing is counted
+    table = ExitCosts(eco)
+    costs, small = table(SIZES[0], SIZES[0]), table(SIZES[0], SIZES[1])
+    for x, result, size, k in zip(make_batch(SIZES), results, SIZES, (first, last)):
+        alone = table(padded_size(size, eco.size_divisibility), size)[k]
+        assert ExitStatistics(table).row(x, result) == (k, alone["total"], alone["encoder"])
+    # results are resized to the image's own size, which boxes are not
     assert (small[last]["total"] < costs[last]["total"]) == ("sem_seg" in results[0])
     for part in ("total", "encoder"):
         values = [costs[k][part] for k in system.exits]
@@ -233,7 +237,6 @@ def sensitive(system: System, tmp_path):
     path, sha = tmp_path / "gate.pth", parent_sha256(eco.state_dict())
     Gate(weight, torch.zeros(len(system.exits)), system.exits, 0.0, "hard_ce", "res5", sha).save(path)
     eco.load_gate(str(path))
-    eco.costs = lambda *sizes: dict.fromkeys(system.exits)  # counted in float32 alone
     return eco.double()
 
 
@@ -385,7 +388,7 @@ def test_a_gate_leads_to_the_fixed_exit_and_belongs_to_its_weights(system, tmp_p
     gated.load_gate(path)
     assert gated.state_dict().keys() == system.models()[1].state_dict().keys()
     for a, b in zip(gated(make_batch(SIZES)), system.twin("MODEL.ECO.EXIT", k)(make_batch(SIZES))):
-        assert same(a, b) and a["exit"] == b["exit"] == k and a["exit_gflops"] == b["exit_gflops"]
+        assert same(a, b) and a["exit"] == b["exit"] == k
     with pytest.raises(ValueError, match="fitted for parent weights"):
         system.build_eco(*gate_opts).load_gate(path)
 

@@ -8,9 +8,10 @@ import torch
 from minis import CONFIGS, MINI, ROOT, fill
 from tiny import tool
 
+from eco_m2f.costs import ExitCosts, TokenCosts, TokenTable
 from eco_m2f.engine.command_line import run
 from eco_m2f.engine.setup import build_model, load_cfg
-from eco_m2f.evaluation.flops import ExitCosts
+from eco_m2f.evaluation.token_statistics import TokenStatistics
 
 pytestmark = pytest.mark.slow
 
@@ -160,13 +161,13 @@ def test_shares_of_tokens(tmp_path, capsys, thresholds):
     assert f"     static  {static['total']:.3f}" in printed and "auxiliary heads" in printed
 
 
-def test_what_is_told_of_an_image_is_what_the_model_tells(tmp_path):
+def test_what_is_told_of_an_image_is_what_the_evaluation_tells(tmp_path):
     """The counts of tokens that an image really kept, as shares."""
     dovit = fill(build_model(load_cfg(str(DOVIT), ["MODEL.DEVICE", "cpu", "MODEL.DOVIT.THRESHOLD", 0.5]))).eval()
     torch.manual_seed(0)
     with torch.no_grad():
-        (result,) = dovit([{"image": torch.randint(0, 256, (3, 96, 72), dtype=torch.uint8)}])
-    tokens = result["tokens"]
+        x = {"image": torch.randint(0, 256, (3, 96, 72), dtype=torch.uint8)}
+        tokens = TokenStatistics(TokenCosts.of(dovit)).row(x, dovit([x])[0])
     assert 1 > tokens["kept"][0] > tokens["kept"][1] > tokens["kept"][2] > 0
     out = tmp_path / "out.json"
     assert start("--size", 96, 72, "--kept", *tokens["kept"], "--json", out, config=DOVIT) == 0
@@ -182,7 +183,7 @@ def test_mean_over_a_csv_with_shares(tmp_path, sizes):
     report = json.loads(out.read_text())
     dovit = build_model(load_cfg(str(DOVIT), ["MODEL.DEVICE", "cpu"]))
     images = [((128, 128), (256, 256)), ((128, 128), (64, 64)), ((88, 256), (100, 300))]
-    each = [dovit.cost_table({"0.5 0.5 0.5": [0.5] * 3}).details(*image) for image in images]
+    each = [TokenTable(dovit, {"0.5 0.5 0.5": [0.5] * 3}).details(*image) for image in images]
     for name, gflops in report["mean"]["tokens"].items():
         assert gflops["total"] == pytest.approx(sum(e[name]["total"] for e in each) / 3)
 

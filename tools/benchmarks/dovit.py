@@ -17,6 +17,7 @@ import torch
 from timing import positive
 from torch import Tensor
 
+from eco_m2f.costs import cost_table, padded_size
 from eco_m2f.engine.command_line import run
 from eco_m2f.engine.setup import build_model, load_cfg
 from eco_m2f.modeling import DoViT
@@ -40,8 +41,8 @@ class StopShare:
 
 def dovit_contestants(
     cfg, size: tuple[int, int], batch: int, shares: Sequence[float]
-) -> dict[str, Callable[[], list[dict]]]:
-    """Name -> a call that segments a batch; the largest share comes first. Raises ValueError for another model."""
+) -> tuple[DoViT, dict[str, Callable[[], list[dict]]]]:
+    """The model; name -> a call that segments a batch, the largest share first. Raises ValueError for another model."""
     torch.manual_seed(0)
     model = build_model(cfg).eval()
     if not isinstance(model, DoViT):
@@ -52,13 +53,20 @@ def dovit_contestants(
         model.stop_rule = lambda: StopShare(model.auxiliary_heads, share) if share else None
         return model([{"image": image} for image in images])
 
-    return {f"{100 * s:g} % stopped": functools.partial(segment, s) for s in sorted(shares, reverse=True)}
+    return model, {f"{100 * s:g} % stopped": functools.partial(segment, s) for s in sorted(shares, reverse=True)}
 
 
-def with_throughput(row: dict, batch: int, tokens: dict) -> dict:
+def with_throughput(row: dict, batch: int, gflops: float, static_gflops: float) -> dict:
     """A row of times, with images per second and GFLOPs."""
     speed = {"images_per_s": f"{1e3 * batch / float(row['wall_ms']):.3f}"}
-    return {**row, **speed, "gflops": f"{tokens['gflops']:.2f}", "static_gflops": f"{tokens['static_gflops']:.2f}"}
+    return {**row, **speed, "gflops": f"{gflops:.2f}", "static_gflops": f"{static_gflops:.2f}"}
+
+
+def gflops_of(model: DoViT, size: tuple[int, int], kept: Sequence[float]) -> tuple[float, float]:
+    """GFLOPs of an image of which these shares of the tokens go on, and of the static model."""
+    costs = cost_table(model, {"stopped": kept}).details(padded_size(size, model.size_divisibility), size)
+    static = costs["static"]["total"]
+    return (costs["stopped"]["total"] if min(kept) < 1 else static), static  # nothing stopped: no auxiliary heads
 
 
 def share(text: str) -> float:
@@ -80,10 +88,11 @@ def main(args: argparse.Namespace) -> None:
     timing.prepare(args)
     timing.keep_freed_memory(args.device)
     cfg = load_cfg(args.config_file, ["MODEL.DEVICE", args.device])
-    contestants = dovit_contestants(cfg, tuple(args.size), args.batch, args.stopped)
+    model, contestants = dovit_contestants(cfg, tuple(args.size), args.batch, args.stopped)
     rows = []
     for row in timing.measure(contestants, args.rounds, args.device):
-        rows.append(with_throughput(row, args.batch, contestants[row["contestant"]]()[0]["tokens"]))
+        kept = contestants[row["contestant"]]()[0]["tokens"]["kept"]
+        rows.append(with_throughput(row, args.batch, *gflops_of(model, tuple(args.size), kept)))
         print(timing.as_line(rows[-1]), flush=True)
     setting = {**timing.model_setting(args), "batch": args.batch}
     timing.save(args, [{**setting, **row} for row in rows])

@@ -23,10 +23,10 @@ from timing import DTYPES, OURS, positive
 from torch import Tensor
 
 from eco_m2f import ops
+from eco_m2f.costs import ExitCosts
 from eco_m2f.engine.command_line import run
 from eco_m2f.engine.predict import compile_for_deployment
 from eco_m2f.engine.setup import build_model, load_cfg
-from eco_m2f.evaluation.flops import ExitCosts
 from eco_m2f.gates.gate import Gate
 from eco_m2f.modeling.early_exits import policy_shapes
 from eco_m2f.modeling.exit_policy import LinearGate

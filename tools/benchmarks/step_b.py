@@ -18,6 +18,7 @@ import timing
 import torch
 from model import PANOPTIC_ALONE, WholeModel
 
+from eco_m2f.costs import ExitCosts
 from eco_m2f.engine.command_line import run
 from eco_m2f.engine.derive import predict_exits
 from eco_m2f.engine.setup import build_model, load_cfg
@@ -60,7 +61,7 @@ def contestants(cfg, size: Sequence[int]) -> dict[str, Callable[[], object]]:
     use_thresholds_in_turn(whole)
     truth = RandomTruth.of(size, 20, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, seed=0)
     x = {"image": whole.image, "image_id": 0, "file_name": "", "height": size[0], "width": size[1]}
-    measure = PanopticMeasure(truth)
+    measure, costs = PanopticMeasure(truth), ExitCosts(whole.model)
 
     def separately() -> None:
         for k in whole.model.exits:
@@ -69,7 +70,7 @@ def contestants(cfg, size: Sequence[int]) -> dict[str, Callable[[], object]]:
             target.compare(panoptic.cpu().numpy(), to_dataset_categories(segments, truth.dataset_id))
 
     def in_one_pass() -> object:
-        return predict_exits(whole.model, measure, x, "res5").row()
+        return predict_exits(whole.model, measure, x, "res5", costs).row()
 
     return {"one pass": in_one_pass, "one evaluation per exit": separately}
 

@@ -19,10 +19,8 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ...checkpoint.checkpointer import Checkpointer
-from ...evaluation.flops import padded_size
 from ..mask2former.postprocessing import crop_and_resize, resize_masks
 from ..parent import Classified
-from .costs import TokenCosts, TokenTable
 from .heads import NaiveHead
 from .vit import TokenPassViT
 
@@ -70,7 +68,6 @@ class DoViT(Classified):
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         self._teacher = ()  # in a tuple, for it is neither trained nor saved
-        self._costs = None
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -123,7 +120,7 @@ class DoViT(Classified):
 
         Returns:
             In training, the weighted losses by name. Else, per image, `sem_seg` [C, height, width], logits, and
-            `tokens`: {"threshold", "kept" (share that goes on after each decision point), "gflops", "static_gflops"}.
+            `tokens`: {"threshold", "kept" (share that goes on after each decision point)}.
         """
         if not self.training:
             return self.inference(batched_inputs)
@@ -171,7 +168,7 @@ class DoViT(Classified):
         """Images of one size run together; others apart, for a token sees all of its image, and padding too."""
         groups = defaultdict(list)
         for i, x in enumerate(batched_inputs):
-            groups[padded_size(x["image"].shape[-2:], self.size_divisibility)].append(i)
+            groups[tuple(-(-side // self.size_divisibility) for side in x["image"].shape[-2:])].append(i)
         results = {}
         for members in groups.values():
             results.update(zip(members, self.segment([batched_inputs[i] for i in members])))
@@ -186,31 +183,20 @@ class DoViT(Classified):
         for i, (logits, size, x) in enumerate(zip(self.head(features), images.image_sizes, batched_inputs)):
             wanted = (x.get("height", size[0]), x.get("width", size[1]))
             sem_seg = crop_and_resize(resize_masks(logits, padded), size, wanted)
-            results.append({"sem_seg": sem_seg, "tokens": self.accounts([k[i] for k in kept], padded, wanted)})
+            results.append({"sem_seg": sem_seg, "tokens": self.accounts([k[i] for k in kept])})
         return results
 
     def stop_rule(self) -> "AuxiliaryRule | None":
         """What stops tokens in inference; nothing does at a threshold of 1, and the auxiliary heads need not run."""
         return AuxiliaryRule(self.auxiliary_heads, self.threshold) if self.threshold < 1 else None
 
-    def accounts(self, kept: list[Tensor], padded: tuple[int, int], output: tuple[int, int]) -> dict:
+    def accounts(self, kept: list[Tensor]) -> dict:
         """The `tokens` of an image's result; kept: bool [h, w] after each decision point, none of a static model."""
-        if self._costs is None:
-            self._costs = self.token_costs()
-        static = self._costs(padded, output)
-        shares, gflops = [1.0] * self.backbone.num_decisions, static
+        shares = [1.0] * self.backbone.num_decisions
         if kept:
             counts = torch.stack(kept).flatten(1).sum(1).tolist()
-            shares, gflops = [n / kept[0].numel() for n in counts], self._costs(padded, output, counts)
-        return {"threshold": self.threshold, "kept": shares, "gflops": gflops, "static_gflops": static}
-
-    def token_costs(self) -> TokenCosts:
-        """The costs of this architecture from the number of tokens in each layer."""
-        return TokenCosts(self.backbone, self.head, self.auxiliary_heads, self.num_classes)
-
-    def cost_table(self, shares: Mapping[str, Sequence[float]]) -> TokenTable:
-        """What `evaluation.flops.analyze` tells of it: the static model, and these shares of tokens that go on."""
-        return TokenTable(self.token_costs(), self.backbone.num_decisions, shares)
+            shares = [n / kept[0].numel() for n in counts]
+        return {"threshold": self.threshold, "kept": shares}
 
 
 class AuxiliaryRule:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from minis import DETR, ECO_DETR, ECO_DETR_DC5, make_batch
 
+from eco_m2f.costs import ExitCosts
 from eco_m2f.modeling.detr.detr import padded_tokens
 from eco_m2f.modeling.detr.postprocessing import BoxPostProcessor
 
@@ -53,7 +54,7 @@ def test_boxes_are_in_pixels_of_the_wanted_size(eco):
 
 @torch.no_grad()
 def test_the_encoder_costs_its_layers_and_nothing_else(eco):
-    encoders = [eco.costs((96, 160), (96, 160))[k]["encoder"] for k in EXITS]
+    encoders = [ExitCosts(eco)((96, 160), (96, 160))[k]["encoder"] for k in EXITS]
     assert encoders == pytest.approx([k * encoders[0] / 2 for k in EXITS])
 
 

@@ -1,4 +1,4 @@
-"""GFLOPs of a DoViT from the number of tokens in each layer, in the paper's convention (`evaluation/flops.py`)."""
+"""GFLOPs of a DoViT from the number of tokens in each layer, in the convention of `exits.py`."""
 
 import csv
 import os
@@ -7,21 +7,29 @@ from math import prod
 
 from torch import nn
 
-from ...evaluation.flops import CONVENTION, CostTable, module_flops
-from .vit import TokenPassViT
+from .closed_form import SizeCounts, SizeFunctions
+from .table import CONVENTION, CostTable
+from .tape import module_flops
 
 
 class TokenCosts:
     """Costs of one image of any size. Nothing is run but parts of the model, on tensors without values."""
 
-    def __init__(self, backbone: TokenPassViT, head: nn.Module, auxiliary_heads: Sequence[nn.Module], num_classes: int):
+    def __init__(self, backbone: nn.Module, head: nn.Module, auxiliary_heads: Sequence[nn.Module], num_classes: int):
+        """backbone: a `TokenPassViT`; the others as in `DoViT`."""
         self._backbone, self._head, self._auxiliary = backbone, head, list(auxiliary_heads)
         self._num_classes = num_classes
-        self._measured: dict[tuple[int, int], tuple[int, int, int]] = {}
+        patch = self.size_divisibility = backbone.patch_size
+        self._around = SizeCounts(self.around, SizeFunctions([patch], squared=[patch]), patch)
         # A layer costs a n + b n^2 for n tokens: linear maps and norms, and attention.
         one, two = (module_flops(backbone.blocks[0], (n, backbone.dim)) for n in (1, 2))
         self._square = (two - 2 * one) // 2
         self._linear = one - self._square
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "TokenCosts":
+        """The costs of a `DoViT`, from the architecture that it has now."""
+        return cls(model.backbone, model.head, model.auxiliary_heads, model.num_classes)
 
     def __call__(
         self, padded_size: tuple[int, int], output_size: tuple[int, int], kept: Sequence[int] | None = None
@@ -42,7 +50,7 @@ class TokenCosts:
         tokens = self.tokens(padded_size)
         running = [tokens, *(kept if kept is not None else [tokens] * self._backbone.num_decisions)]
         layers = sum(len(stage) * self.layer(1 + n) for stage, n in zip(self._backbone.stages, running, strict=True))
-        around, head, auxiliary = self.around(tuple(padded_size))
+        around, head, auxiliary = self._around(tuple(padded_size))
         flops = {
             "backbone": layers + around,
             "head": head,
@@ -61,11 +69,6 @@ class TokenCosts:
 
     def around(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """FLOPs of what surrounds the layers: patch embedding and last norm; the head; the auxiliary heads."""
-        if size not in self._measured:
-            self._measured[size] = self._measure(size)
-        return self._measured[size]
-
-    def _measure(self, size: tuple[int, int]) -> tuple[int, int, int]:
         vit = self._backbone
         height, width = (n // vit.patch_size for n in size)
         token_map = (1, vit.dim, height, width)
@@ -83,14 +86,16 @@ class TokenTable(CostTable):
         "tokens": "static, or the shares that go on after each decision point",
     }
 
-    def __init__(self, costs: TokenCosts, num_decisions: int, shares: Mapping[str, Sequence[float]]):
+    def __init__(self, model: nn.Module, shares: Mapping[str, Sequence[float]]):
         """
         Args:
+            model: a `DoViT`.
             shares: by the name of the setting, of all tokens of an image, each at most the one before it.
 
         Raises:
             ValueError: other than one share per decision point, one that is none, or one that grows.
         """
+        num_decisions = model.backbone.num_decisions
         for name, kept in shares.items():
             if (
                 len(kept) != num_decisions
@@ -101,7 +106,7 @@ class TokenTable(CostTable):
                     f"{name}: the shares of the tokens that go on, {list(kept)}, must be {num_decisions} numbers (one "
                     "per decision point) from 1 down to 0, none above the one before it"
                 )
-        self._costs, self._shares = costs, dict(shares)
+        self._costs, self._shares = TokenCosts.of(model), dict(shares)
 
     def details(self, padded_size: Sequence[int], output_size: Sequence[int] | None = None) -> dict:
         output = padded_size if output_size is None else output_size

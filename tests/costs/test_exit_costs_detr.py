@@ -6,16 +6,8 @@ import pytest
 import torch
 from minis import CONFIGS, DETR, ECO_DETR, ECO_DETR_DC5, build, fill
 
+from eco_m2f.costs import ExitCosts, analyze, at_test_size, exits_of, format_report, parameter_counts, read_image_sizes
 from eco_m2f.engine.setup import build_model, load_cfg
-from eco_m2f.evaluation.flops import (
-    ExitCosts,
-    analyze,
-    at_test_size,
-    exits_of,
-    format_report,
-    parameter_counts,
-    read_image_sizes,
-)
 
 EXITS = (2, 3, 4, 5, 6)
 SIZE = (800, 1216)

@@ -1,0 +1,27 @@
+"""Which costs a model has, told by its parts: a model with `auxiliary_heads` stops tokens, one with `exits` leaves."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from .exits import ExitCosts
+from .table import CostTable
+from .tokens import TokenCosts, TokenTable
+
+
+def cost_table(model: nn.Module, shares: Mapping[str, Sequence[float]] | None = None) -> CostTable:
+    """The costs of a model by its exits; of a `DoViT`, static and with these shares of tokens that go on.
+
+    Raises:
+        ValueError: the model has no exits; or a share is none.
+    """
+    model = getattr(model, "module", model)
+    return TokenTable(model, shares or {}) if hasattr(model, "auxiliary_heads") else ExitCosts(model)
+
+
+def costs_of_results(model: nn.Module) -> ExitCosts | TokenCosts | None:
+    """What an image costs by its result, which tells its exit or its tokens; None where results tell neither."""
+    model = getattr(model, "module", model)
+    if hasattr(model, "exits"):
+        return ExitCosts(model)
+    return TokenCosts.of(model) if hasattr(model, "auxiliary_heads") else None
