@@ -12,13 +12,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from eco_m2f.command_line import run
 from PIL import Image
 
 from eco_m2f.data.datasets.builtin import datasets_root
 from eco_m2f.data.panoptic_map import DataError, read_classes
 from eco_m2f.data.parallel import each
 from eco_m2f.data.writing import whole_folder
+from eco_m2f.engine.command_line import run
 
 NUM_CLASSES = 150
 VOID_CLASS = 255

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 from detectron2.data.datasets.builtin_meta import CITYSCAPES_CATEGORIES
-from eco_m2f.command_line import run
 from PIL import Image
 
 from eco_m2f.data.datasets.builtin import datasets_root
@@ -24,6 +23,7 @@ from eco_m2f.data.images import open_image
 from eco_m2f.data.panoptic_map import VOID, DataError
 from eco_m2f.data.parallel import each
 from eco_m2f.data.writing import describe_segments, whole_folder, write_json, write_panoptic
+from eco_m2f.engine.command_line import run
 
 SUFFIX = "_gtFine_instanceIds.png"
 INSTANCES = 1000  # instanceIds at or above this carry an instance number

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from eco_m2f.command_line import run
 from PIL import Image
 
 from eco_m2f.data.annotations import read
@@ -21,6 +20,7 @@ from eco_m2f.data.panoptic_map import DataError, decode, index_map, read_ids
 from eco_m2f.data.parallel import each
 from eco_m2f.data.schema import PANOPTIC, PanopticAnnotation
 from eco_m2f.data.writing import whole_folder
+from eco_m2f.engine.command_line import run
 
 VOID_CLASS = 255
 

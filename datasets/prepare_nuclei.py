@@ -16,12 +16,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from eco_m2f.command_line import run
 from tqdm import tqdm
 
 from eco_m2f.data.datasets.builtin import NUCLEI_CATEGORIES, datasets_root
 from eco_m2f.data.images import DataError, open_image
 from eco_m2f.data.writing import already_made, describe_segments, whole_folder, write_json, write_panoptic
+from eco_m2f.engine.command_line import run
 
 SPLITS = ("train", "val", "test")
 HELD_OUT = 67 / 664  # the part of all images that val gets, and test again

@@ -12,7 +12,7 @@ from eco_m2f.costs import ExitCosts
 from eco_m2f.derived.dataset import DerivedDataset
 from eco_m2f.gates.gate import Gate
 from eco_m2f.modeling.encoders import TRANSFORMER_ENCODER_REGISTRY
-from eco_m2f.modeling.exit_policy import FixedExit
+from eco_m2f.policies.fixed import FixedExit
 
 BLOCKS = dict(re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "docs/ADDING.md").read_text(), re.MULTILINE | re.DOTALL))
 

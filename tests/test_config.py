@@ -549,7 +549,7 @@ CHANGES = {  # key: what is set besides, its new value, and where the change sho
 
 @pytest.mark.parametrize("key", sorted(CHANGES))
 def test_changing_an_eco_key_changes_the_model(tiny, key):
-    """GATE, BETA and DERIVED need files: tests/modeling/test_exit_policy.py; LOSS and GATE_SOLVER are Step C's."""
+    """GATE, BETA and DERIVED need files: tests/policies/test_exit_policies.py; LOSS and GATE_SOLVER are Step C's."""
     common, value, look = CHANGES[key]
     before = build_model(load_cfg(tiny.config(), list(common)))
     after = build_model(load_cfg(tiny.config(), [*common, f"MODEL.ECO.{key}", value]))

@@ -22,7 +22,7 @@ def main(args: argparse.Namespace) -> None:
     cfg = setup(args)
     derive.derive(
         cfg,
-        build_trained(cfg, with_gate=False),
+        build_trained(cfg, with_policy=False),
         args.dataset,
         args.output,
         args.shard_size,

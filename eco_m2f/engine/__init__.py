@@ -9,11 +9,8 @@ _HOMES = {
     "Trainer": ".train",
     "build_model": ".setup",
     "build_trained": ".predict",
-    "derive": ".derive",
-    "evaluate": ".evaluate",
     "load_cfg": ".setup",
     "load_predictor": ".predict",
-    "setup": ".setup",
 }
 __all__ = sorted(_HOMES)
 

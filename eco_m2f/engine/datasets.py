@@ -7,13 +7,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_tes
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
+from ..checkpoint.parent_hash import parent_sha256
 from ..data.categories import SEMANTIC_TYPES, by_position, check_same_classes
 from ..data.check import check_at_start, check_class_count
 from ..data.classes import dataset_classes
 from ..data.datasets import parse_custom, register_from_config
 from ..data.mappers import PanopticTestMapper
 from ..data.present import check_present, loading
-from ..modeling.exit_policy import OracleExit
 
 
 def check_datasets(cfg: CfgNode, names: Sequence[str]) -> None:
@@ -51,29 +51,12 @@ def check_model_classes(model: nn.Module, dataset_name: str) -> None:
     check_same_classes(trained, classes, "the model", f"dataset {dataset_name!r}")
 
 
-def check_oracle(model: nn.Module, dataset_name: str) -> None:
-    """Stops early where an oracle knows other images, or the qualities of other weights, than those to be evaluated."""
+def check_policy(model: nn.Module, dataset_name: str) -> None:
+    """Lets an exit policy refuse a dataset before it is evaluated, see `EXIT_POLICY_REGISTRY`."""
     model = getattr(model, "module", model)
-    policy = getattr(model, "exit_policy", None)
-    if not isinstance(policy, OracleExit):
-        return
-    from .derived import parent_sha256  # needs pyarrow, as this policy does
-
-    if _annotation(policy.dataset) != _annotation(dataset_name):
-        raise ValueError(
-            f"MODEL.ECO.DERIVED {policy.derived} is of {policy.dataset!r}, but {dataset_name!r} is evaluated: derive it"
-        )
-    if policy.parent_sha256 != parent_sha256(model.state_dict()):
-        raise ValueError(
-            f"MODEL.ECO.DERIVED {policy.derived} was made with other weights: load those, or derive it anew"
-        )
-
-
-def _annotation(dataset_name: str) -> str:
-    """The annotation file of a dataset, or its name: a split may be registered twice, with and without class maps."""
-    metadata = MetadataCatalog.get(dataset_name) if dataset_name in DatasetCatalog.list() else None
-    files = (getattr(metadata, key, None) for key in ("panoptic_json", "json_file"))
-    return next((file for file in files if file), dataset_name)
+    check = getattr(getattr(model, "exit_policy", None), "check_dataset", None)
+    if check is not None:
+        check(dataset_name, parent_sha256(model.state_dict()))
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str):

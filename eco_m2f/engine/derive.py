@@ -36,7 +36,7 @@ from ..derived.writer import ShardWriter, make_row
 from ..evaluation.quality import BoxMeasure, PanopticMeasure
 from ..files import file_sha256
 from ..modeling import EarlyExits
-from ..modeling.exit_policy import check_feature_source
+from ..policies.registry import check_feature_source
 from .datasets import check_datasets, check_model_classes
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from ..costs import ExitCosts, TokenCosts, costs_of_results
 from ..evaluation.build import evaluators_for
 from ..evaluation.collect import EvaluationError, Evaluators
 from ..evaluation.multi_scale import MultiScale
-from .datasets import build_test_loader, check_datasets, check_model_classes, check_oracle
+from .datasets import build_test_loader, check_datasets, check_model_classes, check_policy
 from .optimizer import autocast
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
     costs = costs_of_results(model)
     for name in cfg.DATASETS.TEST:
         check_model_classes(model, name)
-        check_oracle(model, name)
+        check_policy(model, name)
         results[name] = {}
         for suffix, part in judged.items():
             evaluators = _evaluators(cfg, name, costs, semantic_alone=bool(suffix))

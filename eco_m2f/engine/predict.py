@@ -6,6 +6,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from ..checkpoint.checkpointer import Checkpointer
+from ..checkpoint.parent_hash import parent_sha256
 from ..data.mappers import PanopticTestMapper
 from ..modeling import EarlyExits
 from ..modeling.encoders.hybrid import fuse_for_deployment
@@ -14,14 +15,26 @@ from .predictor import Predictor
 from .setup import build_model, load_cfg, warn_of_keys_without_effect
 
 
-def build_trained(cfg: CfgNode, with_gate: bool = True) -> nn.Module:
-    """The model of a config in eval mode, MODEL.WEIGHTS loaded strictly; with its gate where the policy is learned."""
+def build_trained(cfg: CfgNode, with_policy: bool = True) -> nn.Module:
+    """The model of a config in eval mode, MODEL.WEIGHTS loaded strictly.
+
+    with_policy: also what its exit policy needs, such as a gate. Step B needs none.
+    """
     model = build_model(cfg)
     Checkpointer(model).load_for_evaluation(cfg.MODEL.WEIGHTS)
     check_things_known(model, cfg.MODEL.WEIGHTS)
-    if with_gate and isinstance(model, EarlyExits) and cfg.MODEL.ECO.POLICY == "LinearGate":
-        model.load_gate(cfg.MODEL.ECO.GATE)
+    prepare = getattr(getattr(model, "exit_policy", None), "prepare", None)
+    if with_policy and prepare is not None:
+        prepare(parent_sha256(model.state_dict()))
     return model.eval()
+
+
+def load_gate(model: EarlyExits, path: str) -> None:
+    """Switches a model to another gate, which must have been fitted for exactly these parent weights.
+
+    May be called while another thread predicts: each batch gets its exits from the old gate or from the new one.
+    """
+    model.exit_policy.load_gate(path, parent_sha256(model.state_dict()))
 
 
 def check_things_known(model: nn.Module, weights: str) -> None:

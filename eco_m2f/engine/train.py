@@ -1,5 +1,6 @@
 """detectron2's trainer, for the parent and for Step A."""
 
+import copy
 import logging
 
 import torch
@@ -84,7 +85,7 @@ class Trainer(DefaultTrainer):
         model = build_model(cfg)
         logger.info("Model:\n%s", model)
         if isinstance(model, DoViT) and cfg.MODEL.DOVIT.TEACHER:
-            model.load_teacher(cfg.MODEL.DOVIT.TEACHER)
+            load_teacher(model, cfg.MODEL.DOVIT.TEACHER)
         return model
 
     @classmethod
@@ -118,6 +119,13 @@ class Trainer(DefaultTrainer):
         super().train()
         if self.failed_evaluation:
             raise self.failed_evaluation
+
+
+def load_teacher(model: DoViT, path: str) -> None:
+    """Lets a model learn from a trained one of the same architecture, whose weights are at `path`."""
+    teacher = copy.deepcopy(model)
+    Checkpointer(teacher).load_for_evaluation(path)
+    model.set_teacher(teacher)
 
 
 def check_training(cfg: CfgNode) -> None:

@@ -1,6 +1,6 @@
 """Importing this package fills detectron2's registries with Mask2Former, DETR, and both with early exits."""
 
-from . import backbones, encoders, state_change_exit
+from . import backbones, encoders
 from .detr import Detr, EcoDetr
 from .dovit import DoViT
 from .early_exits import EarlyExits
@@ -24,5 +24,4 @@ __all__ = [
     "StandardTransformerDecoder",
     "backbones",
     "encoders",
-    "state_change_exit",
 ]

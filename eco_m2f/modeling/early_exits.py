@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..exits import ExitSampler, combine_exit_losses, exit_weights
-from .exit_policy import build_exit_policy, covered, pool_valid
+from ..policies.pooling import covered, pool_valid
+from ..policies.registry import build_exit_policy
 from .sequential_exits import merge_rows, predict_exit_by_exit
 
 
@@ -129,15 +130,6 @@ class EarlyExits(nn.Module):
         """What a gate that reads `source` sees of every image: [B, C], see `pool_valid`."""
         stride = policy_shapes(self.backbone, self.head)[source].stride
         return pool_valid(self.policy_features(features, source)[source], image_sizes, stride)
-
-    def load_gate(self, path: str) -> None:
-        """Loads the weights of a learned policy; the gate must have been fitted for exactly these parent weights.
-
-        May be called while another thread predicts: each batch is told its exits by the old gate or by the new one.
-        """
-        from ..checkpoint.parent_hash import parent_sha256  # needs pyarrow, which a model without a gate does not
-
-        self.exit_policy.load_gate(path, parent_sha256(self.state_dict()))
 
 
 def policy_shapes(backbone: nn.Module, head: nn.Module) -> dict[str, ShapeSpec]:

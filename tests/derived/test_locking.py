@@ -2,34 +2,12 @@
 
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from other_run import other_run
 
 from eco_m2f.derived import locking
 from eco_m2f.derived.locking import LOCK, locked_folder
-
-# A process that needs neither torch nor detectron2, so that it starts at once.
-HOLD = f"""
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("locking", {locking.__file__!r})
-locking = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(locking)
-with locking.locked_folder(sys.argv[1]):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-def other_run(folder: Path) -> subprocess.Popen:
-    """Another process that has the folder until its input ends."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "held\n"
-    return process
 
 
 def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path):

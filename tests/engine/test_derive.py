@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from minis import ROOT
+from other_run import other_run
 from panopticapi.evaluation import pq_compute_single_core
 from PIL import Image
 from predicted import Predicted
-from test_locking import other_run
 from tiny import here, is_running, tool, tool_environment, workers_of
 
 from eco_m2f.data.panoptic_map import DataError, ids_to_rgb

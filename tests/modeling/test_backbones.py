@@ -15,7 +15,7 @@ from eco_m2f.costs import ExitCosts
 from eco_m2f.engine.setup import load_cfg
 from eco_m2f.modeling.backbones.swin import WindowAttention
 from eco_m2f.modeling.backbones.timm import parameters_up_to, timm_features
-from eco_m2f.modeling.exit_policy import FixedExit
+from eco_m2f.policies.fixed import FixedExit
 
 pytestmark = pytest.mark.slow
 

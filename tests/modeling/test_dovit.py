@@ -13,6 +13,7 @@ from torch import nn
 from eco_m2f.checkpoint.fits import architecture
 from eco_m2f.checkpoint.safe_load import CheckpointError
 from eco_m2f.costs import TokenCosts
+from eco_m2f.engine.train import load_teacher
 from eco_m2f.evaluation.token_statistics import TokenStatistics
 from eco_m2f.modeling.dovit.dovit import AuxiliaryRule, annealed, distillation_losses, pixel_loss
 from eco_m2f.modeling.dovit.heads import MaskTransformerHead, NaiveHead
@@ -348,7 +349,7 @@ def teacher_file(tmp_path):
 def test_distillation_by_hand(teacher_file):
     model, teacher = stopping_model(), mini_model()
     teacher.load_state_dict(torch.load(teacher_file)["model"])
-    model.load_teacher(str(teacher_file))
+    load_teacher(model, str(teacher_file))
     batch = labelled((32, 48))
     found, _ = losses_at(model.requires_grad_(False), 10, batch)
     with torch.no_grad():
@@ -362,7 +363,7 @@ def test_distillation_by_hand(teacher_file):
     plain, _ = losses_at(stopping_model(), 10, batch)
     assert found.keys() - plain.keys() == {"loss_kl", "loss_features"} and kl > 1e-4
     weighted = stopping_model("MODEL.DOVIT.KL_WEIGHT", 3.0, "MODEL.DOVIT.FEATURE_WEIGHT", 0.0)
-    weighted.load_teacher(str(teacher_file))
+    load_teacher(weighted, str(teacher_file))
     again, _ = losses_at(weighted, 10, batch)
     torch.testing.assert_close(again["loss_kl"], 3 * found["loss_kl"])
     assert again["loss_features"] == 0
@@ -379,7 +380,7 @@ def test_a_model_that_stops_nothing_is_no_distance_from_itself():
 def test_the_teacher_is_neither_trained_nor_saved(teacher_file):
     model = stopping_model()
     names = [n for n, _ in model.named_parameters()], list(model.state_dict())
-    model.load_teacher(str(teacher_file))
+    load_teacher(model, str(teacher_file))
     assert ([n for n, _ in model.named_parameters()], list(model.state_dict())) == names
     losses, _ = losses_at(model, 10)
     (losses["loss_kl"] + losses["loss_features"]).backward()
@@ -391,7 +392,7 @@ def test_the_teacher_is_neither_trained_nor_saved(teacher_file):
 def test_a_teacher_must_fit(tmp_path):
     torch.save({"model": {"backbone.cls_token": torch.zeros(1, 1, 24)}}, tmp_path / "part.pth")
     with pytest.raises(CheckpointError, match="does not fit"):
-        mini_model().load_teacher(str(tmp_path / "part.pth"))
+        load_teacher(mini_model(), str(tmp_path / "part.pth"))
 
 
 # --- heads -----------------------------------------------------------------------------------------------------------

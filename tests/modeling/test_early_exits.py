@@ -10,15 +10,16 @@ from dataclasses import dataclass
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
-from eco_m2f.budget import Gate
 from minis import CONFIGS, DETR, ECO, ECO_DETR, LITE, MASKFORMER, MINI, PARENT, PROSCALE, RT, build, fill, make_batch
 
 from eco_m2f.checkpoint.parent_hash import parent_sha256
 from eco_m2f.costs import ExitCosts, padded_size
 from eco_m2f.engine.optimizer import autocast, build_optimizer
+from eco_m2f.engine.predict import load_gate
 from eco_m2f.engine.setup import build_model, load_cfg
 from eco_m2f.engine.step import Step
 from eco_m2f.evaluation.exit_statistics import ExitStatistics
+from eco_m2f.gates.gate import Gate
 
 pytestmark = pytest.mark.slow
 
@@ -236,7 +237,7 @@ def sensitive(system: System, tmp_path):
     weight = 10 * torch.randn(len(system.exits), channels, generator=torch.Generator().manual_seed(2))
     path, sha = tmp_path / "gate.pth", parent_sha256(eco.state_dict())
     Gate(weight, torch.zeros(len(system.exits)), system.exits, 0.0, "hard_ce", "res5", sha).save(path)
-    eco.load_gate(str(path))
+    load_gate(eco, str(path))
     return eco.double()
 
 
@@ -385,12 +386,12 @@ def test_a_gate_leads_to_the_fixed_exit_and_belongs_to_its_weights(system, tmp_p
     gate_opts = ("MODEL.ECO.POLICY", "LinearGate", "MODEL.ECO.FEATURE", source)
     gated, k = system.twin(*gate_opts), system.exits[-2]
     path = gate_file(tmp_path / "gate.pth", system, k, source)
-    gated.load_gate(path)
+    load_gate(gated, path)
     assert gated.state_dict().keys() == system.models()[1].state_dict().keys()
     for a, b in zip(gated(make_batch(SIZES)), system.twin("MODEL.ECO.EXIT", k)(make_batch(SIZES))):
         assert same(a, b) and a["exit"] == b["exit"] == k
     with pytest.raises(ValueError, match="fitted for parent weights"):
-        system.build_eco(*gate_opts).load_gate(path)
+        load_gate(system.build_eco(*gate_opts), path)
 
 
 @each_parent

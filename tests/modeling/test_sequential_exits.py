@@ -11,14 +11,15 @@ import torch
 from detectron2.structures import ImageList
 from minis import CONFIGS, ECO, MINI, fill, make_batch
 from test_early_exits import SYSTEMS, assert_all_close, each_system, same
-from test_exit_policy import SEQUENTIAL
 from tiny import Tiny
 
+from eco_m2f.costs import ExitCosts
 from eco_m2f.engine.datasets import build_test_loader
 from eco_m2f.engine.evaluate import evaluate
 from eco_m2f.engine.setup import build_model, load_cfg
 from eco_m2f.modeling.sequential_exits import images_that_leave
-from eco_m2f.modeling.state_change_exit import StateChangeExit, state_change
+from eco_m2f.policies import EXIT_POLICY_REGISTRY
+from eco_m2f.policies.state_change import StateChangeExit, state_change
 
 SIZES = ((64, 96), (30, 70), (64, 20), (64, 96), (33, 96))  # padded to the first
 
@@ -47,7 +48,7 @@ each_policy = pytest.mark.parametrize("name", POLICIES)
 
 
 def test_every_sequential_policy_is_under_contract():
-    assert set(POLICIES) == SEQUENTIAL
+    assert set(POLICIES) == {n for n, policy in EXIT_POLICY_REGISTRY if getattr(policy, "sequential", False)}
 
 
 def with_policy(system, name: str, options: tuple):
@@ -217,7 +218,7 @@ def test_evaluation_counts_the_exits(tmp_path, kind, name):
     counts = {k: v for k, v in found.items() if k.startswith("images@")}
     assert sum(counts.values()) == 3 and len(counts) > 1 and counts["images@2"] == 2
     assert found["mean_exit"] == pytest.approx(sum(int(k[7:]) * v for k, v in counts.items()) / 3)
-    costs = model.costs((64, 64), (64, 64))
+    costs = ExitCosts(model)((64, 64), (64, 64))
     assert costs[2]["total"] < found["GFLOPs"] < costs[6]["total"]
 
 

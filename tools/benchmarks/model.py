@@ -29,8 +29,8 @@ from eco_m2f.engine.predict import compile_for_deployment
 from eco_m2f.engine.setup import build_model, load_cfg
 from eco_m2f.gates.gate import Gate
 from eco_m2f.modeling.early_exits import policy_shapes
-from eco_m2f.modeling.exit_policy import LinearGate
 from eco_m2f.ops import module as op_module
+from eco_m2f.policies.linear_gate import LinearGate
 
 QUERIES = 20  # in the panoptic map; of 100 on COCO about so many have a class with a score above 0.8
 PANOPTIC_ALONE = ("MODEL.MASK_FORMER.TEST.SEMANTIC_ON", False, "MODEL.MASK_FORMER.TEST.INSTANCE_ON", False)

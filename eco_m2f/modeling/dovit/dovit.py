@@ -4,7 +4,6 @@ At each decision point an auxiliary head classifies every token; one whose best 
 there and keeps its value. It stops tokens, not layers: it has nothing to do with exits.
 """
 
-import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -18,7 +17,6 @@ from detectron2.structures import ImageList
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from ...checkpoint.checkpointer import Checkpointer
 from ..mask2former.postprocessing import crop_and_resize, resize_masks
 from ..parent import Classified
 from .heads import NaiveHead
@@ -158,11 +156,9 @@ class DoViT(Classified):
             storage.put_scalar(f"kept@{i}", 100 * going_on.float().mean().item())
         return losses
 
-    def load_teacher(self, path: str) -> None:
-        """From now on trains also towards what these weights of the same architecture say where no token stops."""
-        teacher = copy.deepcopy(self).eval().requires_grad_(False)
-        Checkpointer(teacher).load_for_evaluation(path)
-        self._teacher = (teacher,)
+    def set_teacher(self, teacher: "DoViT") -> None:
+        """From now on trains also towards what a trained model of this architecture predicts where no token stops."""
+        self._teacher = (teacher.eval().requires_grad_(False),)  # in a tuple: its weights are not part of this model
 
     def inference(self, batched_inputs: list[dict]) -> list[dict]:
         """Images of one size run together; others apart, for a token sees all of its image, and padding too."""

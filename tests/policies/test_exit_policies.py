@@ -8,14 +8,11 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 
 from eco_m2f.gates.gate import Gate
-from eco_m2f.modeling.exit_policy import (
-    EXIT_POLICY_REGISTRY,
-    FixedExit,
-    LinearGate,
-    OracleExit,
-    build_exit_policy,
-    pool_valid,
-)
+from eco_m2f.policies.fixed import FixedExit
+from eco_m2f.policies.linear_gate import LinearGate
+from eco_m2f.policies.oracle import OracleExit
+from eco_m2f.policies.pooling import pool_valid
+from eco_m2f.policies.registry import EXIT_POLICY_REGISTRY, build_exit_policy
 
 EXITS = [2, 3, 4, 5, 6]
 CHANNELS = {"res5": 12, "projected": 8}

@@ -7,7 +7,7 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 
 from ..exits import check_exits, exits_up_to
-from .exit_policy import EXIT_POLICY_REGISTRY
+from .registry import EXIT_POLICY_REGISTRY
 
 
 @EXIT_POLICY_REGISTRY.register()
