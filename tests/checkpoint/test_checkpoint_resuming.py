@@ -16,7 +16,8 @@ from torch import nn
 
 from eco_m2f import files
 from eco_m2f.checkpoint.checkpointer import Checkpointer
-from eco_m2f.checkpoint.safe_load import CheckpointError, file_sha256
+from eco_m2f.checkpoint.safe_load import CheckpointError
+from eco_m2f.files import file_sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 
