@@ -6,7 +6,7 @@ import numpy as np
 
 from eco_m2f.derived.dataset import DerivedDataset
 from eco_m2f.derived.writer import ShardWriter, make_row
-from eco_m2f.evaluation.panoptic_quality import ImageStatistics
+from eco_m2f.quality.statistics import ImageStatistics
 
 EXITS = (2, 4, 6)
 CATEGORIES = [{"id": 1, "name": "thing", "isthing": 1}, {"id": 7, "name": "stuff", "isthing": 0}]

@@ -624,8 +624,8 @@ def run_step_b(args: argparse.Namespace) -> None:
     """The subcommand `step_b`."""
     from eco_m2f.engine.derive import predict_exits
     from eco_m2f.engine.setup import build_model, load_cfg
-    from eco_m2f.evaluation.panoptic_quality import PanopticTarget, to_dataset_categories
-    from eco_m2f.evaluation.quality import PanopticMeasure
+    from eco_m2f.quality import PanopticQuality
+    from eco_m2f.quality.panoptic_quality import PanopticComparison, to_dataset_categories
 
     _use_threads(args.threads)
     if args.device == "cpu":
@@ -636,26 +636,27 @@ def run_step_b(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     whole = WholeModel(build_model(cfg).eval(), tuple(args.size))
     model = whole.model
-    judged, turn = model.judged, itertools.cycle(model.exits)
+    turn = itertools.cycle(model.exits)
 
-    def judged_in_turn(pred: dict, images, x: dict) -> tuple:
-        """The exits come in their order; each has its own score threshold, so that as many queries take part."""
-        model.postprocessor = whole.postprocessors[next(turn)]
-        return judged(pred, images, x)
+    class InTurn(PanopticQuality):
+        """The exits come in their order; each has its own score threshold, so that all keep as many queries."""
 
-    model.judged = judged_in_turn
+        def prepare(self, model, pred: dict, images, x: dict) -> tuple:
+            model.postprocessor = whole.postprocessors[next(turn)]
+            return super().prepare(model, pred, images, x)
+
     truth = RandomTruth.of(args.size, 20, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, seed=0)
     x = {"image": whole.image, "image_id": 0, "file_name": "", "height": args.size[0], "width": args.size[1]}
 
     def separately() -> None:
         for k in model.exits:
             panoptic, segments = whole.segment([k])[0]["panoptic_seg"]
-            target = PanopticTarget(truth.ids, truth.segments)
-            target.compare(panoptic.cpu().numpy(), to_dataset_categories(segments, truth.dataset_id))
+            comparison = PanopticComparison(truth.ids, truth.segments)
+            comparison.compare(panoptic.cpu().numpy(), to_dataset_categories(segments, truth.dataset_id))
 
-    measure = PanopticMeasure(truth)
+    quality = InTurn(truth)
     contestants = {
-        "one pass": lambda: predict_exits(model, measure, x, "res5").row(),
+        "one pass": lambda: predict_exits(model, quality, x, "res5").row(),
         "one evaluation per exit": separately,
     }
     rows = measure_model(contestants, args.rounds, args.device)
@@ -668,14 +669,14 @@ def run_step_b(args: argparse.Namespace) -> None:
 
 def pq_milliseconds(rounds: int = 20) -> float:
     """Median time of preparing a 640x480 truth and comparing five predictions with it."""
-    from eco_m2f.evaluation.panoptic_quality import PanopticTarget
+    from eco_m2f.quality.panoptic_quality import PanopticComparison
 
     truth, *predictions = (RandomTruth.of((480, 640), 20, 10, seed) for seed in range(6))
 
     def once() -> None:
-        target = PanopticTarget(truth.ids, truth.segments)
+        comparison = PanopticComparison(truth.ids, truth.segments)
         for other in predictions:
-            target.compare(other.ids, other.segments)
+            comparison.compare(other.ids, other.segments)
 
     return statistics.median(timed(once, "cpu")[0] for _ in range(rounds))
 

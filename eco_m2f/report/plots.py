@@ -16,8 +16,8 @@ from .results import PARENT, STEP_A, TARGETS, Result
 DPI = 120
 
 
-def plot_quality(results: Sequence[Result], measure: str, path: Path) -> None:
-    """PQ (or mean AP) over the encoder's cost: forced exits with and without Step A, the gates, and the targets."""
+def plot_quality(results: Sequence[Result], kind: type, path: Path) -> None:
+    """Quality over the encoder's cost: forced exits with and without Step A, the gates, the exit targets."""
     figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     styles = (
         (PARENT, "fixed", "o--", "tab:gray", "forced exits, without Step A"),
@@ -36,8 +36,8 @@ def plot_quality(results: Sequence[Result], measure: str, path: Path) -> None:
             offset = (4, -12 - shift if policy == "gate" else 4 + shift)
             axes.annotate(text, (last, r.score), offset, textcoords="offset points", fontsize=8, color=color)
     axes.margins(y=0.15)
-    label = measure if measure == "PQ" else f"mean {measure} of an image"
-    axes.set(xlabel="encoder GFLOPs per image", ylabel=label, title="Quality and cost (numbers: exit or beta)")
+    title = next(iter(kind.columns.values()))
+    axes.set(xlabel="encoder GFLOPs per image", ylabel=title, title="Quality and cost (numbers: exit or beta)")
     axes.grid(alpha=0.3)
     axes.legend()
     _save(figure, path)

@@ -14,11 +14,11 @@ from PIL import Image
 from eco_m2f.evaluation.build import evaluators_for
 from eco_m2f.evaluation.collect import gather_rows
 from eco_m2f.evaluation.exit_statistics import ExitStatistics
-from eco_m2f.evaluation.ground_truth import PanopticGroundTruth, semantic_map
 from eco_m2f.evaluation.instance import InstanceEvaluator
 from eco_m2f.evaluation.panoptic import PanopticEvaluator
-from eco_m2f.evaluation.panoptic_quality import rgb_to_id
 from eco_m2f.evaluation.semantic import SemanticEvaluator
+from eco_m2f.quality.ground_truth import PanopticGroundTruth, semantic_map
+from eco_m2f.quality.panoptic_quality import rgb_to_id
 
 NAME = "evaluator_test_set"
 

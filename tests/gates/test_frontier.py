@@ -26,8 +26,8 @@ def val(tmp_path_factory):
 def test_rows_hold_the_exact_sums(val):
     choice = np.random.default_rng(0).choice(EXITS, len(val))
     row = measure(val, choice, policy="gate", beta=0.1, max_exit=6, loss="hard_ce")
-    pq = val.dataset_pq(choice)
-    assert (row.pq, row.pq_things, row.pq_stuff) == (100 * pq["All"], 100 * pq["Things"], 100 * pq["Stuff"])
+    exact = val.exact_quality(choice)
+    assert row.exact == {column: 100 * exact[column] for column in ("pq", "pq_things", "pq_stuff")}
     assert row.quality == 100 * val.mean_quality(choice) and row.mean_exit == np.mean(choice)
     assert row.total_gflops == pytest.approx(np.mean([GFLOPS[k] for k in choice]))
     assert row.images == {k: int((choice == k).sum()) for k in EXITS}
@@ -36,7 +36,7 @@ def test_rows_hold_the_exact_sums(val):
 def test_fixed_rows(val):
     rows = fixed_rows(val)
     assert [(r.mean_exit, r.total_gflops, r.encoder_gflops) for r in rows] == [(k, GFLOPS[k], 10.0 * k) for k in EXITS]
-    assert rows[0].pq < rows[1].pq < rows[2].pq
+    assert rows[0].exact["pq"] < rows[1].exact["pq"] < rows[2].exact["pq"]
 
 
 def test_frontier_measures_the_gates_it_holds(train, val):
@@ -45,9 +45,9 @@ def test_frontier_measures_the_gates_it_holds(train, val):
     for row in rows[3:]:
         if row.policy == "gate":
             choice = row.gate.choose(torch_features(val)).numpy()
-            assert row.pq == 100 * val.dataset_pq(choice)["All"] and max(choice) <= row.max_exit
+            assert row.exact["pq"] == 100 * val.exact_quality(choice)["pq"] and max(choice) <= row.max_exit
             assert row.gate.exits == tuple(k for k in EXITS if k <= row.max_exit)
-            assert row.gate.results["pq"] == row.pq and row.gate.results["measured_on"] == "toy_1"
+            assert row.gate.results["pq"] == row.exact["pq"] and row.gate.results["measured_on"] == "toy_1"
             assert row.gate.parent_sha256 == "a" * 64
         else:
             targets = exit_targets(val.quality, EXITS, row.beta, row.max_exit)
@@ -82,7 +82,7 @@ def test_a_larger_beta_costs_less_and_the_largest_is_the_first_exit(train, val):
 def test_search_keeps_to_the_gflops(train, val, target):
     best, rows = search_budget(train, val, 6, target_gflops=target)
     assert best.total_gflops <= target
-    assert best.pq == max(r.pq for r in rows if r.total_gflops <= target)
+    assert best.exact["pq"] == max(r.exact["pq"] for r in rows if r.total_gflops <= target)
     assert best.total_gflops > target - 2  # it uses the budget
     assert best.gate.beta == best.beta
 
@@ -90,9 +90,9 @@ def test_search_keeps_to_the_gflops(train, val, target):
 @pytest.mark.parametrize("drop", [0.1, 1.0, 3.0])
 def test_search_keeps_to_the_quality(train, val, drop):
     best, rows = search_budget(train, val, 6, max_pq_drop=drop)
-    full = fixed_rows(val)[-1].pq
-    assert best.pq >= full - drop
-    assert best.total_gflops == min(r.total_gflops for r in rows if r.pq >= full - drop)
+    full = fixed_rows(val)[-1].score
+    assert best.exact["pq"] >= full - drop
+    assert best.total_gflops == min(r.total_gflops for r in rows if r.exact["pq"] >= full - drop)
     assert best.total_gflops < GFLOPS[6]
 
 
@@ -135,12 +135,13 @@ def test_frontier_mistakes_show_before_the_first_row(train, val):
         next(frontier(train, val, [0.1, -1.0], [6]))
 
 
-def test_another_quality_measure_than_pq(tmp_path):
+def test_without_statistics_the_mean_stands_in(tmp_path):
     train = make_derived(tmp_path / "train", 100, seed=0, with_statistics=False)
     val = make_derived(tmp_path / "val", 50, seed=1, with_statistics=False)
     best, _ = search_budget(train, val, 6, max_pq_drop=1.0)
-    assert math.isnan(best.pq) and best.score == best.quality >= fixed_rows(val)[-1].quality - 1.0
-    assert "nan" not in format_row(best) and f"{best.quality:.2f}" in format_row(best)
+    assert math.isnan(best.exact["pq"]) and best.score == best.quality >= fixed_rows(val)[-1].quality - 1.0
+    line = format_row(best, val.quality_kind)
+    assert "nan" not in line and f"{best.quality:.2f}" in line
 
 
 def test_tables(train, val, tmp_path):
@@ -149,7 +150,7 @@ def test_tables(train, val, tmp_path):
     with open(tmp_path / "out" / "frontier.csv", newline="") as file:
         written = list(csv.DictReader(file))
     assert [r["policy"] for r in written] == ["fixed", "fixed", "fixed", "oracle", "gate"]
-    assert float(written[-1]["pq"]) == rows[-1].pq and int(written[-1]["images_exit4"]) == rows[-1].images[4]
+    assert float(written[-1]["pq"]) == rows[-1].exact["pq"] and int(written[-1]["images_exit4"]) == rows[-1].images[4]
     assert written[0]["beta"] == "" and float(written[-1]["beta"]) == 0.005
-    line = format_row(rows[-1])
-    assert f"{rows[-1].pq:.2f}" in line and f"2:{rows[-1].images[2]} " in line
+    line = format_row(rows[-1], val.quality_kind)
+    assert f"{rows[-1].exact['pq']:.2f}" in line and f"2:{rows[-1].images[2]} " in line
