@@ -454,8 +454,8 @@ def read_keys(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> set[str]:
             )
             build_model(reads.watch(cfg))
     gate_settings(reads.watch(load_cfg(tiny.config())))
-    cfg = reads.watch(load_cfg(tiny.config()))
-    with pytest.raises(OSError):  # of the weights, of which there are none
+    cfg = reads.watch(load_cfg(tiny.config(), ["MODEL.ECO.QUALITY", "BoxAP"]))
+    with pytest.raises(ValueError, match="BoxAP needs a model of boxes"):
         derive(cfg, build_model(cfg), tiny.dataset("train"), str(tiny.base / "derived"), shard_size=1)
     several = ["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (64,), "TEST.AUG.FLIP", False]
     cfg = reads.watch(load_cfg(tiny.config(), several))

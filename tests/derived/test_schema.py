@@ -130,6 +130,16 @@ def test_statistics_of_categories_without_a_kind_are_refused(folder):
         DerivedDataset.load(folder)
 
 
+def test_another_quality_needs_no_kinds(tmp_path):
+    """mIoU is of classes, which class maps alone have."""
+    plain = [{k: c[k] for k in ("id", "name")} for c in CATEGORIES]
+    write(tmp_path, measure="mIoU", categories=plain)
+    data = DerivedDataset.load(tmp_path)
+    assert data.quality_name == "mIoU" and 0 < data.exact_quality([2] * len(data))["miou"] < 1
+    with pytest.raises(DerivedDatasetError, match="has statistics of PQ, but category 1 lacks isthing"):
+        write(tmp_path / "pq", categories=plain)
+
+
 def test_the_largest_category_id_costs_no_memory(folder):
     as_first_format(folder, with_entry(1, category=2**31 - 1))
     manifest = read_manifest(folder)

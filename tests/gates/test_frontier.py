@@ -9,7 +9,7 @@ from derived_by_depth import EXITS, GFLOPS, make_derived
 
 from eco_m2f.derived.dataset import DerivedDataset
 from eco_m2f.exits import exit_targets, utility
-from eco_m2f.gates.frontier import GateFitter, fixed_rows, format_row, frontier, measure, oracle_row, write_csv
+from eco_m2f.gates.frontier import GateFitter, fixed_rows, format_row, frontier, header, measure, oracle_row, write_csv
 from eco_m2f.gates.search import search_budget
 
 
@@ -126,6 +126,53 @@ def test_datasets_of_another_parent_are_refused(train, tmp_path):
     bare = DerivedDataset.load(tmp_path / "other", with_features=False)
     with pytest.raises(ValueError, match="without features"):
         GateFitter(train, bare)
+
+
+def test_qualities_that_differ_or_are_not_known_are_refused(train, tmp_path):
+    """Rows of mIoU are not fitted to measure PQ."""
+    miou = make_derived(tmp_path / "miou", 5, seed=2, measure="mIoU")
+    for pair, first, second in (((train, miou), "PQ", "mIoU"), ((miou, train), "mIoU", "PQ")):
+        with pytest.raises(ValueError, match=f"quality is {first} for training, {second} for validation: derive both"):
+            GateFitter(*pair)
+        with pytest.raises(ValueError, match=f"quality is {first} for training, {second}"):
+            list(frontier(*pair, [0.1], [6]))
+    unknown = make_derived(tmp_path / "unknown", 5, seed=2, measure="sharpness")
+    for refused in (lambda: GateFitter(unknown, unknown), lambda: fixed_rows(unknown)):
+        with pytest.raises(ValueError, match="quality 'sharpness' is not known, there are .*mIoU.*derive the dataset"):
+            refused()
+
+
+def test_rows_of_another_exact_quality_have_its_columns(tmp_path):
+    """Of n images each with q pixels found of 1, IoU is the share found: here iou is not read."""
+    val = make_derived(tmp_path / "miou", 20, seed=2, measure="mIoU", pixels=1000)
+    train = make_derived(tmp_path / "train", 60, seed=3, measure="mIoU", pixels=1000)
+    choice = np.full(len(val), 4)
+    row = measure(val, choice, policy="fixed", beta=None, max_exit=4, loss=None)
+    assert list(row.exact) == ["miou"] and row.score == row.exact["miou"]
+    assert row.score == pytest.approx(100 * val.quality[:, 1].mean(), abs=0.1)
+    best, rows = search_budget(train, val, 6, max_pq_drop=1.0)
+    assert best.gate.results["miou"] == best.score >= fixed_rows(val)[-1].score - 1.0
+    assert "pq" not in best.gate.results and [list(r.exact) for r in rows] == [["miou"]] * len(rows)
+    assert "mIoU" in header(val.quality_kind) and "PQ" not in header(val.quality_kind)
+
+
+def test_a_mean_over_images_has_no_columns_of_its_own(tmp_path):
+    val = make_derived(tmp_path / "ap", 20, seed=2, with_statistics=False, measure="AP")
+    row = fixed_rows(val)[0]
+    assert row.exact == {} and row.score == row.quality == pytest.approx(100 * val.quality[:, 0].mean())
+    write_csv([row], tmp_path / "ap.csv")
+    head = (tmp_path / "ap.csv").read_text().splitlines()[0]
+    assert head.startswith("policy,beta,max_exit,loss,quality,mean_exit,")
+    named, line = header(val.quality_kind), format_row(row, val.quality_kind)
+    assert line[named.index("quality") :].startswith(f"{row.quality:.2f}") and "PQ" not in named
+
+
+def test_columns_stand_under_their_names(val):
+    named, row = header(val.quality_kind), fixed_rows(val)[0]
+    line = format_row(row, val.quality_kind)
+    assert named.startswith("policy  K  beta     loss      PQ     PQ_th  PQ_st  quality  exit   GFLOPs    encoder")
+    for title, column in (("PQ ", "pq"), ("PQ_th", "pq_things"), ("PQ_st", "pq_stuff")):
+        assert line[named.index(title) :].startswith(f"{row.exact[column]:.2f} ")
 
 
 def test_frontier_mistakes_show_before_the_first_row(train, val):
