@@ -1,13 +1,14 @@
 """The AP of an image's masks."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 
 from .boxes import evaluated_ap
+from .postprocessed import results_of
 from .registry import QUALITY_REGISTRY
 
 
@@ -64,13 +65,12 @@ class MaskAP:
 
     def prepare(self, model, pred: Mapping, images, x: Mapping) -> PackedMasks:
         """The masks of things, whatever else the config turns on."""
-        only = replace(model.postprocessor, semantic_on=False, instance_on=True, panoptic_on=False, resize_first=True)
-        size, padded = images.image_sizes[0], tuple(images.tensor.shape[-2:])
-        wanted = model.output_size(x, size)
-        found = only(pred["pred_logits"][0], pred["pred_masks"][0], padded, size, wanted)["instances"]
+        only = {"semantic_on": False, "instance_on": True, "panoptic_on": False, "resize_first": True}
+        found = results_of(model, pred, images, x, **only)["instances"]
         found = found[torch.isin(found.pred_classes, found.pred_classes.new_tensor(self.truth.thing_classes))]
         masks = found.pred_masks.to("cpu", torch.bool).numpy()  # [N, H, W]
-        return PackedMasks(wanted[1], np.packbits(masks, axis=-1), found.pred_classes.tolist(), found.scores.tolist())
+        bits = np.packbits(masks, axis=-1)
+        return PackedMasks(masks.shape[-1], bits, found.pred_classes.tolist(), found.scores.tolist())
 
     def comparison(self, x: Mapping):
         return partial(_compare, self.truth.image(x["image_id"]), self.truth.panoptic.dataset_id)

@@ -1,13 +1,13 @@
 """The panoptic quality of an image."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import torch
 
 from .panoptic_quality import PanopticComparison, dataset_pq, image_pq, to_dataset_categories
+from .postprocessed import results_of
 from .registry import QUALITY_REGISTRY
 from .statistics import ImageStatistics
 
@@ -42,10 +42,8 @@ class PanopticQuality:
 
     def prepare(self, model, pred: Mapping, images, x: Mapping) -> PanopticPrediction:
         """The panoptic map and segments, whatever else the config turns on."""
-        only = replace(model.postprocessor, semantic_on=False, instance_on=False, panoptic_on=True, resize_first=True)
-        size, padded = images.image_sizes[0], tuple(images.tensor.shape[-2:])
-        wanted = model.output_size(x, size)
-        ids, segments = only(pred["pred_logits"][0], pred["pred_masks"][0], padded, size, wanted)["panoptic_seg"]
+        only = {"semantic_on": False, "instance_on": False, "panoptic_on": True, "resize_first": True}
+        ids, segments = results_of(model, pred, images, x, **only)["panoptic_seg"]
         return ids.to(torch.uint8 if len(segments) < 256 else torch.int32).cpu().numpy(), segments
 
     def comparison(self, x: Mapping):

@@ -4,16 +4,16 @@ from fvcore.common.registry import Registry
 
 QUALITY_REGISTRY = Registry("QUALITY")
 QUALITY_REGISTRY.__doc__ = """
-What an image's result at an exit is given a number by: in [0, 1], higher is better. MODEL.ECO.QUALITY names a member.
-Step B computes it, Step C fits gates to it, and the report shows it. A member is a class whose module imports neither
-detectron2 nor pycocotools at its top, since Step C reads it without them. The class says
+A quality rates an image's result at an exit by a number in [0, 1]; higher is better. MODEL.ECO.QUALITY names a member.
+Step B computes it, Step C fits gates to it, and the report shows it. A member is a class. Its module imports neither
+detectron2 nor pycocotools at the top, since Step C reads the class without them. The class says
 
 - `name`: text, as derived datasets, messages and names of files have it; each member has its own;
 - `annotation`: "panoptic" or "boxes", what a model must predict; compared with `Parent.annotation`;
 - `files`: keys of an image's record whose files the ground truth is read from;
 - `category_keys`: what a category must have beside `id` for `exact`;
-- `columns`: {column of CSV files: title in tables} of what a choice of exits is shown by, the first deciding between
-  gates: those of `exact`, or {"quality": title} for the mean over the images;
+- `columns`: {column of CSV files: title in tables} of the numbers of a choice of exits: those of `exact`, or
+  {"quality": title} for the mean over the images. The first decides between gates;
 - `exact`: None, or a static function (summed `ImageStatistics`, categories) -> {column: number in [0, 1], or NaN where
   nothing counts}, the quality of the whole dataset;
 - `result_file`, `evaluated_columns`, `evaluated(content)`: the JSON that an evaluation of the whole model leaves,
@@ -26,8 +26,8 @@ detectron2 nor pycocotools at its top, since Step C reads it without them. The c
 And an instance has
 
 - `categories`: of the dataset, `id` and what else is known, in the ids of the statistics;
-- `prepare(model, pred, images, x) -> prediction`: what is compared of the head's output for a batch of one image x at
-  one exit. It is small, on the host, and can be pickled;
+- `prepare(model, pred, images, x) -> prediction`: from the head's output at one exit, for a batch of one image x, what
+  will be compared. It is small, on the host, and can be pickled;
 - `comparison(x) -> function`: from the predictions of image x, one per exit, to a pair for each: the quality, and its
   `ImageStatistics` or None. It reads the ground truth when it is called. It can be pickled: a worker process calls it.
 

@@ -1,12 +1,12 @@
 """The mean IoU of an image's classes."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import torch
 
+from .postprocessed import results_of
 from .registry import QUALITY_REGISTRY
 from .statistics import ImageStatistics
 
@@ -44,10 +44,8 @@ class MeanIoU:
 
     def prepare(self, model, pred: Mapping, images, x: Mapping) -> np.ndarray:
         """[H, W] contiguous classes, as an evaluation takes them from `sem_seg`."""
-        only = replace(model.postprocessor, semantic_on=True, instance_on=False, panoptic_on=False)
-        size, padded = images.image_sizes[0], tuple(images.tensor.shape[-2:])
-        wanted = model.output_size(x, size)
-        scores = only(pred["pred_logits"][0], pred["pred_masks"][0], padded, size, wanted)["sem_seg"]  # [C, H, W]
+        only = {"semantic_on": True, "instance_on": False, "panoptic_on": False}
+        scores = results_of(model, pred, images, x, **only)["sem_seg"]  # [C, H, W]
         return scores.argmax(dim=0).to(torch.uint8 if len(scores) <= 256 else torch.int32).cpu().numpy()
 
     def comparison(self, x: Mapping):

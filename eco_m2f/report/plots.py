@@ -23,7 +23,7 @@ def plot_quality(results: Sequence[Result], kind: type, path: Path) -> None:
         (PARENT, "fixed", "o--", "tab:gray", "forced exits, without Step A"),
         (STEP_A, "fixed", "o-", "tab:blue", "forced exits, after Step A"),
         (STEP_A, "gate", "D", "tab:red", "gates"),
-        (TARGETS, "oracle", "^:", "tab:green", "targets of Eq. 5 (upper bound)"),
+        (TARGETS, "oracle", "^:", "tab:green", "exit targets of Eq. 5 (upper bound)"),
     )
     full = max(r.row.encoder_gflops for r in results)
     for model, policy, style, color, label in styles:
@@ -52,7 +52,7 @@ def plot_exits(results: Sequence[Result], val: DerivedDataset, path: Path) -> No
         exits = np.array(val.exits)
         ax.bar(exits - 0.2, [100 * gate.images[k] / len(val) for k in val.exits], 0.4, label="gate", color="tab:red")
         share = [100 * target.images[k] / len(val) for k in val.exits]
-        ax.bar(exits + 0.2, share, 0.4, label="target", color="tab:green")
+        ax.bar(exits + 0.2, share, 0.4, label="exit target", color="tab:green")
         ax.set(xlabel="exit", title=f"beta {gate.beta:g}: mean {gate.mean_exit:.2f}", xticks=exits)
     np.atleast_1d(axes)[0].set_ylabel("images, %")
     np.atleast_1d(axes)[0].legend()

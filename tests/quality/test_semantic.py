@@ -2,9 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
+from qualities import Case
 
+from eco_m2f.derived.dataset import DerivedDataset
+from eco_m2f.engine.derive import derive
+from eco_m2f.engine.setup import load_cfg
 from eco_m2f.quality import MeanIoU
 from eco_m2f.quality.semantic import mean_iou, pixel_statistics
 from eco_m2f.quality.statistics import total_statistics
@@ -66,3 +71,35 @@ def test_a_dataset_of_class_maps_alone(tmp_path):
     [(value, statistics)] = compare([np.array([[0, 1, 1, 0]], np.uint8)])
     assert value == pytest.approx(0.5) and statistics.tp.tolist() == [1, 1]
     assert statistics.fp.tolist() == [0, 1] and statistics.fn.tolist() == [1, 0]
+
+
+@pytest.mark.slow
+def test_step_b_on_class_maps_alone(tmp_path):
+    """As ADE20K's semantic split is registered: images and class maps, without ids and JSON."""
+    case = Case(MeanIoU, tmp_path)
+    records = []
+    for x in case.inputs:
+        file = tmp_path / f"classes_{x['image_id']}.png"
+        Image.fromarray(case.truth.class_map_reader(x)().astype(np.uint8)).save(file)
+        records.append({"file_name": x["file_name"], "sem_seg_file_name": str(file)})
+    names = [c["name"] for c in case.truth.class_categories]
+    DatasetCatalog.register("quality_maps_alone", lambda: records)
+    MetadataCatalog.get("quality_maps_alone").set(stuff_classes=names, evaluator_type="sem_seg", ignore_label=255)
+    torch.save({"model": case.model.state_dict()}, tmp_path / "model.pth")
+    options = ["MODEL.WEIGHTS", str(tmp_path / "model.pth"), "MODEL.ECO.QUALITY"]
+    try:
+        cfg = load_cfg(case.tiny.config(), [*options, "MeanIoU"])
+        derive(cfg, case.model, "quality_maps_alone", str(tmp_path / "maps"), shard_size=4)
+        with pytest.raises(ValueError, match="'quality_maps_alone' has no panoptic_json"):
+            cfg = load_cfg(case.tiny.config(), [*options, "PanopticQuality"])
+            derive(cfg, case.model, "quality_maps_alone", str(tmp_path / "no"), shard_size=4)
+    finally:
+        DatasetCatalog.remove("quality_maps_alone")
+        MetadataCatalog.remove("quality_maps_alone")
+    cfg = load_cfg(case.tiny.config(), [*options, "MeanIoU"])
+    derive(cfg, case.model, case.dataset, str(tmp_path / "panoptic"), shard_size=4)
+    maps, panoptic = (DerivedDataset.load(tmp_path / name) for name in ("maps", "panoptic"))
+    assert np.array_equal(maps.quality, panoptic.quality) and maps.quality.any()
+    everyone = [6] * len(maps)
+    assert maps.exact_quality(everyone) == panoptic.exact_quality(everyone)
+    assert [c["id"] for c in maps.provenance["categories"]] == list(range(len(names)))
