@@ -57,7 +57,7 @@ def check_oracle(model: nn.Module, dataset_name: str) -> None:
     policy = getattr(model, "exit_policy", None)
     if not isinstance(policy, OracleExit):
         return
-    from .derived import parent_sha256  # needs pyarrow, as this policy does
+    from ..checkpoint.parent_hash import parent_sha256  # needs pyarrow, as this policy does
 
     if _annotation(policy.dataset) != _annotation(dataset_name):
         raise ValueError(

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
-from eco_m2f.budget import Gate
 from minis import CONFIGS, DETR, ECO, ECO_DETR, LITE, MASKFORMER, MINI, PARENT, PROSCALE, RT, build, fill, make_batch
 
 from eco_m2f.checkpoint.parent_hash import parent_sha256
 from eco_m2f.engine.optimizer import autocast, build_optimizer
 from eco_m2f.engine.setup import build_model, load_cfg
 from eco_m2f.engine.step import Step
+from eco_m2f.gates.gate import Gate
 
 pytestmark = pytest.mark.slow
 
