@@ -258,6 +258,8 @@ def _add_eco(cfg: CfgNode) -> None:
     e.EXITS_PER_STEP = 5  # exits trained per iteration; all of them is Eq. 3 exactly
     e.RECOMPUTE = True  # decode exits again in the backward pass: the memory of one exit, for more time
     e.SEED = 0  # of the exit draw when EXITS_PER_STEP < len(EXITS)
+    # Step B
+    e.QUALITY = "PanopticQuality"  # of an image at an exit; or "MeanIoU", "MaskAP", "BoxAP" (DETR); see quality/
     # inference
     e.POLICY = "FixedExit"  # "FixedExit", "LinearGate" (learned), "OracleExit" (upper bound) or "StateChangeExit"
     e.EXIT = 6  # FixedExit: where every image leaves
@@ -265,7 +267,7 @@ def _add_eco(cfg: CfgNode) -> None:
     e.FEATURE = "res5"  # what the gate reads: the backbone's "res5", or "projected" (after input_proj)
     e.MAX_EXIT = 6  # K, the deepest exit allowed: of LinearGate, OracleExit, StateChangeExit and Step C
     e.CHANGE_THRESHOLD = 0.1  # StateChangeExit: an image leaves once its tokens change by less, relative to themselves
-    e.BETA = 0.0005  # price of a layer, in PQ: of OracleExit and Step C
+    e.BETA = 0.0005  # price of a layer, in quality: of OracleExit and Step C
     e.DERIVED = ""  # OracleExit: folder of the derived dataset
     # Step C, tools/train_gate.py --config-file
     e.LOSS = "hard_ce"  # of the gate: "hard_ce" (the paper's), "u_ce", "soft_ce" or "soft_mse"

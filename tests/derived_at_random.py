@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from eco_m2f.derived.writer import ShardWriter, make_row
-from eco_m2f.evaluation.panoptic_quality import ImageStatistics
+from eco_m2f.quality.panoptic_quality import image_pq
+from eco_m2f.quality.statistics import ImageStatistics
 
 EXITS = [2, 3, 6]
 CATEGORIES = [{"id": i, "name": f"c{i}", "isthing": int(i % 2)} for i in (1, 2, 5, 6, 40)]
@@ -46,7 +47,7 @@ def make_rows():
                 file_name=f"images/{i}.jpg",
                 height=480 + i,
                 width=640,
-                quality=[statistics[k].pq() for k in EXITS],
+                quality=[image_pq(statistics[k]) for k in EXITS],
                 feature=torch.from_numpy(rng.normal(size=CHANNELS)),
                 statistics=statistics,
                 total_gflops=[100.0 + 10 * k + i for k in EXITS],

@@ -6,15 +6,26 @@ import numpy as np
 
 from eco_m2f.derived.dataset import DerivedDataset
 from eco_m2f.derived.writer import ShardWriter, make_row
-from eco_m2f.evaluation.panoptic_quality import ImageStatistics
+from eco_m2f.quality.statistics import ImageStatistics
 
 EXITS = (2, 4, 6)
 CATEGORIES = [{"id": 1, "name": "thing", "isthing": 1}, {"id": 7, "name": "stuff", "isthing": 0}]
 GFLOPS = {2: 100.0, 4: 120.0, 6: 140.0}
 
 
-def make_derived(directory, n, seed, with_statistics=True, **changes):
-    """The first feature says how deep an image should go."""
+def _segments(q: float) -> ImageStatistics:
+    """One of each category is found, with an IoU of q."""
+    return ImageStatistics(*np.array([[1, 7], [q, q], [1, 1], [0, 0], [0, 0]]))
+
+
+def _pixels(q: float, count: int) -> ImageStatistics:
+    """Of each category the part q is found."""
+    found, none = round(q * count), [0, 0]
+    return ImageStatistics(*np.array([[1, 7], none, [found] * 2, none, [count - found] * 2]))
+
+
+def make_derived(directory, n, seed, with_statistics=True, pixels=0, **changes):
+    """The first feature says how deep an image should go. pixels: the statistics count so many, of two categories."""
     provenance = {
         "exits": EXITS,
         "config": "",
@@ -34,9 +45,7 @@ def make_derived(directory, n, seed, with_statistics=True, **changes):
         depth = rng.normal()
         need = min(math.exp(depth), 5.0)
         quality = [0.7 - 0.05 * need, 0.7 - 0.02 * need, 0.7]
-        statistics = {
-            k: ImageStatistics(*np.array([[1, 7], [q, q], [1, 1], [0, 0], [0, 0]])) for k, q in zip(EXITS, quality)
-        }
+        statistics = {k: _pixels(q, pixels) if pixels else _segments(q) for k, q in zip(EXITS, quality)}
         row = make_row(
             image_id=i,
             file_name=f"{i}.png",

@@ -1,4 +1,4 @@
-"""docs/ADDING.md: its encoder, taken through the contract, through an ECO model, and through Steps A, B and C."""
+"""docs/ADDING.md: its encoder and its quality, taken through their contracts and through Steps A, B and C."""
 
 import importlib.util
 import inspect
@@ -6,15 +6,26 @@ import re
 
 import pytest
 import torch
+import yaml
 from minis import CONFIGS, ECO, PARENT, ROOT, build, make_batch
+from qualities import Case
 
 from eco_m2f.costs import ExitCosts
 from eco_m2f.derived.dataset import DerivedDataset
+from eco_m2f.gates.frontier import frontier
 from eco_m2f.gates.gate import Gate
 from eco_m2f.modeling.encoders import TRANSFORMER_ENCODER_REGISTRY
 from eco_m2f.policies.fixed import FixedExit
+from eco_m2f.quality import QUALITY_REGISTRY
 
-BLOCKS = dict(re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "docs/ADDING.md").read_text(), re.MULTILINE | re.DOTALL))
+_, ENCODER_PAGE, QUALITY_PAGE = re.split("^# Adding an? ", (ROOT / "docs/ADDING.md").read_text(), flags=re.MULTILINE)
+
+
+def blocks(page: str) -> dict[str, str]:
+    return dict(re.findall(r"^```(\w+)\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+
+
+BLOCKS, QUALITY = blocks(ENCODER_PAGE), blocks(QUALITY_PAGE)
 
 
 def other_tests(path: str):
@@ -26,11 +37,19 @@ def other_tests(path: str):
 
 
 CONTRACT = other_tests("modeling/test_encoders")
-RULES = [
-    name
-    for name, rule in vars(CONTRACT).items()
-    if name.startswith("test_") and list(inspect.signature(rule).parameters) == ["encoder"]
-]
+QUALITY_CONTRACT = other_tests("quality/test_quality")
+
+
+def rules(contract, *parameters: str) -> list[str]:
+    """The tests of a contract that take a member, and these fixtures of pytest besides."""
+    found = {name: list(inspect.signature(test).parameters) for name, test in vars(contract).items() if "test_" in name}
+    return [
+        name for name, names in found.items() if names and names[0] == parameters[0] and set(names) <= {*parameters}
+    ]
+
+
+RULES = rules(CONTRACT, "encoder")
+QUALITY_RULES = rules(QUALITY_CONTRACT, "case", "tmp_path")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,3 +103,36 @@ def test_its_configs_go_through_all_tools(config, tmp_path):
     found, exits = run.evaluate("gated", "MODEL.ECO.POLICY", "LinearGate", "MODEL.ECO.GATE", run.gate)
     assert list(exits["per_image"].values()) == chosen
     assert found == pytest.approx(systems.measured(derived, chosen), abs=1e-6) and found > 5
+
+
+@pytest.fixture(scope="module")
+def quality(tmp_path_factory):
+    """The page's class, of a module that other processes find as well."""
+    folder = tmp_path_factory.mktemp("adding_quality")
+    (folder / "pixel_accuracy.py").write_text(QUALITY["python"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield importlib.import_module("pixel_accuracy").PixelAccuracy
+    QUALITY_REGISTRY._obj_map.pop("PixelAccuracy")
+
+
+@pytest.fixture(scope="module")
+def case(quality, tmp_path_factory):
+    QUALITY_CONTRACT.MEMBERS["PixelAccuracy"] = quality
+    return Case(quality, tmp_path_factory.mktemp("case"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", QUALITY_RULES)
+def test_the_contract_of_qualities(rule, case, tmp_path):
+    assert len(QUALITY_RULES) > 7
+    test = getattr(QUALITY_CONTRACT, rule)
+    test(case, tmp_path) if "tmp_path" in inspect.signature(test).parameters else test(case)
+
+
+@pytest.mark.slow
+def test_the_quality_goes_through_step_b_a_gate_and_the_report(quality, tmp_path):
+    key = yaml.safe_load(QUALITY["yaml"])["MODEL"]["ECO"]["QUALITY"]
+    QUALITY_CONTRACT.check_whole_way(key, quality, tmp_path)
+    rows = frontier(*[DerivedDataset.load(tmp_path / "run" / "derived" / "val")] * 2, [1e-6], [6])
+    assert [list(row.exact) for row in rows] == [["accuracy"]] * 7

@@ -18,6 +18,7 @@ from eco_m2f.config import WITHOUT_EFFECT, add_eco_config, leaves, set_in_vain
 from eco_m2f.data.batch_size import split_batch
 from eco_m2f.data.datasets import register_from_config
 from eco_m2f.engine.datasets import check_number_of_classes
+from eco_m2f.engine.derive import derive
 from eco_m2f.engine.evaluate import evaluate
 from eco_m2f.engine.optimizer import autocast
 from eco_m2f.engine.predict import load_predictor
@@ -456,6 +457,9 @@ def read_keys(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> set[str]:
             build_model(reads.watch(cfg))
     build_model(reads.watch(load_cfg(tiny.config(), ["MODEL.ECO.POLICY", "StateChangeExit"])))
     gate_settings(reads.watch(load_cfg(tiny.config())))
+    cfg = reads.watch(load_cfg(tiny.config(), ["MODEL.ECO.QUALITY", "BoxAP"]))
+    with pytest.raises(ValueError, match="BoxAP needs a model of boxes"):
+        derive(cfg, build_model(cfg), tiny.dataset("train"), str(tiny.base / "derived"), shard_size=1)
     several = ["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (64,), "TEST.AUG.FLIP", False]
     cfg = reads.watch(load_cfg(tiny.config(), several))
     evaluate(cfg, build_model(cfg).eval())

@@ -60,6 +60,22 @@ def test_imports_and_computes_without_extension_gpu_and_optional_packages(bare):
     assert f"computed in {bare}" in done.stdout
 
 
+WITHOUT = ("detectron2", "pycocotools")
+LIGHT = f"""
+import sys
+import eco_m2f.derived.locking, eco_m2f.gates.search, eco_m2f.gates.file, eco_m2f.quality
+from eco_m2f.quality import QUALITY_REGISTRY, quality_named
+assert quality_named("PQ").columns and len(dict(QUALITY_REGISTRY)) > 3
+heavy = sorted(name for name in sys.modules if name.split(".")[0] in {WITHOUT})
+assert not heavy, heavy
+"""
+
+
+def test_gates_and_derived_datasets_need_neither_detectron2_nor_pycocotools(bare):
+    done = run_bare(bare, LIGHT)
+    assert done.returncode == 0, done.stderr
+
+
 DISTORT = """
 import numpy
 from eco_m2f.data.transforms import ColorDistortion

@@ -85,7 +85,7 @@ def test_python_examples_run(tmp_path, monkeypatch, capsys):
     from eco_m2f.derived import PROVENANCE_KEYS
     from eco_m2f.derived.writer import ShardWriter, make_row
     from eco_m2f.engine.setup import build_model, load_cfg
-    from eco_m2f.evaluation.panoptic_quality import ImageStatistics
+    from eco_m2f.quality.statistics import ImageStatistics
 
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)

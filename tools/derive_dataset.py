@@ -1,12 +1,12 @@
 """Writes the quality of every image of a split at every exit, with what a gate learns from (Step B).
 
-The quality is PQ, or the AP of boxes, as the config's model has it.
+MODEL.ECO.QUALITY names the quality: PQ, mIoU, AP of masks, or AP of boxes.
 
     tools/derive_dataset.py --config-file configs/toy/eco_maskformer2_toy.yaml --dataset toy_panoptic_train \\
         --output output/derived/train MODEL.WEIGHTS output/toy/eco/model_final.pth
 
-Killed and started again, also with another --num-gpus, it goes on with the shards that are missing. It refuses to go
-on over changed data, and to work in a folder in which another run is at work.
+Stop it and start it again, also with another --num-gpus: it makes the shards that are missing. It refuses changed data,
+and a folder in which another run is at work.
 """
 
 import argparse
@@ -37,7 +37,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dataset", required=True, help="registered name of the split, e.g. coco_2017_train_panoptic")
     add("--output", required=True, metavar="DIR", help="folder of the derived dataset")
     add("--shard-size", type=int, default=256, help="images per file, hence at most repeated")
-    add("--workers", type=int, default=1, metavar="N", help="processes beside each model that compare; 0: none")
+    add(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes per model that compare with the ground truth",
+    )
     add(
         "--hash-images",
         action="store_true",

@@ -13,12 +13,13 @@
         --config-file configs/coco/panoptic-segmentation/eco/eco_maskformer2_R50_bs16_50ep.yaml
 
 A gate is written as safetensors where its name ends so; any other name makes a file of PyTorch's.
-No images and no parent are needed. PQ and GFLOPs are exact for the images of --val: sums over the derived dataset.
-Of boxes the quality is the mean over the images of each one's AP, and takes the place of PQ.
+No images and no parent are needed. Quality and GFLOPs are exact for the images of --val: sums over the derived
+dataset. Of AP, which is no such sum, the mean over the images takes the place.
 """
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from eco_m2f.engine.command_line import give_back_freed_memory, run
 from eco_m2f.exits import GATE_LOSSES
 from eco_m2f.files import write_csv
 from eco_m2f.gates.fit import OPTIMIZERS, AdamOptions
-from eco_m2f.gates.frontier import HEADER, Row, format_row, frontier
+from eco_m2f.gates.frontier import Row, format_row, frontier, header
 from eco_m2f.gates.search import search_budget
 
 HELD_OUT = 0.1  # of the training images, where there is no --val
@@ -63,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     budget.add_argument("--beta", type=float, nargs="+", help="what an encoder layer costs in quality (COCO: 0.0005)")
     budget.add_argument("--target-gflops", type=float, metavar="G", help="find beta: mean GFLOPs on --val at most G")
     budget.add_argument(
-        "--max-pq-drop", type=float, metavar="D", help="find beta: PQ (or mean AP) on --val at most D points lower"
+        "--max-pq-drop", type=float, metavar="D", help="find beta: the quality on --val at most D points lower"
     )
     return parser
 
@@ -87,15 +88,14 @@ def main(args: argparse.Namespace) -> None:
     give_back_freed_memory()
     train, val = load(args)
     check_derived_with(args, train)
-    about = (
-        f"{len(train)} images to fit on, {len(val)} to measure on, exits {list(train.exits)}, quality {train.measure}"
-    )
-    print(f"{about}\n{HEADER}", flush=True)
+    kind = train.quality_kind
+    about = f"{len(train)} images to fit on, {len(val)} to measure on, exits {list(train.exits)}, quality {kind.name}"
+    print(f"{about}\n{header(kind)}", flush=True)
     rows, best = fit(args, train, val)
     for row in best:
         path = gate_path(args.output, row, alone=len(best) == 1)
         row.gate.save(path)
-        quality = f"{train.measure} {row.score:.2f}"
+        quality = f"{kind.name} {row.score:.2f}"
         print(f"saved {path}: beta {row.beta:.4g}, K {row.max_exit}, {row.total_gflops:.2f} GFLOPs, {quality}")
     if args.frontier:
         write_csv(args.frontier, [row.numbers() for row in rows])
@@ -108,11 +108,11 @@ def fit(args: argparse.Namespace, train: DerivedDataset, val: DerivedDataset) ->
     adam = AdamOptions(args.adam_lr, args.adam_batch, args.adam_epochs, args.adam_iterations)
     options = {"optimizer": args.optimizer, "l2": args.l2, "seed": args.seed, "adam": adam}
     if not args.searched:
-        rows = show(frontier(train, val, args.beta, max_exits, args.loss, **options))
+        rows = show(frontier(train, val, args.beta, max_exits, args.loss, **options), train.quality_kind)
         return rows, [row for row in rows if row.gate]
     limits = {"target_gflops": args.target_gflops, "max_pq_drop": args.max_pq_drop}
     found, rows = search_budget(train, val, max_exits[0], args.loss[0], **limits, **options)
-    return show(rows), [found]
+    return show(rows, train.quality_kind), [found]
 
 
 def fill_in(args: argparse.Namespace) -> None:
@@ -155,11 +155,11 @@ def load(args: argparse.Namespace) -> tuple[DerivedDataset, DerivedDataset]:
     return train.subset(np.sort(order[held_out:])), train.subset(np.sort(order[:held_out]))
 
 
-def show(rows) -> list[Row]:
+def show(rows: Iterable[Row], kind: type) -> list[Row]:
     """Prints each row as it comes."""
     shown = []
     for row in rows:
-        print(format_row(row), flush=True)
+        print(format_row(row, kind), flush=True)
         shown.append(row)
     return shown
 

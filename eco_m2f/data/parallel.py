@@ -33,8 +33,8 @@ def each(function: Callable, jobs: Sequence, workers: int, title: str) -> Iterat
             raise
 
 
-def alongside(function: Callable, jobs: Iterable, workers: int) -> Iterator:
-    """Yields function(job) for each job, in order, while this process is busy making the jobs that come next.
+def map_in_workers(function: Callable, jobs: Iterable, workers: int) -> Iterator:
+    """Yields function(job) for each job, in order, while this process makes the jobs that come next.
 
     The workers are new interpreters, safe beside threads and CUDA; jobs and results cross by pickle. With 0 workers
     everything happens here. No more than `AHEAD` bytes of jobs, and one job, are under way, nor `MANY` jobs. Workers
@@ -48,7 +48,7 @@ def alongside(function: Callable, jobs: Iterable, workers: int) -> Iterator:
     pool = ProcessPoolExecutor(workers, spawn, initializer=_end_with, initargs=(os.getpid(),))
     waiting, ahead = collections.deque(), 0
     try:
-        for _ in range(workers):  # which take seconds to be born: let them begin
+        for _ in range(workers):  # they take seconds to start
             _submit(pool, os.getpid)
         for job in jobs:
             task = pickle.dumps((function, job), pickle.HIGHEST_PROTOCOL)
@@ -69,7 +69,7 @@ def alongside(function: Callable, jobs: Iterable, workers: int) -> Iterator:
 
 
 def _submit(pool: ProcessPoolExecutor, function: Callable, *args) -> Future:
-    """A worker is born in this call, if one is missing, and inherits that it gets no SIGINT."""
+    """A worker starts in this call where one is missing, and inherits that it gets no SIGINT."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return pool.submit(function, *args)

@@ -1,8 +1,9 @@
-"""The derived dataset (Step B): what every image was worth at every exit, in numbers, without images or models.
+"""The derived dataset (Step B): the quality and cost of every image at every exit, without images or models.
 
-One row per image: the quality q_k at each exit, the pooled feature that a gate reads, the statistics that the panoptic
-quality of the whole dataset is a sum of, and the cost. From these rows a gate is fitted, and the exact PQ and GFLOPs
-of ANY assignment of exits to images are sums: no inference. beta is not stored, so a new budget needs no new rows.
+One row per image: the quality q_k at each exit, the pooled feature that a gate reads, the cost and, where the quality
+of the whole dataset is a sum over its images, the statistics to sum. From these rows a gate is fitted, and the exact
+quality and GFLOPs of ANY assignment of exits to images are sums: no inference. beta is not stored, so a new budget
+needs no new rows.
 
 Format: `manifest.json` with the provenance, and Parquet shards of a fixed range of the dataset's order each. A shard's
 bytes depend on its rows and the provenance alone, not on how many processes shared the work.
@@ -15,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ..evaluation.panoptic_quality import ImageStatistics, dataset_pq
+from ..quality import quality_named
+from ..quality.statistics import ImageStatistics
 from .schema import (
-    DEFAULT_MEASURE,
     PER_EXIT,
     PROVENANCE_AND_OPTIONAL,
     STATISTICS,
     DerivedDatasetError,
+    quality_name,
     read_manifest,
 )
 from .shards import abridged, join_shards, present_shards
@@ -68,13 +70,18 @@ class DerivedDataset:
         return tuple(self.provenance["exits"])
 
     @property
-    def measure(self) -> str:
-        """The name of the quality, such as "PQ"."""
-        return self.provenance.get("measure", DEFAULT_MEASURE)
+    def quality_name(self) -> str:
+        """Such as "PQ"."""
+        return quality_name(self.provenance)
+
+    @property
+    def quality_kind(self) -> type:
+        """The member of `QUALITY_REGISTRY`. Raises ValueError where it is not known."""
+        return quality_named(self.quality_name)
 
     @property
     def has_statistics(self) -> bool:
-        """Whether the PQ of the dataset can be had; not so where the quality is another measure."""
+        """Whether the exact quality of the dataset can be had; not so where it is no sum over the images."""
         return len(self.statistics.category) > 0
 
     def columns(self, choice) -> np.ndarray:
@@ -90,16 +97,18 @@ class DerivedDataset:
             raise ValueError(f"exits {unknown} are chosen, the derived dataset has {list(self.exits)}")
         return np.searchsorted(exits, choice)
 
-    def dataset_pq(self, choice) -> dict[str, float]:
-        """The exact PQ in [0, 1], {"All", "Things", "Stuff"}, when image i leaves at exit choice[i].
+    def exact_quality(self, choice) -> dict[str, float]:
+        """The quality of the whole dataset, in [0, 1], when image i leaves at exit choice[i]; keys: the quality's.
 
-        NaN where no category of the kind occurs. Raises DerivedDatasetError if there are no statistics.
+        Of PQ {"pq", "pq_things", "pq_stuff"}, NaN where no category of the kind occurs. Raises DerivedDatasetError if
+        there are no statistics, ValueError for a quality that is not known.
         """
-        if not self.has_statistics:
-            raise DerivedDatasetError(f"{self.provenance['dataset']} has no statistics of PQ: use mean_quality")
-        total = self.statistics.total(self.columns(choice))
-        result = dataset_pq(total, self.provenance["categories"])
-        return {name: result[name]["pq"] for name in ("All", "Things", "Stuff")}
+        exact = self.quality_kind.exact
+        if exact is None or not self.has_statistics:
+            raise DerivedDatasetError(
+                f"{self.provenance['dataset']} has no statistics of {self.quality_name}: use mean_quality"
+            )
+        return exact(self.statistics.total(self.columns(choice)), self.provenance["categories"])
 
     def mean_quality(self, choice) -> float:
         """The mean over the images of q at the chosen exit."""

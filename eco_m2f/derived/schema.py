@@ -5,6 +5,7 @@ show what a sound file can never hold, such as a quality above 1, whoever wrote 
 """
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -14,8 +15,10 @@ import numpy as np
 import pyarrow as pa
 
 from ..exits import FEATURE_SOURCES, check_exits
+from ..quality import QUALITY_REGISTRY
 
-DEFAULT_MEASURE = "PQ"  # of the quality; another is named in the provenance under the key "measure"
+DEFAULT_QUALITY = "PQ"
+QUALITY_KEY = "measure"  # of the quality's name, which is not written where it is the default
 FORMAT = "eco_m2f.derived.v2"
 FORMATS = (FORMAT, "eco_m2f.derived.v1")
 MANIFEST = "manifest.json"
@@ -73,11 +76,21 @@ PROVENANCE: dict[str, Check] = {
     "code_version": TEXT,
 }
 OPTIONAL: dict[str, Check] = {
-    "measure": TEXT,  # name of the quality where it is not PQ
+    QUALITY_KEY: TEXT,
     "annotation_sha256": SHA256,  # of the split's annotation
 }
 PROVENANCE_KEYS = tuple(PROVENANCE)
 PROVENANCE_AND_OPTIONAL = (*PROVENANCE_KEYS, *OPTIONAL)
+
+
+def named_in_provenance(name: str) -> dict[str, str]:
+    """The provenance's part that names the quality."""
+    return {} if name == DEFAULT_QUALITY else {QUALITY_KEY: name}
+
+
+def quality_name(provenance: Mapping) -> str:
+    """The name of the quality, such as "PQ"."""
+    return provenance.get(QUALITY_KEY, DEFAULT_QUALITY)
 
 
 def manifest_text(manifest: Mapping) -> str:
@@ -147,7 +160,7 @@ SCHEMA = pa.schema(
         _column("feature", _list(pa.float32())),  # [C] mean over the valid tokens
         _column("total_gflops", _list(pa.float64())),  # [E] of the whole model
         _column("encoder_gflops", _list(pa.float64())),  # [E]
-        # the statistics of PQ, one entry per exit and category that occurs, ordered by exit and then category
+        # the statistics of the quality, if it has any: one entry per exit and category that occurs, in this order
         _column("stat_exit", _list(pa.int32())),
         _column("stat_category", _list(pa.int32())),
         _column("stat_iou", _list(pa.float64())),
@@ -217,13 +230,20 @@ def check_rows(table: pa.Table, manifest: Mapping, channels: int | None = None) 
             values = values_of(table, name)
             _refuse(table, name, ~passes(values), values, wanted)
     if "stat_category" in names and len(values_of(table, "stat_category")):
-        kindless = [c["id"] for c in manifest["categories"] if "isthing" not in c]
-        if kindless:
-            raise DerivedDatasetError(f"it has statistics of PQ, but category {kindless[0]} lacks isthing")
+        _check_categories(manifest)
     if {"stat_iou", "stat_tp", "stat_exit"} <= names:
         iou = values_of(table, "stat_iou")
         _refuse(table, "stat_iou", iou > values_of(table, "stat_tp") + ROUNDING, iou, "at most the number of matches")
         _check_entries_are_different(table)
+
+
+def _check_categories(manifest: Mapping) -> None:
+    """A quality that is known says what its statistics need of the categories."""
+    name = quality_name(manifest)
+    wanted = next((member.category_keys for _, member in QUALITY_REGISTRY if member.name == name), ())
+    for category, key in itertools.product(manifest["categories"], wanted):
+        if key not in category:
+            raise DerivedDatasetError(f"it has statistics of {name}, but category {category['id']} lacks {key}")
 
 
 def _value_checks(manifest: Mapping) -> dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]]:
@@ -266,7 +286,7 @@ def _refuse(table: pa.Table, name: str, wrong: np.ndarray, values: np.ndarray, w
 
 
 def _check_entries_are_different(table: pa.Table) -> None:
-    """An exit and a category have one entry in a row, or PQ would count it twice."""
+    """An exit and a category have one entry in a row, or the quality would count it twice."""
     row = np.repeat(np.arange(table.num_rows), lengths_of(table, "stat_exit"))
     entries = np.stack([row, values_of(table, "stat_exit"), values_of(table, "stat_category")])
     order = np.lexsort(entries[::-1])

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from ..evaluation.panoptic_quality import ImageStatistics
 from ..exits import check_exits
 from ..files import atomic_write, remove_leftovers
+from ..quality.statistics import ImageStatistics
 from .schema import (
     FORMAT,
     MANIFEST,
@@ -42,7 +42,7 @@ def make_row(
     total_gflops: Sequence[float],
     encoder_gflops: Sequence[float],
 ) -> dict:
-    """One image as `ShardWriter.write` takes it. statistics: {exit: statistics}; empty where quality is not PQ."""
+    """One image as `ShardWriter.write` takes it. statistics: {exit: statistics}; empty where the quality is no sum."""
     entries = [(k, statistics[k]) for k in sorted(statistics)]
 
     def flat(name: str, dtype: type) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Step B: one pass over a split, and for every image the quality of every exit.
 
-What the quality is, the meta-architecture says: panoptic quality, or the AP of boxes (`evaluation/quality.py`).
+MODEL.ECO.QUALITY names the quality, see `quality/registry.py`.
 Backbone and encoder run once per image; the decoder runs once per exit. Images are taken one by one, so that the
 product does not depend on what else is in a batch, nor on the number of processes. While the model is at the next
 image, workers compare the predictions for the last ones with the annotation.
@@ -28,19 +28,18 @@ from .. import __version__
 from ..checkpoint.parent_hash import parent_sha256
 from ..costs import ExitCosts
 from ..data.mappers import PanopticTestMapper
-from ..data.parallel import alongside
+from ..data.parallel import map_in_workers
 from ..data.present import loading
 from ..derived.locking import locked_folder
-from ..derived.schema import DEFAULT_MEASURE
+from ..derived.schema import named_in_provenance
 from ..derived.writer import ShardWriter, make_row
-from ..evaluation.quality import BoxMeasure, PanopticMeasure
 from ..files import file_sha256
 from ..modeling import EarlyExits
 from ..policies.registry import check_feature_source
+from ..quality import quality_of_model
 from .datasets import check_datasets, check_model_classes
 
 logger = logging.getLogger(__name__)
-Measure = PanopticMeasure | BoxMeasure
 
 
 def derive(
@@ -66,30 +65,31 @@ def derive(
         )
     if workers < 0:
         raise ValueError(f"--workers must be 0 or more, got {workers}")
+    kind = quality_of_model(cfg.MODEL.ECO.QUALITY, model)
     check_datasets(cfg, [dataset_name])
     check_model_classes(model, dataset_name)
     with loading(dataset_name):
         records = DatasetCatalog.get(dataset_name)
-    measure = model.measure.of(dataset_name)
-    provenance = provenance_of(cfg, model, dataset_name, measure, len(records))
+    quality = kind.of(dataset_name)
+    provenance = provenance_of(cfg, model, dataset_name, quality, len(records))
 
     def images(indices: Sequence[int]) -> dict[str, str]:
-        return image_digests([records[i] for i in indices], hash_images)
+        return image_digests([records[i] for i in indices], hash_images, quality.files)
 
     with locked_folder(directory) if comm.is_main_process() else contextlib.nullcontext():
         writer = open_writer(directory, provenance, len(records), shard_size, images)
-        write_missing(cfg, model, measure, records, writer, workers)
+        write_missing(cfg, model, quality, records, writer, workers)
 
 
 def write_missing(
-    cfg: CfgNode, model: EarlyExits, measure: Measure, records: Sequence[dict], writer: ShardWriter, workers: int
+    cfg: CfgNode, model: EarlyExits, quality, records: Sequence[dict], writer: ShardWriter, workers: int
 ) -> None:
     """Derives and writes those of the missing shards that are this process's share."""
     shards = writer.missing(comm.get_rank(), comm.get_world_size())
     wanted = [i for s in shards for i in writer.indices(s)]
     logger.info("%d of %d shards are missing here: %d images", len(shards), writer.num_shards, len(wanted))
     clock = _Clock()
-    with contextlib.closing(derived_rows(cfg, model, measure, [records[i] for i in wanted], workers, clock)) as made:
+    with contextlib.closing(derived_rows(cfg, model, quality, [records[i] for i in wanted], workers, clock)) as made:
         rows = iter(
             tqdm(
                 made,
@@ -116,7 +116,7 @@ def open_writer(directory: str, *settings) -> ShardWriter:
     return writer
 
 
-def provenance_of(cfg: CfgNode, model: EarlyExits, dataset_name: str, measure: Measure, num_images: int) -> dict:
+def provenance_of(cfg: CfgNode, model: EarlyExits, dataset_name: str, quality, num_images: int) -> dict:
     """What the rows depend on; two parts of one derived dataset agree in all of it."""
     check_feature_source(cfg.MODEL.ECO.FEATURE)
     keys = ("id", "name", "isthing")
@@ -126,13 +126,13 @@ def provenance_of(cfg: CfgNode, model: EarlyExits, dataset_name: str, measure: M
         "dataset": dataset_name,
         "annotation_sha256": annotation_sha256(dataset_name),
         "num_images": num_images,
-        "categories": [{k: c[k] for k in keys if k in c} for c in measure.categories],
+        "categories": [{k: c[k] for k in keys if k in c} for c in quality.categories],
         "checkpoint": Path(cfg.MODEL.WEIGHTS).name,
         "checkpoint_sha256": file_sha256(cfg.MODEL.WEIGHTS),
         "parent_sha256": parent_sha256(model.state_dict()),
         "config": model_config(cfg).dump(),
         "code_version": __version__,
-        **({} if measure.name == DEFAULT_MEASURE else {"measure": measure.name}),
+        **named_in_provenance(quality.name),
     }
 
 
@@ -143,9 +143,12 @@ def annotation_sha256(dataset_name: str) -> str:
     return _sha256_of(file_sha256(file) for file in files if file)
 
 
-def image_digests(records: Sequence[dict], contents: bool) -> dict[str, str]:
-    """sha256 of the names and sizes of the images and panoptic PNGs of these records; contents: also of their bytes."""
-    files = [Path(r[key]) for r in records for key in ("file_name", "pan_seg_file_name") if key in r]
+def image_digests(records: Sequence[dict], contents: bool, truth: Sequence[str]) -> dict[str, str]:
+    """sha256 of the names and sizes of the files of these records; contents: also of their bytes.
+
+    The files are the images and those under the keys of truth, from which the ground truth is read.
+    """
+    files = [Path(r[key]) for r in records for key in ("file_name", *truth) if key in r]
     digests = {"names and sizes": _sha256_of(json.dumps([p.name, os.stat(p).st_size]) for p in files)}
     return {**digests, "contents": _sha256_of(map(file_sha256, files))} if contents else digests
 
@@ -159,8 +162,19 @@ def model_config(cfg: CfgNode) -> CfgNode:
     kept = CfgNode({"MODEL": cfg.MODEL.clone(), "INPUT": cfg.INPUT.clone(), "TEST": cfg.TEST.clone()})
     kept.MODEL.pop("WEIGHTS")
     kept.MODEL.pop("DEVICE")
-    for key in ("POLICY", "EXIT", "GATE", "MAX_EXIT", "CHANGE_THRESHOLD", "BETA", "DERIVED", "LOSS", "GATE_SOLVER"):
-        kept.MODEL.ECO.pop(key)  # all exits are run, and a gate comes later
+    for key in (
+        "QUALITY",
+        "POLICY",
+        "EXIT",
+        "GATE",
+        "MAX_EXIT",
+        "CHANGE_THRESHOLD",
+        "BETA",
+        "DERIVED",
+        "LOSS",
+        "GATE_SOLVER",
+    ):
+        kept.MODEL.ECO.pop(key)  # all exits are run, a gate comes later, and the quality has a key of its own
     return kept
 
 
@@ -182,7 +196,7 @@ class _Clock:
 
 @torch.no_grad()
 def derived_rows(
-    cfg: CfgNode, model: EarlyExits, measure: Measure, records: Sequence[dict], workers: int, clock: _Clock
+    cfg: CfgNode, model: EarlyExits, quality, records: Sequence[dict], workers: int, clock: _Clock
 ) -> Iterator[dict]:
     """Yields the row of every record, in order."""
     if not records:
@@ -195,8 +209,8 @@ def derived_rows(
     )
     model.eval()
     read = (cfg.MODEL.ECO.FEATURE, ExitCosts(model))
-    predicted = (clock.timed(predict_exits, model, measure, batch[0], *read) for batch in loader)
-    yield from alongside(Predicted.row, predicted, workers)
+    predicted = (clock.timed(predict_exits, model, quality, batch[0], *read) for batch in loader)
+    yield from map_in_workers(Predicted.row, predicted, workers)
 
 
 @dataclass(frozen=True)
@@ -205,15 +219,15 @@ class Predicted:
 
     image: dict  # image_id, file_name, height, width
     exits: tuple[int, ...]
-    predictions: list  # of each exit, as `judged` returns them
-    target: Callable[[list], list[tuple]]  # see `evaluation/quality.py`
+    predictions: list  # of each exit, as the quality prepares them
+    compare: Callable[[list], list[tuple]]  # with the ground truth, see `quality/registry.py`
     feature: np.ndarray
     total_gflops: list[float]
     encoder_gflops: list[float]
 
     def row(self) -> dict:
         """Compares the predictions with the image's annotation; see `make_row`."""
-        compared = dict(zip(self.exits, self.target(self.predictions)))
+        compared = dict(zip(self.exits, self.compare(self.predictions)))
         return make_row(
             **self.image,
             quality=[quality for quality, _ in compared.values()],
@@ -224,9 +238,9 @@ class Predicted:
         )
 
 
-def predict_exits(model: EarlyExits, measure: Measure, x: dict, source: str, costs: ExitCosts) -> Predicted:
+def predict_exits(model: EarlyExits, quality, x: dict, source: str, costs: ExitCosts) -> Predicted:
     """Runs one mapped image through the model once, to all exits; `source` is where the gate's feature is read."""
-    target = measure.target(x["image_id"])
+    compare = quality.comparison(x)
     images = model.preprocess([x])
     features = model.extract(images)
     predictions = model.head.forward_exits(features, model.exits)
@@ -235,8 +249,8 @@ def predict_exits(model: EarlyExits, measure: Measure, x: dict, source: str, cos
     return Predicted(
         image={**{k: x[k] for k in ("image_id", "height", "width")}, "file_name": Path(x["file_name"]).name},
         exits=model.exits,
-        predictions=[model.judged(predictions[k], images, x) for k in model.exits],
-        target=target,
+        predictions=[quality.prepare(model, predictions[k], images, x) for k in model.exits],
+        compare=compare,
         feature=pooled.float().cpu().numpy(),
         total_gflops=[gflops[k]["total"] for k in model.exits],
         encoder_gflops=[gflops[k]["encoder"] for k in model.exits],

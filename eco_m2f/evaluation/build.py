@@ -6,11 +6,11 @@ from detectron2.data import MetadataCatalog
 
 from ..costs import ExitCosts, TokenCosts
 from ..data.categories import SEMANTIC_TYPES
-from .boxes import BoxEvaluator, BoxGroundTruth
+from ..quality.ground_truth import BoxGroundTruth, PanopticGroundTruth, SemanticGroundTruth
+from .boxes import BoxEvaluator
 from .cityscapes_instances import CityscapesInstanceEvaluator, CityscapesInstances
 from .collect import Evaluators
 from .exit_statistics import ExitStatistics
-from .ground_truth import PanopticGroundTruth, SemanticGroundTruth
 from .instance import InstanceEvaluator
 from .panoptic import PanopticEvaluator
 from .semantic import SemanticEvaluator

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from ..data.images import DataError, open_image
+from ..quality.ground_truth import PanopticGroundTruth
 from .collect import RowEvaluator, without_nan
-from .ground_truth import PanopticGroundTruth
 
 THRESHOLDS = np.arange(0.5, 1.0, 0.05)  # as the benchmark writes them, with their rounding
 MIN_PIXELS = 100

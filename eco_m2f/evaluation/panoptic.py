@@ -5,10 +5,11 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from ..quality.ground_truth import PanopticGroundTruth
+from ..quality.panoptic import PanopticQuality
+from ..quality.panoptic_quality import dataset_pq, image_pq
+from ..quality.statistics import ImageStatistics, total_statistics
 from .collect import RowEvaluator, without_nan
-from .ground_truth import PanopticGroundTruth
-from .panoptic_quality import ImageStatistics, dataset_pq, total_statistics
-from .quality import PanopticMeasure
 
 
 class PanopticEvaluator(RowEvaluator):
@@ -26,7 +27,7 @@ class PanopticEvaluator(RowEvaluator):
     def row(self, x: Mapping, y: Mapping) -> ImageStatistics:
         pred_map, segments = y["panoptic_seg"]
         pred_map = pred_map.cpu().numpy() if torch.is_tensor(pred_map) else np.asarray(pred_map)
-        [(_, statistics)] = PanopticMeasure(self._ground_truth).target(x["image_id"])([(pred_map, segments)])
+        [(_, statistics)] = PanopticQuality(self._ground_truth).comparison(x)([(pred_map, segments)])
         return statistics
 
     def summary(self, rows: dict) -> dict:
@@ -47,5 +48,5 @@ class PanopticEvaluator(RowEvaluator):
         name = {c["id"]: c.get("name", str(c["id"])) for c in self._ground_truth.categories}
         groups = {g: without_nan(result[g]) for g in ("All", "Things", "Stuff")}
         per_class = {name[c]: row for c, row in result["per_class"].items()}
-        per_image = {str(image_id): row.pq() for image_id, row in rows.items()}
+        per_image = {str(image_id): image_pq(row) for image_id, row in rows.items()}
         self.write("panoptic.json", {**groups, "per_class": per_class, "per_image_pq": per_image})

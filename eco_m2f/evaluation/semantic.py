@@ -4,8 +4,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .collect import RowEvaluator
-from .ground_truth import PanopticGroundTruth, SemanticGroundTruth
+from ..quality.ground_truth import ClassMaps
+from ..quality.semantic import mean_iou, pixel_statistics
+from ..quality.statistics import ImageStatistics, total_statistics
+from .collect import RowEvaluator, without_nan
 
 
 class SemanticEvaluator(RowEvaluator):
@@ -16,57 +18,42 @@ class SemanticEvaluator(RowEvaluator):
     the means are over the classes that occur in the ground truth and ignored pixels count nowhere.
     """
 
-    def __init__(self, ground_truth: PanopticGroundTruth | SemanticGroundTruth, output_dir: str | None = None):
+    def __init__(self, ground_truth: ClassMaps, output_dir: str | None = None):
         self._ground_truth = ground_truth
-        self._class_names = ground_truth.class_names
+        self._class_names = [c["name"] for c in ground_truth.class_categories]
         super().__init__(output_dir)
 
-    def row(self, x: Mapping, y: Mapping) -> tuple[np.ndarray, np.ndarray]:
+    def row(self, x: Mapping, y: Mapping) -> ImageStatistics:
         num_classes, scores = len(self._class_names), y["sem_seg"]
         if scores.shape[0] != num_classes:
             raise ValueError(
                 f"sem_seg has {scores.shape[0]} classes, dataset {self._ground_truth.name!r} has {num_classes}: "
                 "set MODEL.SEM_SEG_HEAD.NUM_CLASSES"
             )
-        return _sparse_confusion(self._ground_truth.class_map(x), scores.argmax(dim=0).cpu().numpy(), num_classes)
+        truth, predicted = self._ground_truth.class_map_reader(x)(), scores.argmax(dim=0).cpu().numpy()
+        return pixel_statistics(truth, predicted, np.arange(num_classes))
 
     def summary(self, rows: dict) -> dict:
-        num_classes = len(self._class_names)
-        confusion = np.zeros(num_classes**2, dtype=np.int64)
-        for cells, counts in rows.values():
-            confusion[cells] += counts
-        result = semantic_metrics(confusion.reshape(num_classes, num_classes), self._class_names)
-        self.write("semantic.json", {k: None if np.isnan(v) else v for k, v in result.items()})
+        result = semantic_metrics(total_statistics(rows.values()), self._class_names)
+        self.write("semantic.json", without_nan(result))
         return {"sem_seg": result}
 
 
-def semantic_metrics(confusion: np.ndarray, class_names: list[str]) -> dict[str, float]:
-    """Percentages from pixel counts [true class, predicted class]; NaN where there is nothing to average."""
-    correct, true = np.diag(confusion).astype(float), confusion.sum(axis=1).astype(float)
-    union = true + confusion.sum(axis=0) - correct
+def semantic_metrics(total: ImageStatistics, class_names: list[str]) -> dict[str, float]:
+    """Percentages from the pixels of all images, counted by class; NaN where there is nothing to average."""
+    tp, fp, fn = (np.zeros(len(class_names)) for _ in range(3))
+    for counts, values in ((tp, total.tp), (fp, total.fp), (fn, total.fn)):
+        counts[total.category_id] = values
+    true = tp + fn  # [C] pixels of each class
     present = true > 0
-    iou = np.divide(correct, union, out=np.full(len(true), np.nan), where=present)
-    recall = np.divide(correct, true, out=np.full(len(true), np.nan), where=present)
+    iou = np.divide(tp, true + fp, out=np.full(len(true), np.nan), where=present)
     if not present.any():
         means = dict.fromkeys(("mIoU", "fwIoU", "mACC", "pACC"), float("nan"))
     else:
-        weight = true[present] / true.sum()
         means = {
-            "mIoU": iou[present].mean(),
-            "fwIoU": (iou[present] * weight).sum(),
-            "mACC": recall[present].mean(),
-            "pACC": correct.sum() / true.sum(),
+            "mIoU": mean_iou(total),
+            "fwIoU": (iou * true)[present].sum() / true.sum(),
+            "mACC": (tp[present] / true[present]).mean(),
+            "pACC": tp.sum() / true.sum(),
         }
     return {k: 100 * float(v) for k, v in {**means, **{f"IoU-{n}": v for n, v in zip(class_names, iou)}}.items()}
-
-
-def _sparse_confusion(truth: np.ndarray, pred: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """The non-zero cells (true * num_classes + predicted) and their pixel counts."""
-    if truth.shape != pred.shape:
-        raise ValueError(
-            f"sem_seg is {pred.shape}, its ground truth {truth.shape}: height and width of the input differ"
-        )
-    known = truth < num_classes
-    counts = np.bincount(truth[known] * num_classes + pred[known], minlength=num_classes**2)
-    cells = np.flatnonzero(counts)
-    return cells, counts[cells]

@@ -1,14 +1,14 @@
-"""A budget (beta, K, loss) becomes a gate with its measured PQ and GFLOPs: frontiers, and the search for a budget.
+"""A budget (beta, K, loss) becomes a gate with its measured quality and GFLOPs, and many become a frontier.
 
-Measuring needs no images and no parent: PQ and GFLOPs of any choice of exits are sums over a derived dataset's rows.
-A frontier over beta and K is therefore a matter of seconds per gate. Where the quality is no PQ (boxes: AP), the mean
-over the images stands in for it.
+Measuring needs no images and no parent: both are sums over a derived dataset's rows, for any choice of exits. A
+frontier over beta and K is therefore a matter of seconds per gate. Where the quality of a dataset is no sum over its
+images (AP), their mean stands in for it.
 """
 
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,19 +23,17 @@ from .gate import Gate
 class Row:
     """One way to choose exits, measured on a derived dataset. What the frontier's table shows.
 
-    policy: "fixed" (everyone leaves at max_exit), "oracle" (the targets of Eq. 5), or "gate". pq, pq_things, pq_stuff:
-    of the whole dataset, exact, in points of 100; NaN where the dataset has no statistics. quality: the mean over the
-    images of the dataset's measure, in points. gflops: means over the images. images: {exit: number of images leaving
-    there}.
+    policy: "fixed" (everyone leaves at max_exit), "oracle" (the exit targets of Eq. 5), or "gate". exact: {column:
+    quality of the whole dataset, in points of 100}, NaN where the dataset has no statistics; {} where the quality is no
+    sum. quality: the mean over the images, in points. gflops: means over the images. images: {exit: number of images
+    leaving there}.
     """
 
     policy: str
     beta: float | None
     max_exit: int
     loss: str | None
-    pq: float
-    pq_things: float
-    pq_stuff: float
+    exact: dict[str, float]
     quality: float
     mean_exit: float
     total_gflops: float
@@ -45,24 +43,32 @@ class Row:
 
     @property
     def score(self) -> float:
-        """PQ where there is one, else the mean quality."""
-        return self.quality if math.isnan(self.pq) else self.pq
+        """The exact quality of the dataset where there is one, else the mean over its images."""
+        exact = next(iter(self.exact.values()), math.nan)
+        return self.quality if math.isnan(exact) else exact
 
     def numbers(self) -> dict:
         """All but the gate, flat, as it stands in the CSV."""
-        flat = {key: value for key, value in asdict(self).items() if key not in ("images", "gate")}
+        flat: dict = {}
+        for key, value in vars(self).items():
+            if key not in ("images", "gate"):
+                flat |= value if key == "exact" else {key: value}
         return {**flat, **{f"images_exit{k}": n for k, n in self.images.items()}}
 
 
 def measure(dataset: DerivedDataset, choice, **about) -> Row:
-    """The exact PQ, quality and cost when image i of the dataset leaves at exit choice[i]; about: the other fields."""
-    choice = np.asarray(choice)
-    pq = dataset.dataset_pq(choice) if dataset.has_statistics else dict.fromkeys(("All", "Things", "Stuff"), math.nan)
+    """Quality and cost when image i of the dataset leaves at exit choice[i]; about: the other fields.
+
+    Raises ValueError where the dataset's quality is not known.
+    """
+    choice, kind = np.asarray(choice), dataset.quality_kind
+    exact = {}
+    if kind.exact is not None:
+        absent = dict.fromkeys(kind.columns, math.nan)
+        exact = dataset.exact_quality(choice) if dataset.has_statistics else absent
     gflops = dataset.mean_gflops(choice)
     return Row(
-        pq=100 * pq["All"],
-        pq_things=100 * pq["Things"],
-        pq_stuff=100 * pq["Stuff"],
+        exact={column: 100 * value for column, value in exact.items()},
         quality=100 * dataset.mean_quality(choice),
         mean_exit=dataset.mean_exit(choice),
         total_gflops=gflops["total"],
@@ -84,10 +90,15 @@ class GateFitter:
         seed: int = 0,
         adam: AdamOptions = AdamOptions(),
     ):
-        """Raises ValueError if the two were not derived from one parent with the same exits and features."""
+        """Raises ValueError unless both have one quality, which is known, one parent, the same exits and features."""
         for dataset in (train, val):
             if dataset.features is None:
                 raise ValueError(f"{dataset.provenance['dataset']} was loaded without features: a gate needs them")
+        if train.quality_kind is not val.quality_kind:
+            raise ValueError(
+                f"the quality is {train.quality_name} for training, {val.quality_name} for validation: derive both "
+                "with one MODEL.ECO.QUALITY"
+            )
         for key in ("parent_sha256", "exits", "feature_source"):
             if train.provenance[key] != val.provenance[key]:
                 ours, theirs = train.provenance[key], val.provenance[key]
@@ -134,7 +145,7 @@ def fixed_rows(dataset: DerivedDataset) -> list[Row]:
 
 
 def oracle_row(dataset: DerivedDataset, beta: float, max_exit: int) -> Row:
-    """Everyone at the target of Eq. 5: the utility that no gate can surpass."""
+    """Everyone at the exit target of Eq. 5: the utility that no gate can surpass."""
     targets = exit_targets(dataset.quality, dataset.exits, beta, max_exit)
     return measure(dataset, targets, policy="oracle", beta=beta, max_exit=max_exit, loss=None)
 
@@ -164,19 +175,27 @@ def frontier(
             yield from itertools.islice(gates, len(losses))
 
 
-HEADER = "policy  K  beta     loss      PQ     PQ_th  PQ_st  quality  exit   GFLOPs    encoder  images per exit"
+def header(kind: type) -> str:
+    """The names over `format_row`, for a quality."""
+    exact = "".join(f"{title:{width}} " for title, width in _exact_columns(kind).items())
+    return f"policy  K  beta     loss      {exact}quality  exit   GFLOPs    encoder  images per exit"
 
 
-def format_row(row: Row) -> str:
-    """A line under `HEADER`."""
+def format_row(row: Row, kind: type) -> str:
+    """A line under `header(kind)`."""
     beta = "-" if row.beta is None else f"{row.beta:.3g}"
     images = " ".join(f"{k}:{n}" for k, n in row.images.items())
+    exact = "".join(f"{_points(v):{width}} " for v, width in zip(row.exact.values(), _exact_columns(kind).values()))
     return (
-        f"{row.policy:7} {row.max_exit:<2} {beta:8} {row.loss or '-':9} {_points(row.pq)} {_points(row.pq_things)} "
-        f"{_points(row.pq_stuff)} {row.quality:<8.2f} {row.mean_exit:<6.3f} {row.total_gflops:<9.2f} "
-        f"{row.encoder_gflops:<8.2f} {images}"
+        f"{row.policy:7} {row.max_exit:<2} {beta:8} {row.loss or '-':9} {exact}{row.quality:<8.2f} "
+        f"{row.mean_exit:<6.3f} {row.total_gflops:<9.2f} {row.encoder_gflops:<8.2f} {images}"
     )
 
 
 def _points(value: float) -> str:
-    return f"{'-':6}" if math.isnan(value) else f"{value:<6.2f}"
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
+def _exact_columns(kind: type) -> dict[str, int]:
+    """{title: width} of the columns of exact values."""
+    return {title: max(6, len(title)) for title in kind.columns.values()} if kind.exact else {}

@@ -22,8 +22,8 @@ def search_budget(
     """The gate that keeps to a limit, and all gates tried for it, beta being searched by bisection of its logarithm.
 
     target_gflops: the mean total GFLOPs on val that must not be exceeded; among the gates below it, the one with the
-    highest PQ wins. max_pq_drop: the points of PQ (of 100) that may be lost on val against the last exit for all;
-    among the gates that keep to it, the one with the fewest GFLOPs wins. Give one of the two.
+    highest quality wins. max_pq_drop: the points of quality (of 100) that may be lost on val against the last exit for
+    all; among the gates that keep to it, the one with the fewest GFLOPs wins. Give one of the two.
     Raises ValueError if no gate keeps to the limit, and says how near one comes.
     """
     if (target_gflops is None) == (max_pq_drop is None):
@@ -38,7 +38,7 @@ def search_budget(
     def keeps(row: Row) -> bool:
         return row.total_gflops <= target_gflops if floor is None else row.score >= floor
 
-    def worth(row: Row) -> float:
+    def rank(row: Row) -> float:
         return row.score if floor is None else -row.total_gflops
 
     rows = list(_bisect(GateFitter(train, val, **options), max_exit, loss, keeps, cheaper=floor is None, steps=steps))
@@ -49,7 +49,7 @@ def search_budget(
     if not good:
         least = fixed[-1].score - max(row.score for row in rows)
         raise ValueError(f"no gate up to exit {max_exit} loses at most {max_pq_drop} points: the least is {least:.3g}")
-    return max(good, key=worth), rows
+    return max(good, key=rank), rows
 
 
 def _bisect(

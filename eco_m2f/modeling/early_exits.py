@@ -27,14 +27,7 @@ from .sequential_exits import merge_rows, predict_exit_by_exit
 
 
 class EarlyExits(nn.Module):
-    """What arXiv 2404.15244, section 3, adds to a `Parent`.
-
-    A meta-architecture says besides how Step B judges it: `measure`, one of `evaluation.quality`, and
-    `judged(pred, images, x)`, which makes of the prediction for a batch of one image, `x`, what the measure compares:
-    little, and on the host.
-    """
-
-    measure: type
+    """What arXiv 2404.15244, section 3, adds to a `Parent`."""
 
     @configurable
     def __init__(

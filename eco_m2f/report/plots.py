@@ -16,14 +16,14 @@ from .results import PARENT, STEP_A, TARGETS, Result
 DPI = 120
 
 
-def plot_quality(results: Sequence[Result], measure: str, path: Path) -> None:
-    """PQ (or mean AP) over the encoder's cost: forced exits with and without Step A, the gates, and the targets."""
+def plot_quality(results: Sequence[Result], kind: type, path: Path) -> None:
+    """Quality over the encoder's cost: forced exits with and without Step A, the gates, the exit targets."""
     figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     styles = (
         (PARENT, "fixed", "o--", "tab:gray", "forced exits, without Step A"),
         (STEP_A, "fixed", "o-", "tab:blue", "forced exits, after Step A"),
         (STEP_A, "gate", "D", "tab:red", "gates"),
-        (TARGETS, "oracle", "^:", "tab:green", "targets of Eq. 5 (upper bound)"),
+        (TARGETS, "oracle", "^:", "tab:green", "exit targets of Eq. 5 (upper bound)"),
     )
     full = max(r.row.encoder_gflops for r in results)
     for model, policy, style, color, label in styles:
@@ -36,8 +36,8 @@ def plot_quality(results: Sequence[Result], measure: str, path: Path) -> None:
             offset = (4, -12 - shift if policy == "gate" else 4 + shift)
             axes.annotate(text, (last, r.score), offset, textcoords="offset points", fontsize=8, color=color)
     axes.margins(y=0.15)
-    label = measure if measure == "PQ" else f"mean {measure} of an image"
-    axes.set(xlabel="encoder GFLOPs per image", ylabel=label, title="Quality and cost (numbers: exit or beta)")
+    title = next(iter(kind.columns.values()))
+    axes.set(xlabel="encoder GFLOPs per image", ylabel=title, title="Quality and cost (numbers: exit or beta)")
     axes.grid(alpha=0.3)
     axes.legend()
     _save(figure, path)
@@ -52,7 +52,7 @@ def plot_exits(results: Sequence[Result], val: DerivedDataset, path: Path) -> No
         exits = np.array(val.exits)
         ax.bar(exits - 0.2, [100 * gate.images[k] / len(val) for k in val.exits], 0.4, label="gate", color="tab:red")
         share = [100 * target.images[k] / len(val) for k in val.exits]
-        ax.bar(exits + 0.2, share, 0.4, label="target", color="tab:green")
+        ax.bar(exits + 0.2, share, 0.4, label="exit target", color="tab:green")
         ax.set(xlabel="exit", title=f"beta {gate.beta:g}: mean {gate.mean_exit:.2f}", xticks=exits)
     np.atleast_1d(axes)[0].set_ylabel("images, %")
     np.atleast_1d(axes)[0].legend()

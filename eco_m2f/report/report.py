@@ -15,7 +15,9 @@ from .table import _write_csv, markdown, provenance
 
 
 def write_report(folder: str | Path) -> Path:
-    """Writes table.csv, table.md, pq_gflops.png (ap_gflops.png), exits.png and predictions.png into a recipe's folder.
+    """Writes table.csv, table.md, exits.png, predictions.png and pq_gflops.png into a recipe's folder.
+
+    Where the quality is another than PQ, the last has its name.
 
     The folder holds derived/parent_val, derived/val, gates/*.safetensors (or .pth) and eval/<name of a gate>, as
     tools/recipe.py leaves them. Returns the path of table.md. Raises FileNotFoundError for what is missing.
@@ -31,8 +33,8 @@ def write_report(folder: str | Path) -> Path:
     results = collect(folder, parent, val, gates)
     _write_csv(results, folder / "table.csv")
     with atomic_write(folder / "table.md", "w") as file:
-        file.write("\n".join([*markdown(results, val.measure), "", *provenance(folder, parent, val), ""]))
-    plot_quality(results, val.measure, folder / f"{val.measure.lower()}_gflops.png")
+        file.write("\n".join([*markdown(results, val.quality_kind), "", *provenance(folder, parent, val), ""]))
+    plot_quality(results, val.quality_kind, folder / f"{val.quality_name.lower()}_gflops.png")
     plot_exits(results, val, folder / "exits.png")
     name, middle = list(gates.items())[len(gates) // 2]
     plot_predictions(folder / "eval" / name, middle, val, folder / "predictions.png")

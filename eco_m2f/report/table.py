@@ -17,19 +17,15 @@ from ..files import write_csv
 from .results import Result
 
 
-def markdown(results: Sequence[Result], measure: str = "PQ") -> list[str]:
-    """The table's lines. "of full" is the part of the encoder's cost at the last exit."""
-    quality = ("PQ", "PQ things", "PQ stuff", "evaluated PQ")
-    if measure != "PQ":
-        quality = ("mean AP of an image", "evaluated mean AP", "AP of the dataset")
+def markdown(results: Sequence[Result], kind: type) -> list[str]:
+    """The table's lines, of a quality. "of full" is the part of the encoder's cost at the last exit."""
+    quality = (*kind.columns.values(), *kind.evaluated_columns.values())
     head = ("model", "images leave", *quality, "mean exit", "GFLOPs", "encoder GFLOPs", "of full", "images per exit")
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     full = max(result.row.encoder_gflops for result in results)
     for result in results:
-        row = result.row
-        points = (row.pq, row.pq_things, row.pq_stuff, result.evaluated)
-        if measure != "PQ":
-            points = (row.quality, result.evaluated, result.dataset_ap)
+        row, numbers = result.row, result.row.numbers()
+        points = [numbers[c] for c in kind.columns] + [result.evaluated.get(c) for c in kind.evaluated_columns]
         cells = [result.model, result.leaves, *("" if v is None else f"{v:.2f}" for v in points)]
         cells += [f"{row.mean_exit:.2f}", f"{row.total_gflops:.4g}", f"{row.encoder_gflops:.4g}"]
         cells += [f"{100 * row.encoder_gflops / full:.0f} %", " ".join(f"{k}:{n}" for k, n in row.images.items() if n)]
@@ -41,7 +37,7 @@ def provenance(folder: Path, parent: DerivedDataset, val: DerivedDataset) -> lis
     """Lines that say what the numbers were made with: data, weights, commands, times, machine."""
     about = val.provenance
     lines = [
-        f"{val.measure} on the {len(val)} images of `{about['dataset']}`; GFLOPs: means over them, in the paper's "
+        f"{val.quality_name} on the {len(val)} images of `{about['dataset']}`; GFLOPs: means over them, in the paper's "
         "convention.",
         "",
         f"Parent {parent.provenance['checkpoint_sha256'][:12]}, after Step A {about['checkpoint_sha256'][:12]}; "
@@ -74,13 +70,7 @@ def _processor() -> str:
 
 
 def _write_csv(results: Sequence[Result], path: Path) -> None:
-    boxes = any(r.dataset_ap is not None for r in results)
-    rows = [{"model": r.model, "leaves": r.leaves, **r.row.numbers(), **_evaluated_columns(r, boxes)} for r in results]
+    columns = dict.fromkeys(name for r in results for name in r.evaluated)  # all have them, or are empty there
+    rows = [{"model": r.model, "leaves": r.leaves, **r.row.numbers(), **columns, **r.evaluated} for r in results]
     names = list(dict.fromkeys(name for row in rows for name in row))
     write_csv(path, rows, names)
-
-
-def _evaluated_columns(result: Result, boxes: bool) -> dict:
-    if boxes:
-        return {"evaluated_ap": result.evaluated, "dataset_ap": result.dataset_ap}
-    return {"evaluated_pq": result.evaluated}

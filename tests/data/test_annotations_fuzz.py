@@ -19,10 +19,11 @@ from eco_m2f.data.datasets import register_from_config
 from eco_m2f.data.panoptic_map import DataError
 from eco_m2f.data.schema import DETECTION, INSTANCES, PANOPTIC
 from eco_m2f.data.toy import ToySpec, make_toy_dataset
-from eco_m2f.evaluation.boxes import BoxGroundTruth, BoxTarget
-from eco_m2f.evaluation.ground_truth import PanopticGroundTruth
-from eco_m2f.evaluation.instance import GivenInstances
-from eco_m2f.evaluation.panoptic_quality import PanopticTarget
+from eco_m2f.evaluation.boxes import boxes_of
+from eco_m2f.quality.average_precision import ObjectComparison
+from eco_m2f.quality.ground_truth import BoxGroundTruth, PanopticGroundTruth
+from eco_m2f.quality.instance_ground_truth import GivenInstances
+from eco_m2f.quality.panoptic_quality import PanopticComparison, image_pq
 
 TRIES = int(150 * float(os.environ.get("ECO_M2F_FUZZ", 1)))  # of each kind of file and of change
 VALUES = [
@@ -90,8 +91,8 @@ def use_panoptic(name: str) -> None:
         image = truth.image(record["image_id"])
         ids = image.id_map()
         segments = [{k: s[k] for k in ("id", "category_id")} for s in image.segments]
-        statistics = PanopticTarget(ids, image.segments).compare(ids, segments)
-        assert 0 <= statistics.pq() <= 1
+        statistics = PanopticComparison(ids, image.segments).compare(ids, segments)
+        assert 0 <= image_pq(statistics) <= 1
         assert {s["category_id"] for s in record["segments_info"]} <= set(range(len(truth.categories)))
 
 
@@ -100,9 +101,9 @@ def use_boxes(name: str) -> None:
     for record in DatasetCatalog.get(name):
         objects = truth.objects(record["image_id"])
         found = [{"category_id": o["category_id"], "bbox": o["bbox"], "score": 0.5} for o in objects]
-        assert math.isfinite(BoxTarget(objects).ap(found))
+        assert math.isfinite(ObjectComparison(objects, "bbox").ap(found))
         assert all(np.isfinite(a["bbox"]).all() for a in record["annotations"])
-    truth.coco()
+    boxes_of(truth)
 
 
 def instance_content(toy) -> dict:
@@ -130,7 +131,7 @@ def test_spoilt_instance_files_are_taken_or_named(toy, tmp_path, change):
         examine_file(path, INSTANCES)
         try:
             given = GivenInstances(str(path), content["categories"])
-            for o in (o for image in content["images"] for o in given.objects(image["id"], (48, 48))):
+            for o in (o for image in content["images"] for o in given.image(image["id"]).objects((48, 48))):
                 assert 0 <= rle.decode(o["segmentation"]).sum() <= 48 * 48
                 assert o["area"] <= 2 * 48 * 48
             taken += 1

@@ -14,7 +14,7 @@ from minis import ROOT
 from tiny import is_running, tool_environment
 
 from eco_m2f.data import parallel
-from eco_m2f.data.parallel import alongside
+from eco_m2f.data.parallel import map_in_workers
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +34,7 @@ def die(job: int) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_results_come_in_the_order_of_the_jobs(tmp_path, workers):
-    results = list(alongside(partial(work, tmp_path), range(12), workers))
+    results = list(map_in_workers(partial(work, tmp_path), range(12), workers))
     assert [square for square, _ in results] == [i * i for i in range(12)]
     assert ({pid for _, pid in results} == {os.getpid()}) == (workers == 0)
 
@@ -50,7 +50,7 @@ def test_jobs_are_made_only_so_far_ahead(tmp_path, monkeypatch):
             yield Large(i, bytes(2**17))
 
     with pytest.raises(ValueError, match="job 13 brings bad luck"):
-        list(alongside(partial(work, tmp_path), jobs(), 1))
+        list(map_in_workers(partial(work, tmp_path), jobs(), 1))
     assert 1 <= len(made) <= 8
     assert len(list(tmp_path.iterdir())) < 8  # what was not begun was given up
 
@@ -69,17 +69,17 @@ class Large(int):
 
 def test_tensors_cross_by_value():
     tensors = [torch.full((2, 3), float(i)) for i in range(3)]
-    assert [t.sum().item() for t in alongside(torch.neg, tensors, 1)] == [0.0, -6.0, -12.0]
+    assert [t.sum().item() for t in map_in_workers(torch.neg, tensors, 1)] == [0.0, -6.0, -12.0]
 
 
 def test_a_worker_that_dies_ends_the_job():
     with pytest.raises(ChildProcessError, match=r"worker process died \(out of memory\?\): run the same command again"):
-        list(alongside(die, range(3), 2))
+        list(map_in_workers(die, range(3), 2))
 
 
 ENDLESS = """
 import itertools, os, signal, time
-from eco_m2f.data.parallel import alongside
+from eco_m2f.data.parallel import map_in_workers
 
 def born(job):
     time.sleep(0.02)
@@ -87,7 +87,7 @@ def born(job):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
-    for pid in alongside(born, itertools.count(), 2):
+    for pid in map_in_workers(born, itertools.count(), 2):
         print(pid, flush=True)
 """
 

@@ -40,12 +40,12 @@ def test_what_is_written_is_read(dataset):
     assert dataset.provenance == make_provenance() and set(dataset.provenance) == set(PROVENANCE_KEYS)
 
 
-def test_another_measure_than_pq_is_named_and_pq_leaves_no_trace(dataset, tmp_path):
+def test_another_quality_than_pq_is_named_and_pq_leaves_no_trace(dataset, tmp_path):
     """So that derived datasets of PQ are, byte for byte, what they were before there was another."""
-    assert dataset.measure == "PQ"
+    assert dataset.quality_name == "PQ"
     write(tmp_path / "ap", measure="AP")
-    assert DerivedDataset.load(tmp_path / "ap").measure == "AP"
-    assert DerivedDataset.load(tmp_path / "ap").subset([1, 2]).measure == "AP"
+    assert DerivedDataset.load(tmp_path / "ap").quality_name == "AP"
+    assert DerivedDataset.load(tmp_path / "ap").subset([1, 2]).quality_name == "AP"
     assert "measure" not in json.loads((write(tmp_path / "pq").directory / MANIFEST).read_text())
     with pytest.raises(DerivedDatasetError, match="measure: 'AP' there, None now"):
         write(tmp_path / "ap")
@@ -64,16 +64,16 @@ def pq_from_dense_sums(choice):
         return sum(values) / len(values) if values else math.nan
 
     return {
-        "All": mean(sums),
-        "Things": mean([c["id"] for c in CATEGORIES if c["isthing"]]),
-        "Stuff": mean([c["id"] for c in CATEGORIES if not c["isthing"]]),
+        "pq": mean(sums),
+        "pq_things": mean([c["id"] for c in CATEGORIES if c["isthing"]]),
+        "pq_stuff": mean([c["id"] for c in CATEGORIES if not c["isthing"]]),
     }
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_pq_of_any_assignment_is_exact(dataset, seed):
     choice = np.random.default_rng(seed).choice(EXITS, NUM_IMAGES)
-    assert dataset.dataset_pq(choice) == pytest.approx(pq_from_dense_sums(choice), rel=1e-12)
+    assert dataset.exact_quality(choice) == pytest.approx(pq_from_dense_sums(choice), rel=1e-12)
 
 
 def test_pq_equals_panopticapis(dataset):
@@ -89,9 +89,9 @@ def test_pq_equals_panopticapis(dataset):
             category.fp += row["stat_fp"][j]
             category.fn += row["stat_fn"][j]
     categories = {c["id"]: c for c in CATEGORIES}
-    for name, isthing in [("All", None), ("Things", True), ("Stuff", False)]:
+    for name, isthing in [("pq", None), ("pq_things", True), ("pq_stuff", False)]:
         expected, _ = stat.pq_average(categories, isthing=isthing)
-        assert dataset.dataset_pq(choice)[name] == pytest.approx(expected["pq"], rel=1e-12)
+        assert dataset.exact_quality(choice)[name] == pytest.approx(expected["pq"], rel=1e-12)
 
 
 def test_pq_of_one_image_is_its_quality(dataset):
@@ -99,7 +99,7 @@ def test_pq_of_one_image_is_its_quality(dataset):
     for i, row in enumerate(ROWS):
         for column, k in enumerate(EXITS):
             if k in row["stat_exit"]:
-                assert dataset.subset([i]).dataset_pq([k])["All"] == pytest.approx(dataset.quality[i, column])
+                assert dataset.subset([i]).exact_quality([k])["pq"] == pytest.approx(dataset.quality[i, column])
                 counted += 1
             else:
                 assert dataset.quality[i, column] == 0.0
@@ -120,7 +120,7 @@ def test_means_are_over_the_chosen_exits(dataset):
 
 def test_choices_that_do_not_fit_are_refused(dataset):
     with pytest.raises(ValueError, match=r"exits \[4\] are chosen, .* has \[2, 3, 6\]"):
-        dataset.dataset_pq([4] * NUM_IMAGES)
+        dataset.exact_quality([4] * NUM_IMAGES)
     with pytest.raises(ValueError, match="each of 23 images"):
         dataset.mean_gflops([2, 3])
 
@@ -158,7 +158,7 @@ def test_without_statistics_there_is_no_pq(tmp_path):
     dataset = DerivedDataset.load(tmp_path)
     assert not dataset.has_statistics and dataset.mean_quality([2]) == ROWS[0]["quality"][0]
     with pytest.raises(DerivedDatasetError, match="no statistics of PQ"):
-        dataset.dataset_pq([2])
+        dataset.exact_quality([2])
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
@@ -181,7 +181,7 @@ def test_rows_do_not_depend_on_the_shard_size(tmp_path, dataset):
     write(tmp_path, shard_size=9)
     other = DerivedDataset.load(tmp_path)
     assert other.image_ids == dataset.image_ids and np.array_equal(other.features, dataset.features)
-    assert other.dataset_pq([3] * NUM_IMAGES) == dataset.dataset_pq([3] * NUM_IMAGES)
+    assert other.exact_quality([3] * NUM_IMAGES) == dataset.exact_quality([3] * NUM_IMAGES)
 
 
 def test_resuming_writes_what_is_missing(tmp_path, dataset):

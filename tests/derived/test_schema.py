@@ -130,6 +130,16 @@ def test_statistics_of_categories_without_a_kind_are_refused(folder):
         DerivedDataset.load(folder)
 
 
+def test_another_quality_needs_no_kinds(tmp_path):
+    """mIoU is of classes, which class maps alone have."""
+    plain = [{k: c[k] for k in ("id", "name")} for c in CATEGORIES]
+    write(tmp_path, measure="mIoU", categories=plain)
+    data = DerivedDataset.load(tmp_path)
+    assert data.quality_name == "mIoU" and 0 < data.exact_quality([2] * len(data))["miou"] < 1
+    with pytest.raises(DerivedDatasetError, match="has statistics of PQ, but category 1 lacks isthing"):
+        write(tmp_path / "pq", categories=plain)
+
+
 def test_the_largest_category_id_costs_no_memory(folder):
     as_first_format(folder, with_entry(1, category=2**31 - 1))
     manifest = read_manifest(folder)
@@ -137,7 +147,7 @@ def test_the_largest_category_id_costs_no_memory(folder):
     _with_manifest(folder, manifest)
     tracemalloc.start()
     data = DerivedDataset.load(folder)
-    assert 0 < data.dataset_pq([2] * len(data))["All"] < 1
+    assert 0 < data.exact_quality([2] * len(data))["pq"] < 1
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10**8
@@ -157,7 +167,7 @@ def test_the_first_format_is_still_read_and_not_written(folder):
     as_first_format(folder)
     old = DerivedDataset.load(folder)
     assert np.array_equal(old.quality, before.quality) and np.array_equal(old.features, before.features)
-    assert old.dataset_pq([3] * len(old)) == before.dataset_pq([3] * len(old))
+    assert old.exact_quality([3] * len(old)) == before.exact_quality([3] * len(old))
     with pytest.raises(DerivedDatasetError, match="format: 'eco_m2f.derived.v1' there, 'eco_m2f.derived.v2' now"):
         write(folder)
 

@@ -28,7 +28,8 @@ from eco_m2f.engine import derive as step_b
 from eco_m2f.engine.evaluate import evaluate
 from eco_m2f.engine.predict import build_trained
 from eco_m2f.engine.setup import build_model, load_cfg
-from eco_m2f.evaluation.boxes import BoxGroundTruth, BoxTarget
+from eco_m2f.quality.average_precision import ObjectComparison
+from eco_m2f.quality.ground_truth import BoxGroundTruth
 
 NUM_IMAGES, SHARD_SIZE = 9, 2
 KINDS = ("eco_maskformer2", "eco_detr")
@@ -98,17 +99,17 @@ def test_the_quality_is_that_of_the_model_run_at_that_exit(made, kind):
     assert results["exits"]["mean_exit"] == 3
     found = results["bbox"]["AP_image"] if kind == "eco_detr" else results["panoptic_seg"]["PQ"]
     everyone = [3] * NUM_IMAGES
-    foretold = derived.mean_quality(everyone) if kind == "eco_detr" else derived.dataset_pq(everyone)["All"]
+    foretold = derived.mean_quality(everyone) if kind == "eco_detr" else derived.exact_quality(everyone)["pq"]
     assert found == pytest.approx(100 * foretold) and found > 1
 
 
 def test_of_boxes_the_quality_of_an_exit_is_its_images_ap(made):
     case, folder = made("eco_detr")
     truth, derived = BoxGroundTruth(case.dataset), DerivedDataset.load(folder)
-    assert derived.measure == "AP" and not derived.has_statistics
+    assert derived.quality_name == "AP" and not derived.has_statistics
     for i, x in enumerate(case.inputs()):
-        target = BoxTarget(truth.objects(x["image_id"]))
-        assert derived.quality[i].tolist() == [target.ap(case.predict(x, k)) for k in derived.exits]
+        comparison = ObjectComparison(truth.objects(x["image_id"]), "bbox")
+        assert derived.quality[i].tolist() == [comparison.ap(case.predict(x, k)) for k in derived.exits]
     assert derived.encoder_gflops[0] == pytest.approx([k * derived.encoder_gflops[0, 0] / 2 for k in derived.exits])
 
 
@@ -133,7 +134,7 @@ def panopticapi_pq(case: Case, k: int, folder: Path) -> float:
 def test_the_sum_of_the_statistics_is_panopticapis_pq(case, whole, tmp_path, k):
     wanted = panopticapi_pq(case, k, tmp_path)
     derived = DerivedDataset.load(whole)
-    assert derived.dataset_pq([k] * NUM_IMAGES)["All"] == pytest.approx(wanted, abs=1e-9)
+    assert derived.exact_quality([k] * NUM_IMAGES)["pq"] == pytest.approx(wanted, abs=1e-9)
     assert wanted > 0.01
 
 
@@ -296,15 +297,15 @@ def test_another_image_is_refused_by_size_or_by_content(case, whole, tmp_path):
         with pytest.raises(DerivedDatasetError, match=r"images of .*shard-00002.* have changed .*\(names and sizes\)"):
             case.derive(folder)
         image.write_bytes(png)
-        before = step_b.image_digests(records, contents=True)
+        before = step_b.image_digests(records, True, ("pan_seg_file_name",))
         image.write_bytes(png[:-1] + bytes([png[-1] ^ 1]))
-        after = step_b.image_digests(records, contents=True)
+        after = step_b.image_digests(records, True, ("pan_seg_file_name",))
     finally:
         image.write_bytes(png)
     assert {kind for kind in before if before[kind] != after[kind]} == {"contents"}
     case.derive(folder, hash_images=True)
     images = json.loads(pq.read_schema(folder / "shard-00003.parquet").metadata[b"images"])
-    assert images == step_b.image_digests(records[6:8], contents=True)
+    assert images == step_b.image_digests(records[6:8], True, ("pan_seg_file_name",))
 
 
 def test_two_runs_in_one_folder_are_refused(case, tmp_path):

@@ -13,9 +13,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from eco_m2f.data.datasets import register_coco_boxes
-from eco_m2f.evaluation.boxes import BoxEvaluator, BoxGroundTruth, BoxTarget
+from eco_m2f.evaluation.boxes import BoxEvaluator
 from eco_m2f.evaluation.build import evaluators_for
-from eco_m2f.evaluation.quality import BoxMeasure
+from eco_m2f.quality import BoxAP
+from eco_m2f.quality.average_precision import ObjectComparison
+from eco_m2f.quality.boxes import to_detections
+from eco_m2f.quality.ground_truth import BoxGroundTruth
 
 NAME = "box_test_set"
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}, {"id": 90, "name": "bird"}]  # not in order
@@ -90,7 +93,7 @@ def test_the_dataset_equals_cocoevals_summary(dataset, tmp_path):
     evaluator.reset()
     evaluator.process([{"image_id": i} for i in outputs], [{"instances": o} for o in outputs.values()])
     result = evaluator.evaluate()["bbox"]
-    detections = [d for i, o in outputs.items() for d in truth.detections(i, o)]
+    detections = [{"image_id": i, **d} for i, o in outputs.items() for d in to_detections(o, truth.dataset_id)]
     expected = coco_stats(json_file, detections, outputs)[:6]
     measured = [result[k] for k in ("AP", "AP50", "AP75", "APs", "APm", "APl")]
     np.testing.assert_allclose(measured, [100 * v if v >= 0 else np.nan for v in expected], atol=1e-9)
@@ -104,11 +107,12 @@ def test_the_dataset_equals_cocoevals_summary(dataset, tmp_path):
 
 def test_an_image_is_a_dataset_of_one(dataset):
     json_file, _, outputs = dataset
-    truth, measure = BoxGroundTruth(NAME), BoxMeasure.of(NAME)
+    truth, quality_of = BoxGroundTruth(NAME), BoxAP.of(NAME)
     seen = set()
     for i in list(outputs)[:-1]:
-        expected = coco_stats(json_file, truth.detections(i, outputs[i]), [i])[0]
-        [(quality, statistics)] = measure.target(i)([outputs[i]])
+        detections = [{"image_id": i, **d} for d in to_detections(outputs[i], truth.dataset_id)]
+        expected = coco_stats(json_file, detections, [i])[0]
+        [(quality, statistics)] = quality_of.comparison({"image_id": i})([outputs[i]])
         assert quality == pytest.approx(expected, abs=1e-12) and statistics is None
         seen.add(round(quality, 6))
     assert len(seen) > 3 and all(0 <= q < 1 for q in seen)
@@ -119,23 +123,23 @@ def test_perfect_and_empty_predictions(dataset):
     for i in (100, 102):
         objects = truth.objects(i)
         perfect = [{"category_id": o["category_id"], "bbox": o["bbox"], "score": 0.9} for o in objects]
-        assert BoxTarget(objects).ap(perfect) == pytest.approx(1.0)
-        assert BoxTarget(objects).ap([]) == 0.0
+        assert ObjectComparison(objects, "bbox").ap(perfect) == pytest.approx(1.0)
+        assert ObjectComparison(objects, "bbox").ap([]) == 0.0
 
 
 def test_an_image_without_objects_has_quality_0_whatever_is_found(dataset):
     _, objects, outputs = dataset
-    assert BoxMeasure.of(NAME).target(105)([outputs[105]]) == [(0.0, None)]
+    assert BoxAP.of(NAME).comparison({"image_id": 105})([outputs[105]]) == [(0.0, None)]
     crowd = [{**objects[0], "iscrowd": 1}]
     detection = {"category_id": objects[0]["category_id"], "bbox": objects[0]["bbox"], "score": 0.9}
-    assert BoxTarget(crowd).ap([detection]) == 0.0
+    assert ObjectComparison(crowd, "bbox").ap([detection]) == 0.0
 
 
 def test_an_object_of_id_0_counts(dataset):
     _, objects, _ = dataset
     thing = {**objects[0], "id": 0, "iscrowd": 0}
     detection = {"category_id": thing["category_id"], "bbox": thing["bbox"], "score": 0.9}
-    assert BoxTarget([thing]).ap([detection]) == pytest.approx(1.0)
+    assert ObjectComparison([thing], "bbox").ap([detection]) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("change", [lambda o, n: o.update(id=n), lambda o, n: o.pop("id")], ids=["from 0", "none"])
@@ -182,7 +186,7 @@ def test_a_file_of_other_categories_is_refused(dataset):
 
 def test_detections_are_in_the_ids_of_the_file(dataset):
     _, _, outputs = dataset
-    found = BoxGroundTruth(NAME).detections(100, outputs[100])
+    found = to_detections(outputs[100], BoxGroundTruth(NAME).dataset_id)
     inverse = {v: k for k, v in CONTIGUOUS.items()}
     assert [d["category_id"] for d in found] == [inverse[c] for c in outputs[100].pred_classes.tolist()]
     x0, y0, x1, y1 = outputs[100].pred_boxes.tensor[0].tolist()

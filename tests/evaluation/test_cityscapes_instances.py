@@ -22,8 +22,8 @@ from eco_m2f.evaluation.cityscapes_instances import (
     Prediction,
     average_precision,
 )
-from eco_m2f.evaluation.ground_truth import PanopticGroundTruth
 from eco_m2f.evaluation.panoptic import PanopticEvaluator
+from eco_m2f.quality.ground_truth import PanopticGroundTruth
 
 NAME = "generated_cityscapes"
 SEEDS = (0, 1, 2)

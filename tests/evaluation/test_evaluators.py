@@ -15,10 +15,10 @@ from PIL import Image
 from eco_m2f.evaluation.build import evaluators_for
 from eco_m2f.evaluation.collect import gather_rows
 from eco_m2f.evaluation.exit_statistics import ExitStatistics
-from eco_m2f.evaluation.ground_truth import PanopticGroundTruth, semantic_map
 from eco_m2f.evaluation.instance import InstanceEvaluator
 from eco_m2f.evaluation.panoptic import PanopticEvaluator
 from eco_m2f.evaluation.semantic import SemanticEvaluator
+from eco_m2f.quality.ground_truth import PanopticGroundTruth, semantic_map
 
 NAME = "evaluator_test_set"
 

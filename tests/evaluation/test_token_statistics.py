@@ -79,7 +79,7 @@ def semantic_set(tmp_path):
     MetadataCatalog.remove("class_maps")
 
 
-def test_class_maps_alone_are_judged_by_miou(semantic_set, tmp_path):
+def test_class_maps_alone_get_miou(semantic_set, tmp_path):
     """Of two pixels of sky one is taken for sea; the pixel of void counts nowhere."""
     scores = torch.tensor([[[1.0, 0, 0, 1]], [[0.0, 1, 1, 0]]])
     evaluator = evaluators_for("class_maps", str(tmp_path / "out"), costs=CountCosts())

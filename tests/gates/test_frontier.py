@@ -10,7 +10,7 @@ from derived_by_depth import EXITS, GFLOPS, make_derived
 from eco_m2f.derived.dataset import DerivedDataset
 from eco_m2f.exits import exit_targets, utility
 from eco_m2f.files import write_csv
-from eco_m2f.gates.frontier import GateFitter, fixed_rows, format_row, frontier, measure, oracle_row
+from eco_m2f.gates.frontier import GateFitter, fixed_rows, format_row, frontier, header, measure, oracle_row
 from eco_m2f.gates.search import search_budget
 
 
@@ -27,8 +27,8 @@ def val(tmp_path_factory):
 def test_rows_hold_the_exact_sums(val):
     choice = np.random.default_rng(0).choice(EXITS, len(val))
     row = measure(val, choice, policy="gate", beta=0.1, max_exit=6, loss="hard_ce")
-    pq = val.dataset_pq(choice)
-    assert (row.pq, row.pq_things, row.pq_stuff) == (100 * pq["All"], 100 * pq["Things"], 100 * pq["Stuff"])
+    exact = val.exact_quality(choice)
+    assert row.exact == {column: 100 * exact[column] for column in ("pq", "pq_things", "pq_stuff")}
     assert row.quality == 100 * val.mean_quality(choice) and row.mean_exit == np.mean(choice)
     assert row.total_gflops == pytest.approx(np.mean([GFLOPS[k] for k in choice]))
     assert row.images == {k: int((choice == k).sum()) for k in EXITS}
@@ -37,7 +37,7 @@ def test_rows_hold_the_exact_sums(val):
 def test_fixed_rows(val):
     rows = fixed_rows(val)
     assert [(r.mean_exit, r.total_gflops, r.encoder_gflops) for r in rows] == [(k, GFLOPS[k], 10.0 * k) for k in EXITS]
-    assert rows[0].pq < rows[1].pq < rows[2].pq
+    assert rows[0].exact["pq"] < rows[1].exact["pq"] < rows[2].exact["pq"]
 
 
 def test_frontier_measures_the_gates_it_holds(train, val):
@@ -46,9 +46,9 @@ def test_frontier_measures_the_gates_it_holds(train, val):
     for row in rows[3:]:
         if row.policy == "gate":
             choice = row.gate.choose(torch_features(val)).numpy()
-            assert row.pq == 100 * val.dataset_pq(choice)["All"] and max(choice) <= row.max_exit
+            assert row.exact["pq"] == 100 * val.exact_quality(choice)["pq"] and max(choice) <= row.max_exit
             assert row.gate.exits == tuple(k for k in EXITS if k <= row.max_exit)
-            assert row.gate.results["pq"] == row.pq and row.gate.results["measured_on"] == "toy_1"
+            assert row.gate.results["pq"] == row.exact["pq"] and row.gate.results["measured_on"] == "toy_1"
             assert row.gate.parent_sha256 == "a" * 64
         else:
             targets = exit_targets(val.quality, EXITS, row.beta, row.max_exit)
@@ -83,7 +83,7 @@ def test_a_larger_beta_costs_less_and_the_largest_is_the_first_exit(train, val):
 def test_search_keeps_to_the_gflops(train, val, target):
     best, rows = search_budget(train, val, 6, target_gflops=target)
     assert best.total_gflops <= target
-    assert best.pq == max(r.pq for r in rows if r.total_gflops <= target)
+    assert best.exact["pq"] == max(r.exact["pq"] for r in rows if r.total_gflops <= target)
     assert best.total_gflops > target - 2  # it uses the budget
     assert best.gate.beta == best.beta
 
@@ -91,9 +91,9 @@ def test_search_keeps_to_the_gflops(train, val, target):
 @pytest.mark.parametrize("drop", [0.1, 1.0, 3.0])
 def test_search_keeps_to_the_quality(train, val, drop):
     best, rows = search_budget(train, val, 6, max_pq_drop=drop)
-    full = fixed_rows(val)[-1].pq
-    assert best.pq >= full - drop
-    assert best.total_gflops == min(r.total_gflops for r in rows if r.pq >= full - drop)
+    full = fixed_rows(val)[-1].score
+    assert best.exact["pq"] >= full - drop
+    assert best.total_gflops == min(r.total_gflops for r in rows if r.exact["pq"] >= full - drop)
     assert best.total_gflops < GFLOPS[6]
 
 
@@ -129,6 +129,53 @@ def test_datasets_of_another_parent_are_refused(train, tmp_path):
         GateFitter(train, bare)
 
 
+def test_qualities_that_differ_or_are_not_known_are_refused(train, tmp_path):
+    """Rows of mIoU are not fitted to measure PQ."""
+    miou = make_derived(tmp_path / "miou", 5, seed=2, measure="mIoU")
+    for pair, first, second in (((train, miou), "PQ", "mIoU"), ((miou, train), "mIoU", "PQ")):
+        with pytest.raises(ValueError, match=f"quality is {first} for training, {second} for validation: derive both"):
+            GateFitter(*pair)
+        with pytest.raises(ValueError, match=f"quality is {first} for training, {second}"):
+            list(frontier(*pair, [0.1], [6]))
+    unknown = make_derived(tmp_path / "unknown", 5, seed=2, measure="sharpness")
+    for refused in (lambda: GateFitter(unknown, unknown), lambda: fixed_rows(unknown)):
+        with pytest.raises(ValueError, match="quality 'sharpness' is not known, there are .*mIoU.*derive the dataset"):
+            refused()
+
+
+def test_rows_of_another_exact_quality_have_its_columns(tmp_path):
+    """Of n images each with q pixels found of 1, IoU is the share found: here iou is not read."""
+    val = make_derived(tmp_path / "miou", 20, seed=2, measure="mIoU", pixels=1000)
+    train = make_derived(tmp_path / "train", 60, seed=3, measure="mIoU", pixels=1000)
+    choice = np.full(len(val), 4)
+    row = measure(val, choice, policy="fixed", beta=None, max_exit=4, loss=None)
+    assert list(row.exact) == ["miou"] and row.score == row.exact["miou"]
+    assert row.score == pytest.approx(100 * val.quality[:, 1].mean(), abs=0.1)
+    best, rows = search_budget(train, val, 6, max_pq_drop=1.0)
+    assert best.gate.results["miou"] == best.score >= fixed_rows(val)[-1].score - 1.0
+    assert "pq" not in best.gate.results and [list(r.exact) for r in rows] == [["miou"]] * len(rows)
+    assert "mIoU" in header(val.quality_kind) and "PQ" not in header(val.quality_kind)
+
+
+def test_a_mean_over_images_has_no_columns_of_its_own(tmp_path):
+    val = make_derived(tmp_path / "ap", 20, seed=2, with_statistics=False, measure="AP")
+    row = fixed_rows(val)[0]
+    assert row.exact == {} and row.score == row.quality == pytest.approx(100 * val.quality[:, 0].mean())
+    write_csv([row], tmp_path / "ap.csv")
+    head = (tmp_path / "ap.csv").read_text().splitlines()[0]
+    assert head.startswith("policy,beta,max_exit,loss,quality,mean_exit,")
+    named, line = header(val.quality_kind), format_row(row, val.quality_kind)
+    assert line[named.index("quality") :].startswith(f"{row.quality:.2f}") and "PQ" not in named
+
+
+def test_columns_stand_under_their_names(val):
+    named, row = header(val.quality_kind), fixed_rows(val)[0]
+    line = format_row(row, val.quality_kind)
+    assert named.startswith("policy  K  beta     loss      PQ     PQ_th  PQ_st  quality  exit   GFLOPs    encoder")
+    for title, column in (("PQ ", "pq"), ("PQ_th", "pq_things"), ("PQ_st", "pq_stuff")):
+        assert line[named.index(title) :].startswith(f"{row.exact[column]:.2f} ")
+
+
 def test_frontier_mistakes_show_before_the_first_row(train, val):
     with pytest.raises(ValueError, match="not 5"):
         next(frontier(train, val, [0.1], [5]))
@@ -136,12 +183,13 @@ def test_frontier_mistakes_show_before_the_first_row(train, val):
         next(frontier(train, val, [0.1, -1.0], [6]))
 
 
-def test_another_quality_measure_than_pq(tmp_path):
+def test_without_statistics_the_mean_stands_in(tmp_path):
     train = make_derived(tmp_path / "train", 100, seed=0, with_statistics=False)
     val = make_derived(tmp_path / "val", 50, seed=1, with_statistics=False)
     best, _ = search_budget(train, val, 6, max_pq_drop=1.0)
-    assert math.isnan(best.pq) and best.score == best.quality >= fixed_rows(val)[-1].quality - 1.0
-    assert "nan" not in format_row(best) and f"{best.quality:.2f}" in format_row(best)
+    assert math.isnan(best.exact["pq"]) and best.score == best.quality >= fixed_rows(val)[-1].quality - 1.0
+    line = format_row(best, val.quality_kind)
+    assert "nan" not in line and f"{best.quality:.2f}" in line
 
 
 def test_tables(train, val, tmp_path):
@@ -150,7 +198,7 @@ def test_tables(train, val, tmp_path):
     with open(tmp_path / "out" / "frontier.csv", newline="") as file:
         written = list(csv.DictReader(file))
     assert [r["policy"] for r in written] == ["fixed", "fixed", "fixed", "oracle", "gate"]
-    assert float(written[-1]["pq"]) == rows[-1].pq and int(written[-1]["images_exit4"]) == rows[-1].images[4]
+    assert float(written[-1]["pq"]) == rows[-1].exact["pq"] and int(written[-1]["images_exit4"]) == rows[-1].images[4]
     assert written[0]["beta"] == "" and float(written[-1]["beta"]) == 0.005
-    line = format_row(rows[-1])
-    assert f"{rows[-1].pq:.2f}" in line and f"2:{rows[-1].images[2]} " in line
+    line = format_row(rows[-1], val.quality_kind)
+    assert f"{rows[-1].exact['pq']:.2f}" in line and f"2:{rows[-1].images[2]} " in line

@@ -9,10 +9,11 @@ from derived_by_depth import EXITS, make_derived
 from PIL import Image
 
 from eco_m2f.data.datasets import register_from_config
-from eco_m2f.evaluation.ground_truth import PanopticGroundTruth
 from eco_m2f.gates.frontier import GateFitter, fixed_rows
+from eco_m2f.quality import QUALITY_REGISTRY
+from eco_m2f.quality.ground_truth import PanopticGroundTruth
 from eco_m2f.report.predictions import _colors, _examples, _predict
-from eco_m2f.report.results import PARENT, STEP_A, Result, collect, evaluated_ap, evaluated_pq
+from eco_m2f.report.results import PARENT, STEP_A, Result, collect, evaluated
 from eco_m2f.report.table import markdown
 
 
@@ -22,7 +23,9 @@ def derived(tmp_path_factory):
 
 
 def test_markdown_has_a_line_per_result_and_the_part_of_the_cost(derived):
-    head, rule, *lines = markdown([Result(PARENT, f"all at {r.max_exit}", r) for r in fixed_rows(derived)])
+    head, rule, *lines = markdown(
+        [Result(PARENT, f"all at {r.max_exit}", r) for r in fixed_rows(derived)], derived.quality_kind
+    )
     assert head.count("|") == rule.count("|") and len(lines) == len(EXITS)
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [c[9] for c in cells] == ["33 %", "67 %", "100 %"]  # 10 GFLOPs a layer
@@ -39,8 +42,8 @@ def test_results_hold_forced_exits_gates_and_targets(tmp_path, derived):
         (folder / "panoptic.json").write_text(f'{{"All": {{"pq": {pq}}}}}')
     results = collect(tmp_path, derived, derived, {"some_gate": gate})
     assert [r.row.policy for r in results] == ["fixed"] * 6 + ["gate", "oracle"]
-    assert [r.evaluated for r in results] == [None] * 5 + [50.0, 25.0, None]
-    assert results[6].row.pq == gate.results["pq"] and results[6].model == STEP_A
+    assert [r.evaluated.get("evaluated_pq") for r in results] == [None] * 5 + [50.0, 25.0, None]
+    assert results[6].row.exact["pq"] == gate.results["pq"] and results[6].model == STEP_A
 
 
 def test_of_boxes_the_mean_ap_of_the_images_takes_the_place_of_pq(tmp_path):
@@ -52,8 +55,9 @@ def test_of_boxes_the_mean_ap_of_the_images_takes_the_place_of_pq(tmp_path):
         folder.mkdir(parents=True)
         (folder / "boxes.json").write_text('{"AP": 0.25, "AP_image": 0.5}')
     results = collect(tmp_path, val, val, {"some_gate": gate})
-    assert [(r.evaluated, r.dataset_ap) for r in results[5:]] == [(50.0, 25.0), (50.0, 25.0), (None, None)]
-    head, _, *lines = markdown(results, val.measure)
+    whole = {"evaluated_ap": 50.0, "dataset_ap": 25.0}
+    assert [r.evaluated for r in results[5:]] == [whole, whole, {}]
+    head, _, *lines = markdown(results, val.quality_kind)
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *lines)]
     assert cells[0][2:5] == ["mean AP of an image", "evaluated mean AP", "AP of the dataset"]
     assert {len(row) for row in cells} == {10}
@@ -61,9 +65,9 @@ def test_of_boxes_the_mean_ap_of_the_images_takes_the_place_of_pq(tmp_path):
 
 
 def test_an_evaluation_that_is_missing_is_named(tmp_path):
-    for evaluated in (evaluated_pq, evaluated_ap):
-        with pytest.raises(FileNotFoundError, match="eval-only"):
-            evaluated(tmp_path)
+    for _, kind in QUALITY_REGISTRY:
+        with pytest.raises(FileNotFoundError, match=f"no {kind.result_file} .*eval-only.*{kind.switch}"):
+            evaluated(tmp_path, kind)
 
 
 def test_examples_are_spread_over_the_exits(derived):

@@ -174,7 +174,7 @@ def test_step_a_trains_all_exits_from_the_parents_weights(runs, name):
 def test_step_b_derives_every_image_at_every_exit(runs, name):
     run = runs(name)
     derived = DerivedDataset.load(run.derived)
-    assert derived.exits == run.system.exits and derived.measure == ("AP" if run.system.boxes else "PQ")
+    assert derived.exits == run.system.exits and derived.quality_name == ("AP" if run.system.boxes else "PQ")
     assert len(derived) == 6 and derived.provenance["dataset"] == run.train
     assert derived.provenance["checkpoint"] == "model_final.pth"
     assert {p.name for p in run.derived.glob("*.parquet")} == {"shard-00000.parquet", "shard-00001.parquet"}

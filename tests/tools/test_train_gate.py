@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from eco_m2f.derived.writer import ShardWriter, make_row
-from eco_m2f.evaluation.panoptic_quality import ImageStatistics
 from eco_m2f.gates.gate import Gate
+from eco_m2f.quality.statistics import ImageStatistics
 
 EXITS = [2, 4, 6]
 

@@ -22,8 +22,8 @@ from eco_m2f.costs import ExitCosts
 from eco_m2f.engine.command_line import run
 from eco_m2f.engine.derive import predict_exits
 from eco_m2f.engine.setup import build_model, load_cfg
-from eco_m2f.evaluation.panoptic_quality import PanopticTarget, to_dataset_categories
-from eco_m2f.evaluation.quality import PanopticMeasure
+from eco_m2f.quality import PanopticQuality
+from eco_m2f.quality.panoptic_quality import PanopticComparison, to_dataset_categories
 
 
 @dataclass
@@ -53,38 +53,37 @@ class RandomTruth:
         return [{"id": i + 1, "category_id": c} for i, c in enumerate(self.categories)]
 
 
+class InTurn(PanopticQuality):
+    """The exits come in their order. Each gets its own score threshold, so that as many queries are in each map."""
+
+    def __init__(self, truth: RandomTruth, whole: WholeModel):
+        super().__init__(truth)
+        self.whole, self.turn = whole, itertools.cycle(whole.model.exits)
+
+    def prepare(self, model, pred: dict, images, x: dict) -> tuple:
+        model.postprocessor = self.whole.postprocessors[next(self.turn)]
+        return super().prepare(model, pred, images, x)
+
+
 @torch.no_grad()
 def contestants(cfg, size: Sequence[int]) -> dict[str, Callable[[], object]]:
     """Both ways to the qualities of one random image at all exits."""
     torch.manual_seed(0)
     whole = WholeModel(build_model(cfg).eval(), tuple(size))
-    use_thresholds_in_turn(whole)
     truth = RandomTruth.of(size, 20, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, seed=0)
     x = {"image": whole.image, "image_id": 0, "file_name": "", "height": size[0], "width": size[1]}
-    measure, costs = PanopticMeasure(truth), ExitCosts(whole.model)
+    quality, costs = InTurn(truth, whole), ExitCosts(whole.model)
 
     def separately() -> None:
         for k in whole.model.exits:
             panoptic, segments = whole.segment([k])[0]["panoptic_seg"]
-            target = PanopticTarget(truth.ids, truth.segments)
-            target.compare(panoptic.cpu().numpy(), to_dataset_categories(segments, truth.dataset_id))
+            comparison = PanopticComparison(truth.ids, truth.segments)
+            comparison.compare(panoptic.cpu().numpy(), to_dataset_categories(segments, truth.dataset_id))
 
     def in_one_pass() -> object:
-        return predict_exits(whole.model, measure, x, "res5", costs).row()
+        return predict_exits(whole.model, quality, x, "res5", costs).row()
 
     return {"one pass": in_one_pass, "one evaluation per exit": separately}
-
-
-def use_thresholds_in_turn(whole: WholeModel) -> None:
-    """The exits come in their order; each gets its own score threshold, so that as many queries are in each map."""
-    model = whole.model
-    judged, turn = model.judged, itertools.cycle(model.exits)
-
-    def judged_in_turn(pred: dict, images, x: dict) -> tuple:
-        model.postprocessor = whole.postprocessors[next(turn)]
-        return judged(pred, images, x)
-
-    model.judged = judged_in_turn
 
 
 def pq_milliseconds(rounds: int = 20) -> float:
@@ -92,9 +91,9 @@ def pq_milliseconds(rounds: int = 20) -> float:
     truth, *predictions = (RandomTruth.of((480, 640), 20, 10, seed) for seed in range(6))
 
     def once() -> None:
-        target = PanopticTarget(truth.ids, truth.segments)
+        comparison = PanopticComparison(truth.ids, truth.segments)
         for other in predictions:
-            target.compare(other.ids, other.segments)
+            comparison.compare(other.ids, other.segments)
 
     return statistics.median(timing.timed(once, "cpu")[0] for _ in range(rounds))
 

@@ -1,15 +1,16 @@
-"""The annotation of a registered dataset: one JSON and a folder of PNGs, as COCO defines them, or class maps."""
+"""The annotation of a registered dataset: COCO's panoptic JSON and PNGs, class maps, or COCO's boxes."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from detectron2.data import MetadataCatalog
 
 from ..data.annotations import read_registered
-from ..data.categories import check_same_categories, registered_categories
+from ..data.categories import SEMANTIC_TYPES, check_same_categories, registered_categories
 from ..data.panoptic_map import index_map, read_classes, read_ids
 from .panoptic_quality import contiguous_to_dataset_id
 
@@ -52,7 +53,7 @@ class PanopticGroundTruth:
         registered = registered_categories(self.metadata)
         check_same_categories(registered, self.categories, f"dataset {self.name!r}", self.metadata.panoptic_json)
         self.dataset_id = contiguous_to_dataset_id(self.metadata)
-        self.class_names = [c["name"] for c in registered]
+        self.class_categories = registered  # in the order of the classes
         self._annotations = {a.image_id: a for a in content.annotations}
 
     def __len__(self) -> int:
@@ -80,13 +81,16 @@ class PanopticGroundTruth:
         """See `PanopticImage.id_map`."""
         return self.image(image_id).id_map()
 
-    def class_map(self, x: Mapping) -> np.ndarray:
-        """[H, W] contiguous classes of an input: its `sem_seg_file_name`, or else those of its panoptic annotation."""
+    def class_map_reader(self, x: Mapping) -> Callable[[], np.ndarray]:
+        """Reads the [H, W] contiguous classes of an input; it can be pickled.
+
+        They are those of its `sem_seg_file_name`, or else of its panoptic annotation.
+        """
         if "sem_seg_file_name" in x:
-            return read_classes(x["sem_seg_file_name"]).astype(np.int64)
+            return partial(read_class_map, x["sem_seg_file_name"])
         contiguous_id = {dataset: contiguous for contiguous, dataset in self.dataset_id.items()}
         ignore = getattr(self.metadata, "ignore_label", 255)
-        return semantic_map(self.id_map(x["image_id"]), self.segments(x["image_id"]), contiguous_id, ignore)
+        return partial(_panoptic_classes, self.image(x["image_id"]), contiguous_id, ignore)
 
     def warn_if_partial(self, evaluated: int) -> None:
         """Metrics cover the images seen; say so where those are not all."""
@@ -95,18 +99,76 @@ class PanopticGroundTruth:
 
 
 class SemanticGroundTruth:
-    """The classes of a dataset that has class maps alone: ADE20K, or Cityscapes' semantic split."""
+    """The class maps of a dataset that has nothing else: ADE20K, or Cityscapes' semantic split."""
 
     def __init__(self, dataset_name: str):
         self.name = dataset_name
-        self.class_names = list(MetadataCatalog.get(dataset_name).stuff_classes)
+        self.class_categories = registered_categories(MetadataCatalog.get(dataset_name))
 
-    def class_map(self, x: Mapping) -> np.ndarray:
-        """[H, W] contiguous classes of an input."""
-        return read_classes(x["sem_seg_file_name"]).astype(np.int64)
+    def class_map_reader(self, x: Mapping) -> Callable[[], np.ndarray]:
+        """As that of `PanopticGroundTruth`."""
+        return partial(read_class_map, x["sem_seg_file_name"])
 
 
-def semantic_map(id_map: np.ndarray, segments: list[dict], contiguous_id: dict[int, int], ignore: int) -> np.ndarray:
+ClassMaps = PanopticGroundTruth | SemanticGroundTruth
+
+
+def class_maps_of(dataset_name: str) -> ClassMaps:
+    """The classes of a dataset's pixels. Raises ValueError where it has neither class maps nor panoptic annotation."""
+    metadata = MetadataCatalog.get(dataset_name)
+    if getattr(metadata, "evaluator_type", None) in SEMANTIC_TYPES:
+        return SemanticGroundTruth(dataset_name)
+    if not getattr(metadata, "panoptic_json", None):
+        raise ValueError(
+            f"dataset {dataset_name!r} has neither class maps nor panoptic annotation: choose a dataset that has, or "
+            "another MODEL.ECO.QUALITY"
+        )
+    return PanopticGroundTruth(dataset_name)
+
+
+class BoxGroundTruth:
+    """COCO's box annotation by image id, in the category ids of the dataset's own file.
+
+    Raises ValueError where the metadata names no `json_file`, or the file is missing, wrong or of other categories.
+    """
+
+    def __init__(self, dataset_name: str):
+        self.name = dataset_name
+        self.metadata = MetadataCatalog.get(dataset_name)
+        self.json_file = getattr(self.metadata, "json_file", None)
+        if not self.json_file or getattr(self.metadata, "panoptic_json", None):
+            raise ValueError(f"dataset {dataset_name!r} has no json_file of boxes: is it a detection dataset?")
+        content = read_registered(self.metadata)
+        self.categories = sorted((c.as_dict() for c in content.categories), key=lambda c: c["id"])
+        registered = registered_categories(self.metadata)
+        check_same_categories(registered, self.categories, f"dataset {self.name!r}", self.json_file)
+        # the order of detectron2's contiguous ids
+        self.dataset_id = dict(enumerate(c["id"] for c in self.categories))
+        self._objects: dict = {image.id: [] for image in content.images}
+        for annotation in content.annotations:
+            self._objects[annotation.image_id].append(annotation)
+
+    def image_ids(self) -> list:
+        """The images, in the order of the JSON."""
+        return list(self._objects)
+
+    def objects(self, image_id) -> list[dict]:
+        """COCO's annotations (bbox x y w h, category_id, area, iscrowd) of an image."""
+        if image_id not in self._objects:
+            raise ValueError(f"image {image_id!r} is not in {self.json_file}: is the dataset the right one?")
+        return [annotation.as_dict() for annotation in self._objects[image_id]]
+
+
+def read_class_map(path: str | Path) -> np.ndarray:
+    """[H, W] int64 classes of a PNG."""
+    return read_classes(path).astype(np.int64)
+
+
+def _panoptic_classes(image: PanopticImage, contiguous_id: Mapping[int, int], ignore: int) -> np.ndarray:
+    return semantic_map(image.id_map(), image.segments, contiguous_id, ignore)
+
+
+def semantic_map(id_map: np.ndarray, segments: list[dict], contiguous_id: Mapping[int, int], ignore: int) -> np.ndarray:
     """[H, W] int64 contiguous classes of a panoptic map; `ignore` for void and for categories outside the mapping.
 
     A crowd has its category's class, as in the semantic annotation of COCO and Cityscapes, which knows no crowds.

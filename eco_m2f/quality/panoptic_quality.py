@@ -5,51 +5,39 @@ applies them: a predicted and a true segment of one category match when their Io
 crowds are neither found nor missed; a prediction lying mostly on void or on a crowd of its own category is ignored.
 Whether a category is a thing or stuff plays no role in matching.
 
-    target = PanopticTarget(gt_map, gt_segments)               # prepared once per image
-    statistics = target.compare(pred_map, pred_segments)       # once per exit
-    statistics.pq()                                            # this image, in [0, 1]
+    comparison = PanopticComparison(gt_map, gt_segments)       # prepared once per image
+    statistics = comparison.compare(pred_map, pred_segments)   # once per exit
+    image_pq(statistics)                                       # this image, in [0, 1]
     dataset_pq(total_statistics(many), categories)["All"]["pq"]  # the set, equal to panopticapi's
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
+
+from .statistics import ImageStatistics
 
 VOID = 0
 _DIRECT_IDS = 4096  # ids below this index the confusion matrix as they are; others are renumbered first
 
 
-@dataclass(frozen=True)
-class ImageStatistics:
-    """Sufficient statistics of PQ: five arrays of one length, sorted by category, categories without a count left out.
-
-    category_id: int64; iou: float64, the sum of the matched pairs' IoU; tp, fp, fn: int64.
-    """
-
-    category_id: np.ndarray
-    iou: np.ndarray
-    tp: np.ndarray
-    fp: np.ndarray
-    fn: np.ndarray
-
-    def pq(self) -> float:
-        """Mean PQ, in [0, 1], over the categories that count here; 0.0 where there is none."""
-        if len(self.category_id) == 0:
-            return 0.0
-        return float(np.mean(self.iou / (self.tp + 0.5 * self.fp + 0.5 * self.fn)))
+def image_pq(statistics: ImageStatistics) -> float:
+    """Mean PQ of one image, in [0, 1], over the categories that count there; 0.0 where there is none."""
+    if len(statistics.category_id) == 0:
+        return 0.0
+    return float(np.mean(statistics.iou / (statistics.tp + 0.5 * statistics.fp + 0.5 * statistics.fn)))
 
 
 def image_statistics(
     pred_map: np.ndarray, pred_segments: Sequence[Mapping], gt_map: np.ndarray, gt_segments: Sequence[Mapping]
 ) -> ImageStatistics:
-    """Compare one prediction with one ground truth; see `PanopticTarget` for the arguments."""
-    return PanopticTarget(gt_map, gt_segments).compare(pred_map, pred_segments)
+    """Compare one prediction with one ground truth; see `PanopticComparison` for the arguments."""
+    return PanopticComparison(gt_map, gt_segments).compare(pred_map, pred_segments)
 
 
-class PanopticTarget:
+class PanopticComparison:
     """The ground truth of one image, prepared to be compared with any number of predictions.
 
     gt_map: [H, W] integer ids, 0 is void. gt_segments: COCO's `segments_info`: `id`, `category_id`,
@@ -131,17 +119,6 @@ class PanopticTarget:
         return pixels
 
 
-def total_statistics(statistics: Iterable[ImageStatistics]) -> ImageStatistics:
-    """Sum statistics category by category, in the given order."""
-    statistics = list(statistics)
-    if not statistics:
-        return _by_category(*([np.zeros(0, dtype=np.int64)] * 4))
-    joined = {name: np.concatenate([getattr(s, name) for s in statistics]) for name in ("category_id", *_COUNTS)}
-    category, inverse = np.unique(joined["category_id"], return_inverse=True)
-    sums = {name: np.bincount(inverse, weights=joined[name], minlength=len(category)) for name in _COUNTS}
-    return ImageStatistics(category, sums["iou"], *(sums[name].astype(np.int64) for name in ("tp", "fp", "fn")))
-
-
 def dataset_pq(total: ImageStatistics, categories: Iterable[Mapping]) -> dict:
     """PQ, SQ and RQ in [0, 1] of summed statistics.
 
@@ -179,7 +156,6 @@ def contiguous_to_dataset_id(metadata) -> dict[int, int]:
     return {contiguous: dataset for dataset, contiguous in forward.items()}
 
 
-_COUNTS = ("iou", "tp", "fp", "fn")
 _ABSENT = {"pq": 0.0, "sq": 0.0, "rq": 0.0}
 
 

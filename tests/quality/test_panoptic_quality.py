@@ -8,14 +8,15 @@ import pytest
 from panopticapi.utils import rgb2id
 from PIL import Image
 
-from eco_m2f.evaluation.panoptic_quality import (
-    PanopticTarget,
+from eco_m2f.quality.panoptic_quality import (
+    PanopticComparison,
     contiguous_to_dataset_id,
     dataset_pq,
+    image_pq,
     image_statistics,
     to_dataset_categories,
-    total_statistics,
 )
+from eco_m2f.quality.statistics import total_statistics
 
 CATEGORIES = [{"id": c, "name": str(c), "isthing": int(c < 40), "color": [c, c, c]} for c in (3, 7, 12, 41, 90)]
 
@@ -105,7 +106,7 @@ def test_single_image_equals_panopticapi(tmp_path, seed):
         expected = official(tmp_path, [case], everything_is_a_thing)
     except ZeroDivisionError:
         pytest.skip("panopticapi cannot average over no category")
-    assert statistics.pq() == pytest.approx(expected["All"]["pq"], abs=1e-9)
+    assert image_pq(statistics) == pytest.approx(expected["All"]["pq"], abs=1e-9)
 
 
 @pytest.mark.parametrize("area", [0, 7, 10**9, None, float("nan")])
@@ -113,7 +114,7 @@ def test_the_area_of_a_segment_is_its_masks(area):
     gt, gt_segments, pred, pred_segments = make_case(1)
     expected = image_statistics(pred, pred_segments, gt, gt_segments)
     believed = image_statistics(pred, pred_segments, gt, [{**s, "area": area} for s in gt_segments])
-    assert believed.pq() == expected.pq() <= 1 and believed.tp.tolist() == expected.tp.tolist()
+    assert image_pq(believed) == image_pq(expected) <= 1 and believed.tp.tolist() == expected.tp.tolist()
 
 
 def test_coco_sample_equals_panopticapi(shared, tmp_path):
@@ -135,7 +136,7 @@ def test_coco_sample_equals_panopticapi(shared, tmp_path):
 def test_perfect_prediction_scores_one():
     gt, gt_segments, _, _ = make_case(2)
     gt_segments = [{**s, "iscrowd": 0} for s in gt_segments]
-    assert image_statistics(gt, gt_segments, gt, gt_segments).pq() == 1.0
+    assert image_pq(image_statistics(gt, gt_segments, gt, gt_segments)) == 1.0
 
 
 def test_crowd_and_void_are_ignored():
@@ -155,7 +156,7 @@ def test_iou_of_exactly_one_half_is_no_match():
     pred = np.array([[1, 1, 1, 1]])
     gt_unknown = np.array([[4, 4, 8, 8]])  # 8 is in no segment: unlike void, it counts in the union
     segments = [{"id": 4, "category_id": 1}]
-    assert image_statistics(pred, [{"id": 1, "category_id": 1}], gt, segments).pq() == 1.0
+    assert image_pq(image_statistics(pred, [{"id": 1, "category_id": 1}], gt, segments)) == 1.0
     statistics = image_statistics(pred, [{"id": 1, "category_id": 1}], gt_unknown, segments)
     assert (statistics.tp.tolist(), statistics.fp.tolist(), statistics.fn.tolist()) == ([0], [1], [1])
 
@@ -164,15 +165,15 @@ def test_no_category_gives_zero():
     empty = np.zeros((3, 3), dtype=np.int32)
     statistics = image_statistics(empty, [], empty, [])
     assert len(statistics.category_id) == 0
-    assert statistics.pq() == 0.0
-    assert total_statistics([]).pq() == 0.0
+    assert image_pq(statistics) == 0.0
+    assert image_pq(total_statistics([])) == 0.0
     result = dataset_pq(total_statistics([statistics]), CATEGORIES)
     assert result["All"]["n"] == 0 and np.isnan(result["All"]["pq"])
 
 
 def test_target_is_reusable_and_segments_missing_from_the_map_are_misses():
     gt, gt_segments, pred, pred_segments = make_case(1)
-    target = PanopticTarget(gt, [*gt_segments, {"id": 123, "category_id": 3, "area": 0}])
+    target = PanopticComparison(gt, [*gt_segments, {"id": 123, "category_id": 3, "area": 0}])
     first, second = target.compare(pred, pred_segments), target.compare(pred, pred_segments)
     for name in ("category_id", "iou", "tp", "fp", "fn"):
         np.testing.assert_array_equal(getattr(first, name), getattr(second, name))

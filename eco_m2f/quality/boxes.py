@@ -1,0 +1,77 @@
+"""The AP of an image's boxes."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+
+from .registry import QUALITY_REGISTRY
+
+
+@QUALITY_REGISTRY.register()
+class BoxAP:
+    """AP@[.5:.95] of the boxes of an image; see `ObjectComparison.ap` for images without objects.
+
+    The AP of a dataset ranks the detections of all images together and is no sum over images. So the mean over the
+    images stands in for it, which `BoxEvaluator` calls AP_image.
+    """
+
+    name = "AP"
+    annotation = "boxes"
+    files = ()
+    category_keys = ()
+    columns = {"quality": "mean AP of an image"}
+    exact = None
+    result_file = "boxes.json"
+    evaluated_columns = {"evaluated_ap": "evaluated mean AP", "dataset_ap": "AP of the dataset"}
+    switch = ""
+
+    def __init__(self, truth):
+        self.truth = truth  # see `BoxGroundTruth`
+
+    @classmethod
+    def of(cls, dataset_name: str) -> "BoxAP":
+        from .ground_truth import BoxGroundTruth
+
+        return cls(BoxGroundTruth(dataset_name))
+
+    @property
+    def categories(self) -> list[dict]:
+        return self.truth.categories
+
+    def prepare(self, model, pred: Mapping, images, x: Mapping):
+        """The detections, `Instances`."""
+        return model.postprocess(pred, images, [x])[0]["instances"].to("cpu")
+
+    def comparison(self, x: Mapping):
+        return partial(_compare, self.truth.objects(x["image_id"]), self.truth.dataset_id)
+
+    @staticmethod
+    def evaluated(content: Mapping) -> dict[str, float]:
+        return evaluated_ap(content)
+
+
+def evaluated_ap(content: Mapping) -> dict[str, float]:
+    """Mean AP of an image and AP of the dataset, in points; NaN where there is no object."""
+    values = {"evaluated_ap": content["AP_image"], "dataset_ap": content["AP"]}
+    return {column: float("nan") if value is None else 100 * value for column, value in values.items()}
+
+
+def to_detections(instances, dataset_id: Mapping[int, int]) -> list[dict]:
+    """category_id (the dataset's), bbox x y w h, score of each instance."""
+    corners = instances.pred_boxes.tensor.cpu().double().numpy()  # [N, 4]
+    boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).tolist()
+    return [
+        {"category_id": dataset_id[c], "bbox": box, "score": score}
+        for box, score, c in zip(boxes, instances.scores.tolist(), instances.pred_classes.tolist())
+    ]
+
+
+def _compare(
+    objects: Sequence[Mapping], dataset_id: Mapping[int, int], predictions: Sequence
+) -> list[tuple[float, None]]:
+    from .average_precision import ObjectComparison
+
+    most = max((len(instances) for instances in predictions), default=0)  # TEST.DETECTIONS_PER_IMAGE came before
+    comparison = ObjectComparison(objects, "bbox", max(most, 1))
+    return [(comparison.ap(to_detections(instances, dataset_id)), None) for instances in predictions]

@@ -1,0 +1,14 @@
+"""The results of a single image, for the qualities of models that predict masks."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+
+def results_of(model, pred: Mapping, images, x: Mapping, **changes) -> dict:
+    """What the model's post-processing, with these fields changed, makes of the head's output for a batch of image x.
+
+    See `PostProcessor` for the fields and the results.
+    """
+    size, padded = images.image_sizes[0], tuple(images.tensor.shape[-2:])
+    postprocess = replace(model.postprocessor, **changes)
+    return postprocess(pred["pred_logits"][0], pred["pred_masks"][0], padded, size, model.output_size(x, size))
