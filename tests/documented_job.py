@@ -94,11 +94,11 @@ GIVEN = {  # by section: a file that the reader has from before, and which run h
     "COCO and Cityscapes": {
         "parent.pth": "cityscapes/maskformer2_swin_tiny",
         "eco.pth": "cityscapes/eco_maskformer2_swin_tiny",
-        "lite.pth": "cityscapes/lite_maskformer2_swin_tiny",
     },
-    "Tokens that stop: DoViT": {"dovit.pth": "ade20k/dovit_vit_base_mask_bs16_160k"},
+    "Other encoders": {"lite.pth": "cityscapes/lite_maskformer2_swin_tiny"},
+    "DoViT: tokens that stop": {"dovit.pth": "ade20k/dovit_vit_base_mask_bs16_160k"},
     "DETR": {"eco.pth": "coco/eco_detr_R50"},
-    "Good to know": {"eco.pth": "cityscapes/eco_maskformer2_swin_tiny"},
+    "Weights and gates": {"eco.pth": "cityscapes/eco_maskformer2_swin_tiny"},
     "Files that are not trusted": {"eco.pth": "cityscapes/eco_maskformer2_swin_tiny"},
 }
 

@@ -40,7 +40,8 @@ from detectron2.data.datasets.coco_panoptic import load_coco_panoptic_json
 from detectron2.evaluation import COCOPanopticEvaluator
 from eco_m2f.config import add_eco_config
 from detectron2.config import get_cfg
-from eco_m2f.data import PanopticTestMapper, build_train_mapper, check_class_count, check_dataset
+from eco_m2f.data.check import check_class_count, check_dataset
+from eco_m2f.data.mappers import PanopticTestMapper, build_train_mapper
 from eco_m2f.data.panoptic_map import read_ids
 from eco_m2f.data.toy import draw_scene
 from PIL import Image
