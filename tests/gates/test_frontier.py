@@ -161,7 +161,7 @@ def test_a_mean_over_images_has_no_columns_of_its_own(tmp_path):
     val = make_derived(tmp_path / "ap", 20, seed=2, with_statistics=False, measure="AP")
     row = fixed_rows(val)[0]
     assert row.exact == {} and row.score == row.quality == pytest.approx(100 * val.quality[:, 0].mean())
-    write_csv([row], tmp_path / "ap.csv")
+    write_csv(tmp_path / "ap.csv", [row.numbers()])
     head = (tmp_path / "ap.csv").read_text().splitlines()[0]
     assert head.startswith("policy,beta,max_exit,loss,quality,mean_exit,")
     named, line = header(val.quality_kind), format_row(row, val.quality_kind)
