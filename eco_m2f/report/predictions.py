@@ -1,11 +1,8 @@
-"""A picture of images, ground truth and predictions."""
+"""Images of a run beside ground truth and prediction, as pictures."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog
@@ -21,33 +18,39 @@ from ..quality.boxes import to_detections
 from ..quality.ground_truth import BoxGroundTruth, ClassMaps, PanopticGroundTruth, class_maps_of
 from ..quality.panoptic_quality import to_dataset_categories
 from .draw import draw_boxes, draw_panoptic
-from .plots import _save
 
 DRAWN_SCORE = 0.5  # below it a detection is not drawn
 
 
-def plot_predictions(evaluation: Path, gate: Gate, val: DerivedDataset, path: Path, columns: int = 6) -> None:
-    """Images, ground truth, and what the model that was evaluated with this gate predicts; the exits stand above."""
+@dataclass(frozen=True)
+class Example:
+    """An image, its ground truth and its prediction as pictures [H, W, 3], with a title."""
+
+    title: str
+    image: np.ndarray
+    truth: np.ndarray
+    prediction: np.ndarray
+
+
+def predict_examples(evaluation: Path, gate: Gate, val: DerivedDataset, count: int = 6) -> list[Example]:
+    """Images of a split and what the model predicts for them, spread over the exits that the gate chooses.
+
+    evaluation: output folder of train_net.py --eval-only with this gate, which holds the config.
+    """
     cfg = load_cfg(str(evaluation / "config.yaml"))
     model = build_trained(cfg)
     truth = _ground_truth(model.annotation, val.provenance["dataset"])
     records, mapper = {str(r["image_id"]): r for r in DatasetCatalog.get(truth.name)}, PanopticTestMapper(cfg)
     chosen = gate.choose(torch.from_numpy(val.features)).numpy()
-    figure, axes = plt.subplots(3, columns, figsize=(2 * columns, 6.6), layout="constrained", squeeze=False)
-    for ax in axes.flat:
-        ax.axis("off")
-    for column, i in zip(axes.T, _examples(chosen, val, columns)):
+    found = []
+    for i in spread_over_exits(chosen, val, count):
         image, panels, k = _predict(model, mapper, truth, records[val.image_ids[i]])
-        for ax, panel in zip(column, (image, *panels)):
-            ax.imshow(panel)
-        q = val.quality[i, val.exits.index(k)]
-        column[0].set_title(f"exit {k}, {val.quality_name} {100 * q:.0f}", fontsize=10)
-    for ax, label in zip(axes[:, 0], ("image", "ground truth", "prediction")):
-        ax.text(-0.06, 0.5, label, rotation=90, va="center", ha="right", transform=ax.transAxes)
-    _save(figure, path)
+        quality = 100 * val.quality[i, val.exits.index(k)]
+        found.append(Example(f"exit {k}, {val.quality_name} {quality:.0f}", image, *panels))
+    return found
 
 
-def _examples(chosen: np.ndarray, val: DerivedDataset, count: int) -> list[int]:
+def spread_over_exits(chosen: np.ndarray, val: DerivedDataset, count: int) -> list[int]:
     """Images spread over the exits chosen: of each exit in turn the one nearest to its median quality, ascending."""
     queues = []
     for k in np.unique(chosen):

@@ -6,9 +6,6 @@ import platform
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import torch
 
 from .. import __version__
@@ -69,7 +66,7 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _write_csv(results: Sequence[Result], path: Path) -> None:
+def write_table(results: Sequence[Result], path: Path) -> None:
     columns = dict.fromkeys(name for r in results for name in r.evaluated)  # all have them, or are empty there
     rows = [{"model": r.model, "leaves": r.leaves, **r.row.numbers(), **columns, **r.evaluated} for r in results]
     names = list(dict.fromkeys(name for row in rows for name in row))

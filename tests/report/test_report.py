@@ -12,7 +12,7 @@ from eco_m2f.data.datasets import register_from_config
 from eco_m2f.gates.frontier import GateFitter, fixed_rows
 from eco_m2f.quality import QUALITY_REGISTRY
 from eco_m2f.quality.ground_truth import PanopticGroundTruth
-from eco_m2f.report.predictions import _colors, _examples, _predict
+from eco_m2f.report.predictions import _colors, _predict, spread_over_exits
 from eco_m2f.report.results import PARENT, STEP_A, Result, collect, evaluated
 from eco_m2f.report.table import markdown
 
@@ -73,10 +73,10 @@ def test_an_evaluation_that_is_missing_is_named(tmp_path):
 def test_examples_are_spread_over_the_exits(derived):
     chosen = np.full(len(derived), 2)
     chosen[7], chosen[9] = 4, 6
-    picked = _examples(chosen, derived, 5)
+    picked = spread_over_exits(chosen, derived, 5)
     assert len(set(picked)) == 5 and {7, 9} <= set(picked)
     assert chosen[picked].tolist() == [2, 2, 2, 4, 6]
-    assert len(_examples(chosen[:3], derived.subset(range(3)), 6)) == 3
+    assert len(spread_over_exits(chosen[:3], derived.subset(range(3)), 6)) == 3
 
 
 def test_pictures_have_the_datasets_colours_and_turned_photos(tmp_path):

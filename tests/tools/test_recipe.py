@@ -79,7 +79,7 @@ def test_table_and_pictures(folder, first):
         assert float(row["evaluated_pq"]) == pytest.approx(float(row["pq"]), abs=1e-6)
     for row in rows:
         assert sum(int(row[f"images_exit{k}"]) for k in range(2, 7)) == 4
-    for name in ("pq_gflops", "exits", "predictions"):
+    for name in ("pq_gflops", "exits", "predictions", "overview"):
         with Image.open(out / f"{name}.png") as picture:
             assert min(picture.size) > 200 and len(picture.convert("RGB").getcolors(1 << 20)) > 50
 
@@ -131,7 +131,7 @@ def test_eco_detr_on_the_same_toy_set(folder, first):
             assert 0 <= float(row["dataset_ap"]) <= 100
         else:
             assert row["evaluated_ap"] == row["dataset_ap"] == ""
-    for name in ("ap_gflops", "exits", "predictions"):
+    for name in ("ap_gflops", "exits", "predictions", "overview"):
         with Image.open(folder / "detr" / f"{name}.png") as picture:
             assert min(picture.size) > 200 and len(picture.convert("RGB").getcolors(1 << 20)) > 50
 
