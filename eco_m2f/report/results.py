@@ -11,7 +11,7 @@ from ..derived.dataset import DerivedDataset
 from ..gates.frontier import Row, fixed_rows, measure, oracle_row
 from ..gates.gate import Gate
 
-PARENT, STEP_A, TARGETS = "parent, no Step A", "after Step A", "after Step A, targets of Eq. 5"
+PARENT, STEP_A, TARGETS = "parent, no Step A", "after Step A", "after Step A, exit targets of Eq. 5"
 
 
 @dataclass
