@@ -1,4 +1,4 @@
-"""That fitting a gate finds what it should, and refuses what has no end."""
+"""Fitting a gate: it finds the optimum, and refuses a loss without one."""
 
 import math
 
@@ -16,7 +16,7 @@ SOURCE = {"feature_source": "res5", "parent_sha256": "f" * 64}
 
 
 def make_data(n=500, channels=6, seed=0):
-    """Badly scaled, correlated features, from whose direction the best exit can be told, with noise."""
+    """Badly scaled, correlated features whose direction gives the best exit, with noise."""
     rng = np.random.default_rng(seed)
     z = rng.normal(size=(n, channels))
     best = 2 + np.clip(np.round(2 + 1.5 * z[:, 0]), 0, 4)
@@ -150,7 +150,7 @@ def test_negative_utilities_of_some_images_alone_run_away_without_a_penalty(opti
     quality = np.where(z > 0, [0.1, 0.1, 0.1, 0.1, 0.1], [0.9, 0.9, 0.9, 0.9, 0.9])
     steps = {"adam": AdamOptions(lr=1.0, iterations=100)}
     assert (utility(quality, EXITS, 0.05).mean(dim=0) > 0).all()
-    with pytest.raises(ValueError, match="the fit of beta 0.05, K 6, loss u_ce ran away: .*smaller beta or another"):
+    with pytest.raises(ValueError, match="the fit of beta 0.05, K 6, loss u_ce diverged: .*smaller beta or another"):
         fit_gate(z, quality, EXITS, 0.05, 6, "u_ce", optimizer=optimizer, l2=0.0, **steps, **SOURCE)
     sound = fit_gate(z, quality, EXITS, 0.05, 6, "u_ce", l2=1.0, **SOURCE)
     assert sound.fit["train_loss"] > -10
@@ -159,7 +159,7 @@ def test_negative_utilities_of_some_images_alone_run_away_without_a_penalty(opti
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_beta_beyond_numbers_is_refused_with_the_remedy(optimizer):
     features, quality = make_data(n=300)
-    with pytest.raises(ValueError, match="ran away: beta times .*; take a smaller beta"):
+    with pytest.raises(ValueError, match="diverged: beta times .* Take a smaller beta"):
         fit_gate(features, quality, EXITS, 1.7e308, 6, "soft_ce", optimizer=optimizer, **SOURCE)
 
 
@@ -167,7 +167,7 @@ def test_a_beta_beyond_numbers_is_refused_with_the_remedy(optimizer):
 def test_a_rate_at_which_adam_diverges_is_refused(loss):
     features, quality = make_data(n=300)
     wild = AdamOptions(lr=1e30, iterations=20)
-    with pytest.raises(ValueError, match="ran away.*lower Adam's rate|not finite.*lower the learning rate"):
+    with pytest.raises(ValueError, match="diverged.*Lower Adam's rate|not finite.*lower the learning rate"):
         fit_gate(features, quality, EXITS, 0.001, 6, loss, optimizer="adam", adam=wild, **SOURCE)
 
 
