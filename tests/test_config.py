@@ -14,7 +14,7 @@ from minis import CONFIGS, ECO, MINI, PROSCALE, RT
 from on_meta import build_on_meta
 from tiny import Tiny, kept_log_handlers
 
-from eco_m2f.config import WITHOUT_EFFECT, add_eco_config, leaves, set_in_vain
+from eco_m2f.config import WITHOUT_EFFECT, add_eco_config, leaves, set_without_effect
 from eco_m2f.data.batch_size import split_batch
 from eco_m2f.data.datasets import register_from_config
 from eco_m2f.engine.datasets import check_number_of_classes
@@ -514,12 +514,12 @@ def test_a_key_without_effect_is_told_with_its_value(tiny, caplog):
 
 @pytest.mark.parametrize("name", LEAVES)
 def test_no_config_of_ours_sets_a_key_without_effect(name):
-    assert set_in_vain(load_cfg(str(CONFIGS / name), ["MODEL.DEVICE", "cpu"])) == {}
+    assert set_without_effect(load_cfg(str(CONFIGS / name), ["MODEL.DEVICE", "cpu"])) == {}
 
 
 @pytest.mark.parametrize("key", ["DATASETS.TRAIN", "DATASETS.TEST"])
 def test_names_of_datasets_are_texts(key):
-    with pytest.raises(ValueError, match=rf"{key} is .*\[1\].*, where names of datasets are needed"):
+    with pytest.raises(ValueError, match=rf"{key} is .*\[1\].*: give a list of dataset names"):
         load_cfg(str(CONFIGS / LEAVES[0]), [key, "[[1]]"])
 
 
@@ -588,9 +588,9 @@ REFUSED = {"SOLVER.ACCUMULATION_STEPS": ("SOLVER.IMS_PER_BATCH", 8, 1), "MODEL.E
 def test_a_removed_key_is_refused_with_what_to_set_instead(tmp_path, key):
     remedy, set_value, idle = REFUSED[key]
     for value in (set_value, idle):
-        with pytest.raises(ValueError, match=rf"options.*no key {key} any more.*{remedy}"):
+        with pytest.raises(ValueError, match=rf"options.*the key {key} was removed.*{remedy}"):
             load_cfg(str(CONFIGS / ECO), [key, value])
-    with pytest.raises(ValueError, match=rf"old.yaml.*no key {key} any more.*{remedy}"):
+    with pytest.raises(ValueError, match=rf"old.yaml.*the key {key} was removed.*{remedy}"):
         load_cfg(old_config(tmp_path, key, set_value))
 
 

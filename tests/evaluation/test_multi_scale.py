@@ -81,8 +81,8 @@ def test_sizes_come_from_the_config():
 @pytest.mark.parametrize(
     "config, options, message",
     [
-        (DETR, (), "semantic segmentation alone"),
-        (PARENT, ("MODEL.MASK_FORMER.TEST.SEMANTIC_ON", False), "semantic segmentation alone"),
+        (DETR, (), "semantic segmentation only"),
+        (PARENT, ("MODEL.MASK_FORMER.TEST.SEMANTIC_ON", False), "semantic segmentation only"),
         (PARENT, ("TEST.AUG.MIN_SIZES", ()), "MIN_SIZES is empty"),
     ],
 )

@@ -139,7 +139,7 @@ def test_qualities_that_differ_or_are_not_known_are_refused(train, tmp_path):
             list(frontier(*pair, [0.1], [6]))
     unknown = make_derived(tmp_path / "unknown", 5, seed=2, measure="sharpness")
     for refused in (lambda: GateFitter(unknown, unknown), lambda: fixed_rows(unknown)):
-        with pytest.raises(ValueError, match="quality 'sharpness' is not known, there are .*mIoU.*derive the dataset"):
+        with pytest.raises(ValueError, match="quality 'sharpness' is not one of .*mIoU.*derive the dataset"):
             refused()
 
 

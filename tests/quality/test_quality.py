@@ -138,7 +138,7 @@ def check_whole_way(key, kind, base):
 
 
 def test_names_that_are_not_known_are_refused_with_those_that_are():
-    with pytest.raises(ValueError, match="'IoU' is not known, there are AP, PQ, mIoU, mask_AP: import"):
+    with pytest.raises(ValueError, match="'IoU' is not one of AP, PQ, mIoU, mask_AP: import"):
         quality_named("IoU")
     with pytest.raises(ValueError, match="MODEL.ECO.QUALITY IoU is not known: for .* MaskAP, MeanIoU, PanopticQuality"):
         quality_of_model("IoU", SimpleNamespace(annotation="panoptic"))
