@@ -98,7 +98,7 @@ def test_what_the_other_tools_cannot_use(tools, files, tmp_path, line, parts):
         ("benchmarks/op --device tpu", "invalid choice: 'tpu'"),
         ("benchmarks/op --rounds 0", "0 must be at least 1"),
         ("benchmarks/op --shapes vgg", "invalid choice: 'vgg'"),
-        ("sweep_thresholds --config-file c.yaml --thresholds 1.5", "1.5 is not above 0 and at most 1"),
+        ("sweep_thresholds --config-file c.yaml --thresholds 1.5", "1.5 must be above 0 and at most 1"),
         ("sweep_thresholds --config-file c.yaml --thresholds many", "'many'"),
         ("report", "folder"),
         ("convert_detr a.pth", "target"),
