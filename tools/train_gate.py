@@ -31,7 +31,7 @@ from eco_m2f.gates.fit import OPTIMIZERS, AdamOptions
 from eco_m2f.gates.frontier import Row, format_row, frontier, header
 from eco_m2f.gates.search import search_budget
 
-HELD_OUT = 0.1  # of the training images, where there is no --val
+HELD_OUT = 0.1  # share of the training images, without --val
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -151,6 +151,7 @@ def check_derived_with(args: argparse.Namespace, train: DerivedDataset) -> None:
 
 
 def load(args: argparse.Namespace) -> tuple[DerivedDataset, DerivedDataset]:
+    """The derived datasets to fit on and to evaluate on."""
     train = DerivedDataset.load(args.train)
     if args.val:
         return train, DerivedDataset.load(args.val)
@@ -169,6 +170,7 @@ def show(rows: Iterable[Row], kind: type) -> list[Row]:
 
 
 def gate_path(output: str, row: Row, alone: bool) -> Path:
+    """The file of a gate. alone: it is the only one, so its name needs no budget."""
     path = Path(output)
     if alone:
         return path

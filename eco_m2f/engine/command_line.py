@@ -41,7 +41,7 @@ def converter_parser(description: str, suffix: str) -> argparse.ArgumentParser:
 
 
 def launch(main: Callable, args: argparse.Namespace) -> None:
-    """Calls main(args) in every process of a run, over NCCL where there are GPUs, else over gloo on the CPU.
+    """Calls main(args) in every process of a run, over NCCL with GPUs, else over gloo on the CPU.
 
     Under torchrun (RANK and WORLD_SIZE are set) the processes exist already. Otherwise --num-gpus of them start here.
     Raises ValueError for options that contradict each other or the machine.

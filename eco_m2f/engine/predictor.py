@@ -74,7 +74,7 @@ class Predictor:
         return cost_table(self.model)
 
     def _check_memory(self, height: int, width: int) -> None:
-        """Raises ValueError if the masks do not fit into the host's memory, where the system would kill the process.
+        """Raises ValueError if the masks do not fit into the host's memory: the system would kill the process.
 
         Counts bytes per pixel: the float32 masks of all queries, the float32 scores of all classes, and the tensors of
         `instance_inference`.

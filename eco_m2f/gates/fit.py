@@ -144,7 +144,7 @@ def _gate(
 def _check_sound(
     budget: Budget, features: Tensor, problem: Problem, scaling: "Scaling", l2: float, fitted: Fitted
 ) -> None:
-    """Raises ValueError where a fit diverged: the loss rose, or it falls further as the weights grow.
+    """Raises ValueError if a fit diverged: the loss rose, or it still falls as the weights grow.
 
     A loss below 0 falls further if doubling the logits makes the objective more than half lower again. At a minimum
     doubling raises it. Losses that are never negative cannot fall without end.

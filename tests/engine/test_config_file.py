@@ -1,4 +1,4 @@
-"""Config files: bases, limits, and that nothing in them runs."""
+"""Config files: bases, limits, and no code in them runs."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from eco_m2f.engine.config_file import read_config
 
 
 def write(folder, **files: str) -> str:
-    """Files by their stem; the path of the first."""
+    """Writes files by their stem. Returns the path of the first."""
     for name, text in files.items():
         (folder / f"{name}.yaml").write_text(text)
     return str(folder / f"{next(iter(files))}.yaml")
@@ -126,7 +126,7 @@ def test_a_group_over_a_value_is_refused(tmp_path):
 
 
 def test_a_message_shows_nothing_of_another_file(tmp_path):
-    """`_BASE_` may name any file, whose content must not come out in the message."""
+    """`_BASE_` may name any file, so the message must not quote it."""
     path = write(tmp_path, a="_BASE_: b.yaml", b="secret: [word\nother: } ]")
     with pytest.raises(ValueError, match=r"b\.yaml \(the _BASE_ of .*a\.yaml\) cannot be used: line") as error:
         read_config(path)

@@ -1,4 +1,4 @@
-"""Settings that have changed between a run and the one that goes on with it."""
+"""Settings that changed between a run and the run that continues it."""
 
 import argparse
 import logging
@@ -36,7 +36,7 @@ def set_up(config: str, output, *opts, resume: bool) -> None:
 
 @pytest.fixture
 def warnings(caplog):
-    """The messages about settings; the logger of the package does not hand them on once a tool has set it up."""
+    """The warnings about settings. A handler is needed, because setup stops the package's logger from propagating."""
     logger = logging.getLogger("eco_m2f.engine.resuming")
     logger.addHandler(caplog.handler)
     yield lambda: [m for m in dict.fromkeys(caplog.messages) if "another setting" in m]
@@ -66,7 +66,7 @@ def test_a_config_that_cannot_be_read_stops_nothing_and_runs_nothing(tmp_path, c
 
 
 def old_run(config: str, output, *, steps: int, batch: int) -> None:
-    """A run of an earlier version, which accumulated `steps` batches."""
+    """A run of an earlier version that accumulated `steps` batches."""
     set_up(config, output, resume=False)
     (output / "last_checkpoint").write_text("model_0000001.pth")
     settings = yaml.safe_load((output / "config.yaml").read_text())

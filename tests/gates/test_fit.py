@@ -27,7 +27,7 @@ def make_data(n=500, channels=6, seed=0):
 
 @pytest.mark.parametrize("loss", sorted(GATE_LOSSES))
 def test_the_gradient_is_that_of_the_loss(loss):
-    """In float64 and in the whitened coordinates, against finite differences."""
+    """Against finite differences, in float64 and in the coordinates of `Scaling`."""
     features, quality = make_data(n=40, channels=4)
     features = torch.from_numpy(features).double()
     utilities = utility(quality, EXITS, 0.01)
@@ -91,7 +91,7 @@ def test_the_same_seed_gives_the_same_gate(optimizer):
 
 
 def test_gates_fitted_side_by_side_are_those_fitted_alone(monkeypatch):
-    """Gates of several widths and losses, in groups of two, that end after different numbers of evaluations."""
+    """Gates of several widths and losses, in groups of two, which end after different numbers of evaluations."""
     features, quality = make_data(n=400)
     budgets = [(0.0, 6, "hard_ce"), (0.001, 4, "soft_ce"), (3.0, 2, "u_ce"), (0.01, 5, "soft_mse"), (0.01, 6, "u_ce")]
     monkeypatch.setattr(gate_fit, "_SIDE_BY_SIDE", 2)
@@ -145,7 +145,7 @@ def test_low_utilities_are_fitted_or_refused_with_a_remedy(loss, optimizer):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_negative_utilities_of_some_images_alone_run_away_without_a_penalty(optimizer):
-    """The mean utilities are positive, but the features tell the images of negative ones from the others."""
+    """The mean utilities are positive, but the features separate the images with negative utilities."""
     z = np.tile([[1.0], [-1.0]], (150, 1)).astype(np.float32)
     quality = np.where(z > 0, [0.1, 0.1, 0.1, 0.1, 0.1], [0.9, 0.9, 0.9, 0.9, 0.9])
     steps = {"adam": AdamOptions(lr=1.0, iterations=100)}
@@ -174,7 +174,7 @@ def test_a_rate_at_which_adam_diverges_is_refused(loss):
 @pytest.mark.parametrize("loss", sorted(GATE_LOSSES))
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_sound_fit_is_never_taken_for_one_that_ran_away(loss, optimizer):
-    """Noise without a signal; separable features with hardly a penalty."""
+    """Noise without a signal; separable features with almost no penalty."""
     rng = np.random.default_rng(0)
     noise = rng.normal(size=(100, 8)).astype(np.float32)
     flat = 0.5 + 1e-4 * rng.normal(size=(100, 5))

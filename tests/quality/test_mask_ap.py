@@ -18,7 +18,7 @@ def case(tmp_path_factory):
 
 
 def summary_of(case: Case, x: dict, how: str) -> float:
-    """AP as COCOeval prints it, of one image."""
+    """AP of one image as COCOeval prints it."""
     truth = case.quality.truth
     image = {"id": x["image_id"], "height": x["height"], "width": x["width"]}
     packed = case.prepared(x, how)

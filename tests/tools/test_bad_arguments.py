@@ -1,4 +1,4 @@
-"""What the other tools cannot use ends in one message that names it and what to do."""
+"""Bad arguments of the other tools end in one message with the cause and the remedy."""
 
 import shutil
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def files(good, derived) -> dict:
-    """What the arguments of the table below name."""
+    """The files that the arguments in the table below name."""
     base = good.base
     (base / "empty").mkdir()
     torch.save({"model": {"fc.weight": torch.zeros(2)}}, base / "other.pth")

@@ -1,4 +1,4 @@
-"""Every tool has one shape: it says what it does, and its work is a function of the arguments that `run` calls."""
+"""Every tool has the same shape: --help explains it, and `run` calls its main function."""
 
 import ast
 import re

@@ -28,7 +28,7 @@ tool = load_tool()
 
 @pytest.fixture(scope="module")
 def derived(tmp_path_factory):
-    """{"train", "val"}: directories; the first feature says how much an image gains from depth."""
+    """{"train", "val"}: folders. The first feature is how much an image gains from depth."""
     folders = {}
     for seed, (split, n) in enumerate([("train", 150), ("val", 60)]):
         rng = np.random.default_rng(seed)
@@ -119,7 +119,7 @@ MODEL:
 
 @pytest.fixture
 def config(tmp_path):
-    """Its options, as the command line has them; and a way to add to it."""
+    """make(*lines): writes a config with these lines in MODEL.ECO. Returns the options that name it."""
 
     def make(*lines: str) -> tuple[str, str]:
         base = Path(__file__).resolve().parents[2] / "configs" / "toy" / "eco_maskformer2_toy.yaml"
