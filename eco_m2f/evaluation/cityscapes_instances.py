@@ -62,7 +62,7 @@ class CityscapesInstances:
         self.evaluated = {*contiguous, *metadata.stuff_dataset_id_to_contiguous_id}
         missing = [path for path in map(self.path, ground_truth.image_ids()) if not path.is_file()]
         if missing:
-            raise ValueError(f"{missing[0]} is missing ({len(missing)} files in all), but AP needs it: {ADVICE}")
+            raise ValueError(f"{missing[0]} is missing ({len(missing)} file(s) in all), but AP needs it: {ADVICE}")
 
     def path(self, image_id: str) -> Path:
         """The file of an image with the id <city>_<sequence>_<frame>."""

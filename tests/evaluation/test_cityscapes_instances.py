@@ -180,7 +180,9 @@ def test_missing_and_broken_files_are_named(make, tmp_path):
     with pytest.raises(ValueError, match="munster_000003_000019_gtFine_instanceIds.png.*gtFine_trainvaltest.zip"):
         measure(truth, inputs, outputs)
     path.unlink()
-    with pytest.raises(ValueError, match=r"munster_000003_000019_gtFine_instanceIds.png is missing \(1 such"):
+    with pytest.raises(
+        ValueError, match=r"munster_000003_000019_gtFine_instanceIds.png is missing \(1 file\(s\) in all\)"
+    ):
         CityscapesInstances(truth)
 
 

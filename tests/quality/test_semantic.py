@@ -53,7 +53,7 @@ def test_without_a_labelled_pixel_an_image_has_0_and_a_dataset_none():
 
 
 def test_other_sizes_are_refused():
-    with pytest.raises(ValueError, match=r"\(3, 2\), its ground truth \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"\(3, 2\), but its ground truth is \(2, 3\)"):
         pixel_statistics(np.zeros((2, 3), int), np.zeros((3, 2), int), IDS)
 
 

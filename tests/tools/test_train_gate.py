@@ -214,4 +214,4 @@ def test_help_explains(capsys):
     with pytest.raises(SystemExit):
         tool.build_parser().parse_args(["--help"])
     printed = capsys.readouterr().out
-    assert "--target-gflops" in printed and "No images and no parent are needed" in printed
+    assert "--target-gflops" in printed and "Images and parent are not needed" in printed
