@@ -1,4 +1,4 @@
-"""A small model with official names, and checkpoints of it in every published style."""
+"""A small model with official names, and checkpoints of it in every published format."""
 
 import pickle
 from pathlib import Path
@@ -25,7 +25,7 @@ SHAPES = {
 
 
 class Tree(nn.Module):
-    """Modules nested as the dots in the names say, with the given shapes as parameters."""
+    """Modules nested by the dots in the names, with parameters of the given shapes."""
 
     def __init__(self, shapes: dict[str, tuple]):
         super().__init__()

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of reference data beside the checkout; a user's checkout does not have it."""
+    """The folder of reference data next to the checkout. A user's checkout does not have it."""
     path = ROOT.parent / "shared"
     if not (path / "oracle").is_dir():
         pytest.skip(f"reference data not found at {path}")
@@ -69,7 +69,7 @@ def pytest_xdist_auto_num_workers(config):
 
 @pytest.fixture(scope="module", autouse=True)
 def give_memory_back():
-    """What a module's models took goes back to the system, so that a test process stays small."""
+    """Gives the memory of a module's models back to the system, so that a test process stays small."""
     yield
     gc.collect()
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone

@@ -1,4 +1,4 @@
-"""Rows of a derived dataset at random, and their writer."""
+"""Random rows of a derived dataset, and their writer."""
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ def make_provenance(**changes):
 
 
 def random_statistics(rng):
-    """Statistics of one image as `image_statistics` gives them: sorted, categories without a count left out."""
+    """Statistics of one image, as from `image_statistics`: sorted, without empty categories."""
     ids = np.array(sorted(rng.choice([c["id"] for c in CATEGORIES], size=rng.integers(0, 4), replace=False)), np.int64)
     tp, fp, fn = rng.integers(0, 4, (3, len(ids)))
     fn = np.where(tp + fp + fn == 0, 1, fn)

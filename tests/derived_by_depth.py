@@ -1,4 +1,4 @@
-"""A small derived dataset in which depth pays for some images."""
+"""A small derived dataset in which depth helps a part of the images."""
 
 import math
 
@@ -19,13 +19,13 @@ def _segments(q: float) -> ImageStatistics:
 
 
 def _pixels(q: float, count: int) -> ImageStatistics:
-    """Of each category the part q is found."""
+    """A part q of each category is found."""
     found, none = round(q * count), [0, 0]
     return ImageStatistics(*np.array([[1, 7], none, [found] * 2, none, [count - found] * 2]))
 
 
 def make_derived(directory, n, seed, with_statistics=True, pixels=0, **changes):
-    """The first feature says how deep an image should go. pixels: the statistics count so many, of two categories."""
+    """The first feature is how deep an image should go. pixels: number counted by the statistics, of two categories."""
     provenance = {
         "exits": EXITS,
         "config": "",

@@ -1,9 +1,9 @@
-"""What every process of tests/test_distributed.py does: some steps of training, and an evaluation.
+"""Runs in every process of tests/test_distributed.py: a few training steps, and an evaluation.
 
     distributed_job.py <number of processes> <output folder> <config> <options as JSON>
 
-Rank 0 writes {name}.pth, the weights after training, and results.json; every rank writes {name}.rank{r}.json, the
-sampler's draws and a digest of its weights. losses.json holds the losses of a whole training, whole.pth its weights.
+Rank 0 writes {name}.pth, the weights after training, and results.json. Every rank writes {name}.rank{r}.json, the
+sampler's draws and a digest of its weights. losses.json has the losses of a whole training, whole.pth its weights.
 """
 
 import argparse
@@ -43,7 +43,7 @@ SOLVER = [
 
 
 def same_points() -> None:
-    """Random points that are the same for every mask, image and process."""
+    """The same random points for every mask, image and process."""
     original = torch.rand
 
     def rand(n, count, two, device=None, dtype=None):
@@ -69,26 +69,28 @@ def train(name: str, folder: Path) -> None:
     )
     step.train(0, STEPS)
     draws = [sorted(model.sampler(i)) for i in range(STEPS)] if hasattr(model, "sampler") else []
-    told = {"draws": draws, "weights": parent_sha256(model.state_dict())}
-    (folder / f"{name}.rank{comm.get_rank()}.json").write_text(json.dumps(told))
+    record = {"draws": draws, "weights": parent_sha256(model.state_dict())}
+    (folder / f"{name}.rank{comm.get_rank()}.json").write_text(json.dumps(record))
     if comm.is_main_process():
         torch.save(model.state_dict(), folder / f"{name}.pth")
 
 
 def train_whole(args: argparse.Namespace) -> None:
-    """The trainer on mapped images, with points drawn at random, four images a step in passes of one.
+    """The trainer on mapped images, with random points, four images per step in passes of one.
 
-    The class loss alone: it is a mean over the queries of a pass, while mask losses divide by all processes' masks.
+    Only the class loss is on: it is a mean over the queries of a pass. Mask losses divide by all processes' masks.
     """
     losses = [word for name in ("MASK", "DICE") for word in (f"MODEL.MASK_FORMER.{name}_WEIGHT", 0.0)]
     batch = ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.IMS_PER_GPU", 1, "SOLVER.MAX_ITER", STEPS, "DATALOADER.NUM_WORKERS", 0]
-    some = ["SEED", 5, "DATASETS.TEST", (), "MODEL.ECO.EXITS_PER_STEP", 2, "OUTPUT_DIR", str(args.folder / "whole")]
-    trainer = Trainer(load_cfg(args.config, [*args.options, *SOLVER, *losses, *batch, *some]))
+    other = ["SEED", 5, "DATASETS.TEST", (), "MODEL.ECO.EXITS_PER_STEP", 2, "OUTPUT_DIR", str(args.folder / "whole")]
+    trainer = Trainer(load_cfg(args.config, [*args.options, *SOLVER, *losses, *batch, *other]))
     trainer.resume_or_load(resume=False)
     trainer.train()
     if comm.is_main_process():
-        told = {name: [v for v, _ in h.values()] for name, h in trainer.storage.histories().items() if "loss" in name}
-        (args.folder / "losses.json").write_text(json.dumps(told))
+        recorded = {
+            name: [v for v, _ in h.values()] for name, h in trainer.storage.histories().items() if "loss" in name
+        }
+        (args.folder / "losses.json").write_text(json.dumps(recorded))
         torch.save(trainer.checkpointer.model.state_dict(), args.folder / "whole.pth")
 
 

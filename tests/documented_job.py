@@ -1,9 +1,9 @@
-"""Runs documented commands one after another in this process, on generated trees, and tells how each went.
+"""Runs documented commands one after another in this process, on generated trees, and records the results.
 
     documented_job.py <folder> <file of commands, as JSON>
 
-The folder gets `datasets/`, the trees; `output/`, which all commands share; and a working folder for each section of a
-page. results.json holds a `Result` per command, batches.json what the first batches of each config were.
+The folder gets `datasets/` with the trees, `output/` for all commands, and a working folder for each section of a page.
+results.json has a `Result` per command, batches.json the first batches of each config.
 """
 
 import contextlib
@@ -105,7 +105,7 @@ GIVEN = {  # by section: a file that the reader has from before, and which run h
 
 @dataclasses.dataclass
 class Result:
-    """status: 0 is well; run_as: the command whose run this one shares, being the same but for names of files."""
+    """status: 0 is success. run_as: the command whose run this one shares, because only file names differ."""
 
     text: str
     page: str
@@ -117,7 +117,7 @@ class Result:
 
 
 def setup(cfg: CfgNode, args) -> None:
-    """detectron2's `default_setup` without what it prints, which is a third of the time of a run."""
+    """detectron2's `default_setup` without its output, which takes a third of the time of a run."""
     Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
     setup_logger(cfg.OUTPUT_DIR)
     seed_all_rng(max(cfg.SEED, 0))
@@ -138,7 +138,7 @@ def main() -> None:
 
 
 def write_cells(datasets: Path) -> None:
-    """The dataset of the guide's section on own data."""
+    """The dataset in the guide's section on your own data."""
     nuclei = datasets / "nuclei"
     for split in ("train", "val"):
         shutil.copytree(nuclei / split, datasets / "cells" / split)
@@ -147,14 +147,14 @@ def write_cells(datasets: Path) -> None:
 
 
 def parents_first(command: Command) -> tuple:
-    """Configs before pages; of configs what converts weights, then parents, then what starts from them."""
+    """Configs before pages. Among configs: converters of weights, then parents, then models that start from these."""
     if not command.page.startswith("configs/"):
         return (1,)  # in the order of the pages
     return 0, command.tool == "train_net", "eco_" in Path(command.page).name, command.page
 
 
 def run(command: Command, runs: dict[str, Command]) -> Result:
-    """runs: what has been run so far, by what it was."""
+    """runs: the finished runs by their key."""
     start = time.process_time()
     output, status, key = io.StringIO(), 1, ""
     with working_folder(command), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
@@ -170,7 +170,7 @@ def run(command: Command, runs: dict[str, Command]) -> Result:
 
 
 def key_of(command: Command) -> str:
-    """What is run. Trainings by configs that differ in names of files alone, once they are shrunk, are the same."""
+    """The key of a run. Trainings are the same if their shrunk configs differ only in names of files."""
     if command.tool != "train_net" or "MODEL.WEIGHTS" in command.words or "OUTPUT_DIR" in command.words:
         return f"{command.folder} {command.text}"
     cfg = config_of(command)
@@ -179,7 +179,7 @@ def key_of(command: Command) -> str:
 
 
 def share(command: Command, first: Command) -> int:
-    """Lets what the first has written be found where this command would have written it."""
+    """Links the results of the first run to the place where this command would have written them."""
     ours, theirs = (Path(config_of(c).OUTPUT_DIR) for c in (command, first))
     if not ours.exists():
         ours.parent.mkdir(parents=True, exist_ok=True)
@@ -188,7 +188,7 @@ def share(command: Command, first: Command) -> int:
 
 
 def shrunk(command: Command) -> list:
-    """Tool and arguments as they are run: one process, and the KEY VALUE pairs of a small model."""
+    """The tool and its arguments for one process, with the KEY VALUE pairs of a small model."""
     tool, *words = command.words
     words = [w for word in words for w in STANDS_FOR.get(word, [word])]
     if "--num-gpus" in words:
@@ -200,7 +200,7 @@ def shrunk(command: Command) -> list:
 
 
 def smaller(command: Command) -> dict:
-    """`SMALL`, without what the command sets itself, and what depends on its config."""
+    """`SMALL` without the keys that the command sets, and the pairs that depend on its config."""
     cfg = load_cfg(str(CONFIGS / command.config))
     more = {"INPUT.CROP.SIZE": CROP.get(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE)}
     if cfg.INPUT.SIZE_DIVISIBILITY > 0:
@@ -234,7 +234,7 @@ def flat(keys: dict) -> Iterator[str]:
 
 @contextlib.contextmanager
 def working_folder(command: Command) -> Iterator[None]:
-    """Where a reader who follows the page would be: beside configs/ and output/, with the files that are given."""
+    """The folder of a reader who follows the page: with configs/, output/ and the given files."""
     folder = FOLDER / "work" / command.folder
     if not folder.exists():
         folder.mkdir(parents=True)
@@ -249,8 +249,8 @@ def working_folder(command: Command) -> Iterator[None]:
 
 
 def first_batches() -> dict[str, dict]:
-    """{config: its first batch of training and its first image of evaluation}, by the official names, augmented as it
-    says; only the batch is smaller. What several configs have in common is read once."""
+    """{config: its first training batch and its first test image}, by the official names and with its augmentation.
+    Only the batch is smaller. Parts that several configs share are read once."""
     found, batches = {}, {}
     for path in sorted(CONFIGS.rglob("*.yaml")):
         cfg = load_cfg(str(path), ["SOLVER.IMS_PER_BATCH", 2, "DATALOADER.NUM_WORKERS", 0])

@@ -20,7 +20,7 @@ CONVERTED = (  # what a config names, for which no page has the command
 
 
 def write_published(folder: Path, small: Sequence[str]) -> None:
-    """small: the KEY VALUE pairs that the models have which load them."""
+    """small: the KEY VALUE pairs of the models that load them."""
     folder.mkdir()
     swin = backbone(f"{COCO}/swin/maskformer2_swin_tiny_bs16_50ep.yaml", small)
     torch.save({"model": swin}, folder / "swin_tiny_patch4_window7_224.pth")
@@ -39,7 +39,7 @@ def build(config: str, opts: Sequence[str]) -> torch.nn.Module:
 
 
 def backbone(config: str, small: Sequence[str]) -> dict[str, torch.Tensor]:
-    """A backbone's weights; of Swin without the norms of the maps, which the originals lack."""
+    """The weights of a backbone. Swin's are without the norms of the maps, as the originals."""
     state = build(config, small).backbone.state_dict()
     return {k: v for k, v in state.items() if not k.startswith(("norm0", "norm1", "norm2", "norm3"))}
 

@@ -1,4 +1,4 @@
-"""Damage for tests of readers: flipped bits, cuts, doubled and exchanged pieces, always the same for a seed.
+"""Damages files for tests of readers: flipped bits, cuts, doubled and exchanged pieces, the same for a seed.
 
 ECO_M2F_FUZZ=20 tries twenty times as much.
 """
@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 
 def tries(count: int) -> int:
-    """How often to try, with the factor of the environment."""
+    """The number of tries, multiplied by ECO_M2F_FUZZ."""
     return int(count * float(os.environ.get("ECO_M2F_FUZZ", "1")))
 
 
 def damaged(content: bytes, count: int, seed: int = 0) -> Iterator[bytes]:
-    """So many damaged copies of a file's content, each other than it."""
+    """`count` damaged copies of a file's content, all different from it."""
     rng = random.Random(seed)
     made = 0
     while made < count:
@@ -41,7 +41,7 @@ def _cut(data: bytearray, rng: random.Random) -> bytearray:
 
 
 def _move(data: bytearray, rng: random.Random) -> bytearray:
-    """A piece is left out, doubled, or put elsewhere."""
+    """Removes, doubles or moves a piece."""
     start, target, size = rng.randrange(len(data)), rng.randrange(len(data)), rng.choice((1, 3, 16, 64))
     piece = data[start : start + size]
     if rng.random() < 0.5:

@@ -1,4 +1,4 @@
-"""A Mask2Former of 0.8 M parameters, and a DETR of as many, with every part of the full ones, to test on."""
+"""A Mask2Former and a DETR of 0.8 M parameters for tests, with every part of the full models."""
 
 import zlib
 from pathlib import Path
@@ -39,7 +39,7 @@ MASKFORMER = (
 
 
 def build(config: str = PARENT, *opts, mini: bool = True) -> torch.nn.Module:
-    """A model in eval mode, from configs/; `mini` shrinks it."""
+    """A model in eval mode from configs/, shrunk by `mini`."""
     from detectron2.modeling import build_model
 
     from eco_m2f.engine.setup import load_cfg
@@ -48,7 +48,7 @@ def build(config: str = PARENT, *opts, mini: bool = True) -> torch.nn.Module:
 
 
 def fill(model: torch.nn.Module) -> torch.nn.Module:
-    """Weights that depend on a parameter's name and shape alone, with nothing left at zero."""
+    """Weights that depend only on a parameter's name and shape. None is zero."""
     state = model.state_dict()
     for name, value in state.items():
         if not value.is_floating_point() or name == "criterion.empty_weight":

@@ -1,11 +1,11 @@
-"""Trees of values in which one is another, and what reading a damaged file comes to."""
+"""Copies of trees with one value changed, and reading of damaged files."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
 def outcome(read: Callable[[Path], object], path: Path, content: bytes, refusal: type[Exception] = ValueError):
-    """What reading the content from that path gives; None where it is refused, which must be by an error naming it."""
+    """The result of reading the content from this path, or None if it is refused. The error must name the path."""
     path.write_bytes(content)
     try:
         return read(path)
@@ -18,7 +18,7 @@ VALUES = (None, True, -1, 0, 1.5, float("nan"), float("inf"), 2**70, "", "text",
 
 
 def other_values(tree: object) -> Iterator[object]:
-    """Copies of a tree of dicts and lists, in each of which one value is another, is gone, or is added."""
+    """Copies of a tree of dicts and lists. In each, one value is changed, removed or added."""
     if isinstance(tree, dict):
         yield {**tree, "unknown": 1}
         for key, value in tree.items():

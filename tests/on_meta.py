@@ -8,7 +8,7 @@ from eco_m2f.engine.setup import build_model
 
 
 class _ValuesOfLinspace(TorchFunctionMode):
-    """detectron2's Swin reads the rates of its stochastic depth off a tensor, which therefore needs values."""
+    """detectron2's Swin reads the rates of its stochastic depth from a tensor, so that tensor needs values."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -16,7 +16,7 @@ class _ValuesOfLinspace(TorchFunctionMode):
 
 
 def build_on_meta(cfg) -> nn.Module:
-    """The model of a config on the meta device, whatever MODEL.DEVICE says."""
+    """The model of a config on the meta device, whatever MODEL.DEVICE is."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"

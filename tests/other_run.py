@@ -19,7 +19,7 @@ with locking.locked_folder(sys.argv[1]):
 
 
 def other_run(folder: Path) -> subprocess.Popen:
-    """Another process that has the folder until its input ends."""
+    """Another process that holds the folder until its input ends."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

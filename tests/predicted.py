@@ -1,4 +1,4 @@
-"""Small data sets annotated by what a model predicts, so that a model of random weights has a PQ, or AP, above 0."""
+"""Small datasets annotated with a model's predictions, so that random weights have a PQ, or AP, above 0."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ BOXES_PER_IMAGE = 4
 
 
 def opinionated(model):
-    """Random weights whose predictions differ from query to query, have several classes, and change little by exit."""
+    """Random weights with predictions that differ by query, have several classes, and change little by exit."""
     fill(model)
     with torch.no_grad():
         (_opinionated_boxes if model.annotation == "boxes" else _opinionated_masks)(model.head)
@@ -48,7 +48,7 @@ def _opinionated_masks(head) -> None:
 
 
 class Split:
-    """The images of a split as a model sees them, and what it finds there at an exit."""
+    """The mapped images of a split, and a model's predictions for them at an exit."""
 
     def __init__(self, tiny: Tiny, split: str, cfg, model):
         self.tiny, self.split, self.cfg, self.model = tiny, split, cfg, model
@@ -59,9 +59,9 @@ class Split:
         return [mapper(record) for record in DatasetCatalog.get(self.dataset)]
 
     def predict(self, x: dict, k: int) -> tuple[np.ndarray, list[dict]] | list[dict]:
-        """What the quality of a mapped image at exit k is taken of, in the ids of the dataset's categories.
+        """The prediction for quality of a mapped image at exit k, in the ids of the dataset's categories.
 
-        A panoptic map and its segments; or detections.
+        A panoptic map and its segments, or detections.
         """
         images = self.model.preprocess([x])
         with torch.no_grad():
@@ -74,8 +74,8 @@ class Split:
         return found[0].astype(np.int32), to_dataset_categories(found[1], dict(enumerate(c["id"] for c in categories)))
 
     def annotate(self, exits: Sequence[int]) -> None:
-        """Image i is annotated with what is found at exits[i % len(exits)], spoilt a little; of boxes the last image
-        holds nothing."""
+        """Annotates image i with the prediction at exits[i % len(exits)], changed a little. With boxes the last image
+        has no objects."""
         boxes = self.model.annotation == "boxes"
         path = self.tiny.json(self.split, "detection" if boxes else "panoptic")
         content, found = json.loads(path.read_text()), []
@@ -93,7 +93,7 @@ def _objects(found: list, content: dict) -> Iterator[dict]:
 
 
 def _segments(found: list, content: dict) -> Iterator[dict]:
-    """Writes the PNGs, too."""
+    """Also writes the PNGs."""
     annotations = {a["image_id"]: a for a in content["annotations"]}
     for i, (x, (panoptic, segments)) in enumerate(found):
         panoptic[:, : 8 + i] = 0
@@ -108,7 +108,7 @@ def _segments(found: list, content: dict) -> Iterator[dict]:
 
 
 class Predicted(Split):
-    """A training split annotated by an opinionated model, whose checkpoint lies beside it."""
+    """A training split annotated by a model with distinct predictions. The folder also has its checkpoint."""
 
     def __init__(self, base: Path, num_images: int, kind: str = "eco_maskformer2"):
         tiny = Tiny(base, num_train=num_images, num_val=1)

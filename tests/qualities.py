@@ -1,4 +1,4 @@
-"""The toy set as a quality sees it: images, and what a head would say of them, right or wrong."""
+"""Toy images for tests of qualities, and right or wrong outputs of a head for them."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ SHIFT = 3  # pixels that a noisy prediction is off by
 
 
 class Case:
-    """A quality of the images of a toy set, the last of which shows nothing that is annotated."""
+    """A quality on the images of a toy set. The last image has no annotated object."""
 
     def __init__(self, kind: type, base: Path):
         self.kind, self.boxes = kind, kind.annotation == "boxes"
@@ -45,11 +45,11 @@ class Case:
 
     @property
     def shown(self) -> list[dict]:
-        """The images that show something."""
+        """The images with objects."""
         return self.inputs[:-1]
 
     def head_says(self, x: dict, how: str) -> dict:
-        """A head's output for x: "right", "noisy", "nothing", or "wrong": all over, a class that does not occur."""
+        """A head's output for x: "right", "noisy", "nothing", or "wrong": a class everywhere that does not occur."""
         labels, shapes = self.annotated(x)
         if how == "noisy":
             labels = [(c + (i == 0)) % self._classes for i, c in enumerate(labels)]
@@ -108,7 +108,7 @@ class Case:
 
 
 def whole_way(key: str, kind: type, base: Path) -> tuple[DerivedDataset, Path]:
-    """Step B with a quality, a gate, the evaluations, and the report: the derived dataset, and the report's folder."""
+    """Step B with a quality, a gate, evaluations, and the report. Returns derived dataset and folder of the report."""
     config = "eco_detr" if kind.annotation == "boxes" else "eco_maskformer2"
     predicted, run = Predicted(base, 6, config), base / "run"
     options = [*predicted.options, "MODEL.ECO.QUALITY", key]

@@ -1,4 +1,4 @@
-"""docs/ADDING.md: its encoder and its quality, taken through their contracts and through Steps A, B and C."""
+"""The encoder and the quality of docs/ADDING.md pass their contracts and Steps A, B and C."""
 
 import importlib.util
 import inspect
@@ -29,7 +29,7 @@ BLOCKS, QUALITY = blocks(ENCODER_PAGE), blocks(QUALITY_PAGE)
 
 
 def other_tests(path: str):
-    """Another module of tests/, under a name of its own."""
+    """Another module of tests/, imported under its own name."""
     spec = importlib.util.spec_from_file_location(f"adding_{path.replace('/', '_')}", ROOT / "tests" / f"{path}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -41,7 +41,7 @@ QUALITY_CONTRACT = other_tests("quality/test_quality")
 
 
 def rules(contract, *parameters: str) -> list[str]:
-    """The tests of a contract that take a member, and these fixtures of pytest besides."""
+    """The tests of a contract with these parameters: a member, and fixtures of pytest."""
     found = {name: list(inspect.signature(test).parameters) for name, test in vars(contract).items() if "test_" in name}
     return [
         name for name, names in found.items() if names and names[0] == parameters[0] and set(names) <= {*parameters}
@@ -107,7 +107,7 @@ def test_its_configs_go_through_all_tools(config, tmp_path):
 
 @pytest.fixture(scope="module")
 def quality(tmp_path_factory):
-    """The page's class, of a module that other processes find as well."""
+    """The class of the page, in a module that other processes can import."""
     folder = tmp_path_factory.mktemp("adding_quality")
     (folder / "pixel_accuracy.py").write_text(QUALITY["python"])
     with pytest.MonkeyPatch.context() as patch:

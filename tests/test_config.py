@@ -1,4 +1,4 @@
-"""The published configs, the official keys, and that no key is declared in vain."""
+"""The published configs, the official keys, and the effect of every declared key."""
 
 import argparse
 import functools
@@ -14,7 +14,7 @@ from minis import CONFIGS, ECO, MINI, PROSCALE, RT
 from on_meta import build_on_meta
 from tiny import Tiny, kept_log_handlers
 
-from eco_m2f.config import WITHOUT_EFFECT, add_eco_config, leaves, set_in_vain
+from eco_m2f.config import WITHOUT_EFFECT, add_eco_config, leaves, set_without_effect
 from eco_m2f.data.batch_size import split_batch
 from eco_m2f.data.datasets import register_from_config
 from eco_m2f.engine.datasets import check_number_of_classes
@@ -75,7 +75,7 @@ def own_keys() -> set[str]:
 
 @pytest.fixture(scope="module")
 def build():
-    """Builds each distinct model once, without memory for its weights, which no test reads."""
+    """Builds each distinct model once, without memory for its weights."""
     models = {}
 
     def once(cfg):
@@ -134,7 +134,7 @@ def test_every_config_loads_and_its_model_builds(name, build):
 
 
 def method_of(name: str) -> str:
-    """The folder of a config: of a sibling its name."""
+    """The folder of a config. For a sibling it is the sibling's name."""
     return Path(name).parent.name
 
 
@@ -158,7 +158,7 @@ def test_the_papers_configs_are_there():
 
 
 def test_the_siblings_configs_are_there():
-    """Those whose results the papers print, and their ECO variants where they have exits."""
+    """The configs with published results, and their ECO variants if they have exits."""
     backbones = {
         ("coco", "lite/lite{}"): ("swin_tiny", "swin_small"),
         ("cityscapes", "lite/lite{}"): ("swin_tiny", "swin_small", "swin_base_IN21k_384"),
@@ -364,7 +364,7 @@ OWN_PARTS = ("MODEL.ECO.", "MODEL.TIMM.", "MODEL.PROSCALE.", "MODEL.HYBRID.", "M
 
 
 def test_official_keys_are_all_in_that_file():
-    """Of our keys, those that the list lacks are this project's own."""
+    """The keys that are not in the official list are this project's own."""
     assert own_keys() - set(leaves(yaml.safe_load(OFFICIAL))) == {
         "DATASETS.CUSTOM",
         "MODEL.MASK_FORMER.MASK_LOSS",
@@ -383,7 +383,7 @@ def test_official_keys_are_all_in_that_file():
 
 
 class Reads:
-    """Records which keys of a config are read as attributes, wherever it is cloned to."""
+    """Records which keys of a config are read as attributes, also in its clones."""
 
     def __init__(self, patch: pytest.MonkeyPatch):
         self.seen = set()
@@ -495,7 +495,7 @@ READ_ELSEWHERE = {  # keys of detectron2 that take effect, though the models of 
 
 
 def test_the_keys_without_effect_are_those_that_nothing_reads(seen):
-    """TEST.PRECISE_BN is read by detectron2's trainer, whose hook for it does not run here."""
+    """detectron2's trainer reads TEST.PRECISE_BN, but its hook does not run here."""
     every = get_cfg()
     add_eco_config(every)
     named = {key for key in leaves(every) if any(f"{key}.".startswith(f"{path}.") for path in WITHOUT_EFFECT)}
@@ -506,20 +506,20 @@ def test_the_keys_without_effect_are_those_that_nothing_reads(seen):
 def test_a_key_without_effect_is_told_with_its_value(tiny, caplog):
     options = ["TEST.PRECISE_BN.ENABLED", True, "MODEL.RPN.NMS_THRESH", 0.5, "SOLVER.NESTEROV", False]
     warn_of_keys_without_effect(load_cfg(tiny.config(), options))
-    told = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert [message.split(", which")[0] for message in told] == [
+    messages = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert [message.split(", which")[0] for message in messages] == [
         *("MODEL.RPN.NMS_THRESH is 0.5", "TEST.PRECISE_BN.ENABLED is True")
     ]
 
 
 @pytest.mark.parametrize("name", LEAVES)
 def test_no_config_of_ours_sets_a_key_without_effect(name):
-    assert set_in_vain(load_cfg(str(CONFIGS / name), ["MODEL.DEVICE", "cpu"])) == {}
+    assert set_without_effect(load_cfg(str(CONFIGS / name), ["MODEL.DEVICE", "cpu"])) == {}
 
 
 @pytest.mark.parametrize("key", ["DATASETS.TRAIN", "DATASETS.TEST"])
 def test_names_of_datasets_are_texts(key):
-    with pytest.raises(ValueError, match=rf"{key} is .*\[1\].*, where names of datasets are needed"):
+    with pytest.raises(ValueError, match=rf"{key} is .*\[1\].*: give a list of dataset names"):
         load_cfg(str(CONFIGS / LEAVES[0]), [key, "[[1]]"])
 
 
@@ -533,7 +533,7 @@ class Spy:
 
 
 def drawn(model) -> list:
-    """Exits and weights of some iterations."""
+    """Exits and weights of the first iterations."""
     return [model.sampler(i) for i in range(8)]
 
 
@@ -563,7 +563,7 @@ def test_changing_an_eco_key_changes_the_model(tiny, key):
 @pytest.mark.parametrize("value", ["[1, 2, 3, 4, 6]", (1, 2, 3, 4, 6), [1, 2, 3, 4, 6]])
 @pytest.mark.parametrize("before", ["linear", "[1, 2, 3, 4, 5]"])
 def test_alpha_is_a_text_or_a_list_in_a_file_and_as_an_option(tiny, tmp_path, value, before):
-    """A later value may be of another type than the one before."""
+    """A later value may have another type than an earlier one."""
     path = tmp_path / "base.yaml"
     path.write_text(f"_BASE_: {tiny.config()}\nMODEL: {{ECO: {{EXITS_PER_STEP: 5, ALPHA: {before}}}}}\n")
     listed = tmp_path / "list.yaml"
@@ -588,22 +588,22 @@ REFUSED = {"SOLVER.ACCUMULATION_STEPS": ("SOLVER.IMS_PER_BATCH", 8, 1), "MODEL.E
 def test_a_removed_key_is_refused_with_what_to_set_instead(tmp_path, key):
     remedy, set_value, idle = REFUSED[key]
     for value in (set_value, idle):
-        with pytest.raises(ValueError, match=rf"options.*no key {key} any more.*{remedy}"):
+        with pytest.raises(ValueError, match=rf"options.*the key {key} was removed.*{remedy}"):
             load_cfg(str(CONFIGS / ECO), [key, value])
-    with pytest.raises(ValueError, match=rf"old.yaml.*no key {key} any more.*{remedy}"):
+    with pytest.raises(ValueError, match=rf"old.yaml.*the key {key} was removed.*{remedy}"):
         load_cfg(old_config(tmp_path, key, set_value))
 
 
 @pytest.mark.parametrize("key", sorted(REFUSED))
 def test_a_removed_key_that_did_nothing_may_stand_in_the_config_of_an_earlier_run(tmp_path, key):
-    """Such a run may be evaluated and gone on with; its config.yaml holds every key."""
+    """Such a run can be evaluated and continued. Its config.yaml has every key."""
     kept = load_cfg(old_config(tmp_path, key, REFUSED[key][2]), MINI)
     wanted = load_cfg(str(CONFIGS / ECO), MINI)
     assert leaves(yaml.safe_load(kept.dump())) == leaves(yaml.safe_load(wanted.dump()))
 
 
 def old_config(folder: Path, key: str, value: object) -> str:
-    """The config that an earlier version would have written for ECO."""
+    """An ECO config as an earlier version wrote it."""
     content = yaml.safe_load(load_cfg(str(CONFIGS / ECO)).dump())
     *nodes, last = key.split(".")
     functools.reduce(dict.__getitem__, nodes, content)[last] = value

@@ -1,4 +1,4 @@
-"""Two gloo processes on the CPU train and evaluate as one process with the double batch does."""
+"""Two gloo processes on the CPU train and evaluate like one process with the double batch."""
 
 import json
 import subprocess
@@ -51,14 +51,14 @@ def test_two_processes_train_as_one_with_the_double_batch(folders, name):
 
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_both_processes_hold_the_same_weights_and_drew_the_same_exits(folders, name):
-    told = [json.loads((folders[2] / f"{name}.rank{rank}.json").read_text()) for rank in (0, 1)]
-    assert told[0] == told[1]
+    records = [json.loads((folders[2] / f"{name}.rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert records[0] == records[1]
     alone = json.loads((folders[1] / f"{name}.rank0.json").read_text())
-    assert told[0]["draws"] == alone["draws"] and told[0]["weights"] != ""
+    assert records[0]["draws"] == alone["draws"] and records[0]["weights"] != ""
 
 
 def test_a_training_has_the_same_losses_with_one_and_two_processes(folders):
-    """Two passes of each process are four of one: the same batches, augmented and sampled alike."""
+    """Two passes of each process equal four of one: same batches, same augmentation, same points."""
     one, two = (json.loads((folders[n] / "losses.json").read_text()) for n in (1, 2))
     assert one.keys() == two.keys() and len(set(one["total_loss"])) == STEPS == len(two["total_loss"])
     for name, values in one.items():
@@ -69,7 +69,7 @@ def test_a_training_has_the_same_losses_with_one_and_two_processes(folders):
 
 
 def test_some_step_left_layers_without_gradient(folders):
-    """Else the handling of unused parameters would not have been tested."""
+    """Otherwise unused parameters would not be tested."""
     draws = json.loads((folders[2] / "one_exit_per_step.rank0.json").read_text())["draws"]
     assert len(draws) == STEPS and min(max(d) for d in draws) < 6
 

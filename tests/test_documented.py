@@ -1,8 +1,8 @@
-"""Every command that the pages and the configs teach is run, under the official names of the datasets.
+"""Runs every command of the pages and the configs, under the official names of the datasets.
 
-One process runs them all on generated trees (documented_job.py): a command as it stands, on one process in place of
-eight or of several machines, with KEY VALUE pairs behind it that make model and images small. What cannot be run here
-is listed with the reason and the test that stands for it.
+One process runs them all on generated trees (documented_job.py). Each command runs unchanged, but in one process, and
+with KEY VALUE pairs at its end that make model and images small. Commands that cannot run here are listed with the
+reason and the test of the same code.
 """
 
 import json
@@ -42,7 +42,7 @@ RUN = [command for command in COMMANDS if not reason(command.text)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Of the job that has run all commands."""
+    """The folder of the job that has run all commands."""
     base = tmp_path_factory.mktemp("documented") / "job"
     base.mkdir()
     (base / "commands.json").write_text(json.dumps([asdict(command) for command in RUN]))
@@ -76,7 +76,7 @@ def test_what_is_not_run_is_tested_elsewhere():
 
 
 def test_the_configs_that_commands_name_exist():
-    """Also of those that are not run."""
+    """Also for commands that do not run."""
     named = {word for command in COMMANDS for word in command.words if word.startswith("configs/")}
     assert {f"configs/{name}" for name in LEAVES} <= named
     assert [word for word in named if not (ROOT / word).is_file()] == []
@@ -119,7 +119,7 @@ def test_every_page_is_read():
 
 
 def trained(results) -> list[dict]:
-    """The trainings of configs that were a run of their own."""
+    """The trainings that had a run of their own."""
     runs = [r for r in results.values() if r["page"].startswith("configs/") and not r["run_as"]]
     return [r for r in runs if "train_net" in r["text"] and "--eval-only" not in r["text"]]
 
@@ -148,18 +148,20 @@ def test_some_trainings_accumulate_gradients(folder):
 
 
 def test_trainings_ran_to_their_end_and_were_evaluated(folder):
-    """Several that are the same model share a folder, as the configs have it."""
-    told = {
+    """Configs of the same model share a folder."""
+    last_metrics = {
         path.parent: json.loads(path.read_text().splitlines()[-1]) for path in folder.glob("output/**/metrics.json")
     }
     wrong = [
-        str(path) for path, metrics in told.items() if metrics["iteration"] != 2 or not any("/" in k for k in metrics)
+        str(path)
+        for path, metrics in last_metrics.items()
+        if metrics["iteration"] != 2 or not any("/" in k for k in metrics)
     ]
-    assert len(told) > 40 and wrong == []
+    assert len(last_metrics) > 40 and wrong == []
 
 
 def test_cityscapes_ap_is_among_the_results(folder):
-    """The paper's AP_p: with PQ, mIoU and the exits taken, by a gate."""
+    """The paper's AP_p, with PQ, mIoU and the exits that a gate took."""
     path = folder / "output/cityscapes/eco_maskformer2_swin_tiny/inference/cityscapes_fine_panoptic_val/results.json"
     found = json.loads(path.read_text())
     assert set(found) == {"exits", "panoptic_seg", "sem_seg", "segm"} and {"AP", "AP50"} <= set(found["segm"])
@@ -167,7 +169,7 @@ def test_cityscapes_ap_is_among_the_results(folder):
 
 @pytest.mark.parametrize("name", LEAVES)
 def test_the_first_batch_of_every_config(batches, name):
-    """Under the official names, augmented as the config says, from the places where the layouts have the files."""
+    """By the official names and file layouts, with the augmentation of the config."""
     batch = batches[name]
     sizes = {
         "coco/panoptic-segmentation": [3, 1024, 1024],

@@ -1,4 +1,4 @@
-"""The package imports and runs where what only parts of it need is missing."""
+"""The package imports and runs without its optional dependencies."""
 
 import os
 import shutil
@@ -28,14 +28,14 @@ sys.meta_path.insert(0, Missing())
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory) -> Path:
-    """A copy of the package's Python files alone, as a checkout is in which nothing was compiled."""
+    """A copy of the package's Python files, like a checkout without compiled kernels."""
     folder = tmp_path_factory.mktemp("bare")
     shutil.copytree(ROOT / "eco_m2f", folder / "eco_m2f", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
     return folder
 
 
 def run_bare(bare: Path, code: str) -> subprocess.CompletedProcess:
-    """Run code over that copy, without a GPU and without the optional packages."""
+    """Runs code with this copy, without a GPU and without the optional packages."""
     environment = os.environ | {"PYTHONPATH": str(bare), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", BLOCK + code]
     return subprocess.run(command, env=environment, cwd=bare, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""MODEL_ZOO.md has every row of the paper's tables, and what it and the other pages link to exists."""
+"""MODEL_ZOO.md has every row of the paper's tables, and the links of all pages exist."""
 
 import csv
 import re
@@ -16,7 +16,7 @@ def numbers(cells) -> set[float]:
 
 
 def test_every_row_of_the_papers_tables_is_there(shared):
-    """A row of the zoo holds all numbers of the paper's row, the numbers of layers and budgets among them."""
+    """A row of the zoo has all numbers of the paper's row, also those of layers and budgets."""
     found, checked = [numbers(row) for row in ROWS], 0
     for line in csv.reader((shared / "reference" / "paper_tables.csv").open()):
         if not line or line[0] in ("table", "table5", "table7", "proscale"):

@@ -1,4 +1,4 @@
-"""Which of Mask2Former's own configs run here: the table in MODEL_ZOO.md, by what each folder of them asks for."""
+"""The table of Mask2Former's own configs in MODEL_ZOO.md, checked by the needs of each folder of configs."""
 
 import re
 
@@ -18,7 +18,7 @@ VIDEO = {"INPUT.SAMPLING_FRAME_NUM": 2, "INPUT.SAMPLING_FRAME_RANGE": 20}  # whi
 
 
 def lacking(mapper: str, dataset: str, classes: int) -> list[str]:
-    """What a config asks for and does not find here."""
+    """The needs of a config that this project lacks."""
     found = [] if mapper in MAPPERS else ["mapper"]
     test = dataset.replace("_train", "_val")
     if not {dataset, test} <= set(DatasetCatalog.list()):
@@ -47,9 +47,9 @@ def test_the_table_has_every_folder():
 
 @pytest.mark.parametrize("folder", ROWS)
 def test_a_folder_is_supported_as_the_table_says(folder):
-    mapper, dataset, classes, told = ROWS[folder]
+    mapper, dataset, classes, answer = ROWS[folder]
     missing = lacking(mapper, dataset, int(classes))
-    assert told == ("no: " + ", ".join(missing) if missing else "yes")
+    assert answer == ("no: " + ", ".join(missing) if missing else "yes")
     cfg = load_cfg(str(CONFIGS / PARENT), options(mapper, dataset, classes))
     if not missing:
         check_number_of_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))

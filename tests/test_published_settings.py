@@ -1,4 +1,4 @@
-"""Every config trains as its paper says: tests/assets/published_settings.yaml, written from the papers."""
+"""Every config has the training settings of its paper, which are in tests/assets/published_settings.yaml."""
 
 from fnmatch import fnmatch
 from pathlib import Path
@@ -33,7 +33,7 @@ def settings_of(name: str) -> dict:
 
 
 def value(cfg, key: str):
-    """A value of the config, lists in place of tuples; "batch" is what makes one step."""
+    """A value of the config, with lists instead of tuples. "batch" is the number of images per step."""
     if key == "batch":
         return cfg.SOLVER.IMS_PER_BATCH
     for part in key.split("."):

@@ -1,4 +1,4 @@
-"""The examples of README and guide: their Python runs, their commands are commands, and what they link to exists."""
+"""The examples of README and guide: the Python code runs, the commands exist, and the links exist."""
 
 import json
 import re
@@ -81,7 +81,7 @@ def test_yaml_of_another_backbone_builds_it(tmp_path):
 
 
 def test_python_examples_run(tmp_path, monkeypatch, capsys):
-    """All blocks, beside the files that they name: weights, and a derived dataset."""
+    """Runs all blocks in a folder with the files that they name: weights and a derived dataset."""
     from eco_m2f.derived import PROVENANCE_KEYS
     from eco_m2f.derived.writer import ShardWriter, make_row
     from eco_m2f.engine.setup import build_model, load_cfg

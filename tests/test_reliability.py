@@ -1,4 +1,4 @@
-"""The promises of docs/RELIABILITY.md that no other test holds: kills in Steps A and C, and a full disk."""
+"""The promises of docs/RELIABILITY.md without another test: kills in Steps A and C, and a full disk."""
 
 import contextlib
 import resource
@@ -19,7 +19,7 @@ from eco_m2f.gates.gate import Gate
 
 @contextlib.contextmanager
 def full_disk():
-    """Within, files cannot grow beyond 4 kB, as on a disk that is full."""
+    """A context in which files cannot grow beyond 4 kB, as on a full disk."""
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:

@@ -21,7 +21,7 @@ def documented_rooms() -> dict[str, set[str]]:
 
 
 def imports_of(path: Path) -> set[str]:
-    """The rooms that a file imports, its own among them; imports inside functions count too."""
+    """The rooms that a file imports, including its own. Imports inside functions count too."""
     package = ["eco_m2f", *path.relative_to(PACKAGE).parent.parts]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -48,7 +48,7 @@ def test_rooms_import_what_the_design_lists():
 
 
 def test_no_arrow_leads_back():
-    """The rooms can be put in an order in which each imports earlier ones alone."""
+    """The rooms have an order in which each imports only earlier ones."""
     rooms, placed = actual_rooms(), set()
     while ready := {name for name in rooms if name not in placed and rooms[name] <= placed}:
         placed |= ready

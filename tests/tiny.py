@@ -1,4 +1,4 @@
-"""A toy set of a few images, configs of small models for it, and ways to run tools: what end-to-end tests stand on."""
+"""A toy set of a few images, configs of small models for it, and functions that run tools, for end-to-end tests."""
 
 import contextlib
 import io
@@ -37,7 +37,7 @@ OUTPUT_DIR: "{output}"
 
 
 class Tiny:
-    """A toy set in `base`/data under a name of its own, and configs beside it."""
+    """A toy set in `base`/data under its own name, and configs in `base`."""
 
     def __init__(self, base: Path, num_train: int = 4, num_val: int = 3, size: int = 64):
         from eco_m2f.data.toy import ToySpec, make_toy_dataset
@@ -62,9 +62,9 @@ class Tiny:
         return f"{self.name}_{'boxes_' if boxes else ''}{split}"
 
     def config(self, kind: str = "eco_maskformer2") -> str:
-        """Path of a config whose OUTPUT_DIR is `base`/output.
+        """The path of a config with OUTPUT_DIR `base`/output.
 
-        kind: one of configs/toy, as "maskformer2" or "eco_detr"; or the path, below configs/, of any other.
+        kind: one of configs/toy, e.g. "maskformer2" or "eco_detr", or the path of another config below configs/.
         """
         base = CONFIGS / (kind if kind.endswith(".yaml") else f"toy/{kind}_toy.yaml")
         boxes = "detr" in base.name
@@ -87,7 +87,7 @@ class Tiny:
 
 
 def tool(name: str, *arguments, launcher=(), timeout: int = 600, **environment) -> subprocess.CompletedProcess:
-    """Runs tools/`name`.py in a process of its own, where no GPU is seen, and waits for it."""
+    """Runs tools/`name`.py in a new process without GPUs, and waits for it."""
     return subprocess.run(
         [sys.executable, *launcher, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)],
         capture_output=True,
@@ -99,9 +99,9 @@ def tool(name: str, *arguments, launcher=(), timeout: int = 600, **environment) 
 
 
 def call(name: str, *arguments) -> int:
-    """Runs tools/`name`.py in this process, as the command line would: seconds less than `tool`. Its exit status.
+    """Runs tools/`name`.py in this process, which is seconds faster than `tool`. Returns the exit status.
 
-    But for what a tool tells the C library: to keep freed memory, of which the tests would gather many gigabytes.
+    It skips only the call that makes the C library keep freed memory, which would be many gigabytes in tests.
     """
     path = str(ROOT / "tools" / f"{name}.py")
     quiet = mock.patch("eco_m2f.engine.command_line.keep_freed_memory")
@@ -117,7 +117,7 @@ def call(name: str, *arguments) -> int:
 
 
 def here(name: str, *arguments) -> subprocess.CompletedProcess:
-    """As `tool`, but in this process, which has imported everything already: for runs of one process."""
+    """Like `tool`, but in this process, which has imported everything. For runs of one process."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = call(name, *arguments)
@@ -126,7 +126,7 @@ def here(name: str, *arguments) -> subprocess.CompletedProcess:
 
 @contextlib.contextmanager
 def kept_log_handlers() -> Iterator[None]:
-    """Takes away the log handlers that are added meanwhile, whose files are gone after the test."""
+    """Removes the log handlers added meanwhile, because their files are deleted after the test."""
     from detectron2.utils.logger import setup_logger
 
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "eco_m2f")]
@@ -138,7 +138,7 @@ def kept_log_handlers() -> Iterator[None]:
 
 
 def tool_environment(**more) -> dict[str, str]:
-    """The environment of a tool in a test: one thread, no GPU, and not as torchrun would have set it."""
+    """The environment of a tool in a test: one thread, no GPU, no variables of torchrun."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return {**kept, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": "", **more}
 
@@ -148,13 +148,13 @@ def is_running(pid: int) -> bool:
 
 
 def workers_of(pid: int) -> set[int]:
-    """The spawned Python processes whose parent this is."""
+    """The spawned Python child processes of this process."""
     found = {int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit()}
     return {p for p in found if _status(p)[1] == str(pid) and b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()}
 
 
 def _status(pid: int) -> list[str]:
-    """State and parent of a process; Z, as of one that has ended, where there is none."""
+    """State and parent of a process; state Z if it does not exist, as for an ended process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
     except (FileNotFoundError, ProcessLookupError):

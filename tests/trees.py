@@ -1,6 +1,6 @@
 """Generated COCO, Cityscapes, ADE20K, nuclei and toy trees in their official layouts: a few small images each.
 
-`write_all(root)` makes what $DETECTRON2_DATASETS would hold, with the project's own scripts where these are documented.
+`write_all(root)` makes the content of $DETECTRON2_DATASETS, with the project's own scripts if they are documented.
 """
 
 import csv
@@ -25,7 +25,7 @@ PERSON, CAR, SKY = 1, 3, 187  # COCO's category ids
 
 
 def write_all(root: Path) -> None:
-    """Every tree below `root`, ready to be read by its registered names."""
+    """Writes every tree below `root`, for reading by the registered names."""
     coco, cityscapes, ade = root / "coco", root / "cityscapes", root / "ADEChallengeData2016"
     write_coco(coco)
     write_cityscapes(cityscapes)
@@ -42,7 +42,7 @@ def write_all(root: Path) -> None:
 
 
 def script(name: str):
-    """Imports a script of the checkout by its path without the ending."""
+    """Imports a script of the checkout by its path without suffix."""
     spec = importlib.util.spec_from_file_location(Path(name).name, ROOT / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -64,7 +64,7 @@ def images(split: str, size: tuple[int, int]) -> Iterator[tuple[int, np.ndarray,
 
 
 def write_coco(base: Path) -> None:
-    """JPEGs; each has a person, a crowd of persons (image 0: a car), sky and some void."""
+    """JPEGs with a person, a crowd of persons (image 0: a car), sky and void each."""
     (base / "annotations").mkdir(parents=True)
     for split in COUNT:
         folders = [base / f"{split}2017", base / f"panoptic_{split}2017"]
@@ -101,7 +101,7 @@ def _segment(ids: np.ndarray, i: int, category: int, crowd: int) -> dict:
 
 
 def _instance(segment: dict, image_id: int, i: int, shape: tuple[int, int]) -> dict:
-    """The same as COCO's instance annotation: a polygon, of a crowd run lengths."""
+    """The same as COCO's instance annotation: polygons, and run lengths for crowds."""
     x, y, w, h = segment["bbox"]
     outline = [[x, y, x + w, y, x + w, y + h, x, y + h]]
     if segment["iscrowd"]:
@@ -114,7 +114,7 @@ def _instance(segment: dict, image_id: int, i: int, shape: tuple[int, int]) -> d
 
 
 def write_cityscapes(base: Path) -> None:
-    """What the two zip files hold: road, sky, a car, a group of persons, void."""
+    """The content of the two zip files: road, sky, a car, a group of persons, void."""
     for split, city in (("train", "aachen"), ("val", "munster")):
         folders = [base / kind / split / city for kind in ("gtFine", "leftImg8bit")]
         for folder in folders:

@@ -1,12 +1,12 @@
-"""Writes the quality of every image of a split at every exit, with what a gate learns from (Step B).
+"""Writes the derived dataset of a split: quality, feature and GFLOPs of each image at each exit (Step B).
 
 MODEL.ECO.QUALITY names the quality: PQ, mIoU, AP of masks, or AP of boxes.
 
     tools/derive_dataset.py --config-file configs/toy/eco_maskformer2_toy.yaml --dataset toy_panoptic_train \\
         --output output/derived/train MODEL.WEIGHTS output/toy/eco/model_final.pth
 
-Stop it and start it again, also with another --num-gpus: it makes the shards that are missing. It refuses changed data,
-and a folder in which another run is at work.
+If it is stopped, start it again, with any --num-gpus: it writes the missing shards. It refuses changed data, and a
+folder that another run uses.
 """
 
 import argparse
@@ -36,18 +36,18 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--dataset", required=True, help="registered name of the split, e.g. coco_2017_train_panoptic")
     add("--output", required=True, metavar="DIR", help="folder of the derived dataset")
-    add("--shard-size", type=int, default=256, help="images per file, hence at most repeated")
+    add("--shard-size", type=int, default=256, help="images per file; at most so many are repeated after a stop")
     add(
         "--workers",
         type=int,
         default=1,
         metavar="N",
-        help="processes per model that compare with the ground truth",
+        help="processes per model that compare predictions with the ground truth",
     )
     add(
         "--hash-images",
         action="store_true",
-        help="tell changed images by their bytes, not by name and size alone: reads all of them once more",
+        help="detect changed images by their bytes, not only by name and size: reads all of them once more",
     )
     return parser
 

@@ -1,12 +1,12 @@
-"""Runs the whole method on one dataset: parent, its forced exits, Step A, Step B, Step C for three betas, and a report.
+"""Runs the whole method on one dataset: parent, Step A, Step B, Step C for three betas, evaluations and a report.
 
     tools/recipe.py --data toy --output output/recipe
     tools/recipe.py --data nuclei --nuclei-raw <folder> --output output/recipe-nuclei
     tools/recipe.py --model detr --output output/recipe-detr        (ECO-DETR, on the boxes of the toy set)
 
-Each stage is one of the other tools, called as a user would call it; its command is shown. Killed and started again,
-the recipe goes on where it was; what is done already, with the same commands and files, is not done again. KEY VALUE
-pairs at the end go to every stage that has a config. The report (table.md, table.csv, *.png) lies under --output.
+Each stage calls one of the other tools and prints its command. If the recipe is killed, start it again: it continues
+where it was. Stages with the same commands and files are not repeated. KEY VALUE pairs at the end go to every stage
+that has a config. The report (table.md, table.csv, *.png) is in --output.
 """
 
 import argparse
@@ -30,14 +30,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Data:
-    """What the recipe needs to know of a dataset: configs, splits, and the prices of a layer to fit gates for."""
+    """The settings of a recipe: configs, splits, betas of the gates, and a pretrained backbone."""
 
     parent: str
     eco: str
     train: str
     val: str
     betas: tuple[float, ...]
-    backbone: tuple[str, str] | None = None  # timm's name of a pretrained backbone, and where its weights come from
+    backbone: tuple[str, str] | None = None  # timm's name of it, and the source of its weights
 
 
 DATA = {
@@ -68,10 +68,10 @@ DATA = {
 
 
 class Recipe:
-    """Runs stages and remembers, in OUTPUT/stages.json, which are done and how long they took.
+    """Runs stages. OUTPUT/stages.json records which are done and how long they took.
 
-    A stage's key covers its command, what it reads and the keys of the stages before it. Where the key has changed,
-    the stage's folder is removed and the stage done anew; where it has not, the stage goes on or is skipped.
+    The key of a stage covers its command, its input files and the keys of the stages before it. If the key has changed,
+    the stage's folder is removed and the stage starts again. If not, it continues or is skipped.
     """
 
     def __init__(self, output: Path):
@@ -81,9 +81,9 @@ class Recipe:
         self.keys: list[str] = []
 
     def stage(self, name: str, *command: str | Path, reads: tuple[str, ...] = ()) -> Path:
-        """The folder OUTPUT/name, once the command, in which {} stands for that folder, has filled it.
+        """Runs a command that fills the folder OUTPUT/name, and returns the folder. {} in the command is the folder.
 
-        reads: texts and hashes that stand for what the command reads, beside what earlier stages made.
+        reads: texts and hashes of what the command reads, other than the results of earlier stages.
         """
         folder = self.output / name
         words = [str(word).replace("{}", str(folder)) for word in command]
@@ -106,7 +106,9 @@ class Recipe:
             entry["seconds"] += time.monotonic() - start
             self._remember(name, entry)
         if status:
-            raise ValueError(f"stage {name} failed with status {status}; mend it and run the recipe again to go on")
+            raise ValueError(
+                f"stage {name} failed with status {status}: correct the error and run the recipe again to continue"
+            )
         self._remember(name, {**entry, "done": True})
         return folder
 
@@ -125,7 +127,7 @@ def _tool(name: str) -> str:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """The dataset; both makers do nothing where it is there already."""
+    """Makes the dataset. Does nothing if it exists already."""
     if args.data == "toy":
         words = [_tool("make_toy_dataset.py")]
         for option, number in zip(("--num-train", "--num-val"), args.toy_images or ()):
@@ -138,12 +140,12 @@ def prepare(args: argparse.Namespace) -> None:
         raise ValueError("the nuclei are not prepared: give --nuclei-raw (NUCLEI_RAW=), the folder with index.csv")
     print(f"== data: {shlex.join(words)}", flush=True)
     if subprocess.run([sys.executable, *words]).returncode:
-        raise ValueError("the dataset could not be made, see above")
+        raise ValueError("the dataset could not be made: see the message above")
 
 
 def main(args: argparse.Namespace) -> None:
     if (args.model, args.data) not in DATA:
-        raise ValueError(f"there is no recipe for --model {args.model} --data {args.data}: take --data toy")
+        raise ValueError(f"there is no recipe for --model {args.model} --data {args.data}: give --data toy")
     data = DATA[args.model, args.data]
     args.output.mkdir(parents=True, exist_ok=True)
     prepare(args)
@@ -181,22 +183,27 @@ def main(args: argparse.Namespace) -> None:
         evaluate(f"eval/{gate.stem}", eco, "MODEL.ECO.POLICY", "LinearGate", "MODEL.ECO.GATE", gate)
     words = [_tool("report.py"), str(args.output)]
     if subprocess.run([sys.executable, *words]).returncode:
-        raise ValueError("the report could not be written, see above")
+        raise ValueError("the report could not be written: see the message above")
 
 
 def _annotation(split: str) -> Path:
-    data, kind = split.split("_", 1)  # as toy, panoptic_train
+    data, kind = split.split("_", 1)  # e.g. toy, panoptic_train
     return datasets_root() / data / "annotations" / f"{kind}.json"
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=sorted({model for model, _ in DATA}), default="maskformer2")
-    parser.add_argument("--data", choices=sorted({data for _, data in DATA}), default="toy")
+    models, names = (sorted(set(keys)) for keys in zip(*DATA))
+    parser.add_argument("--model", choices=models, default="maskformer2", help="default: %(default)s")
+    parser.add_argument("--data", choices=names, default="toy", help="dataset (default: %(default)s)")
     parser.add_argument("--nuclei-raw", metavar="DIR", help="folder with index.csv, images/ and instance_ids/")
-    parser.add_argument("--toy-images", type=int, nargs=2, metavar=("TRAIN", "VAL"), help="size of the toy set")
+    parser.add_argument(
+        "--toy-images", type=int, nargs=2, metavar=("TRAIN", "VAL"), help="numbers of images of the toy set"
+    )
     parser.add_argument("--output", type=Path, default=Path("output/recipe"), help="default: %(default)s")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config options for all stages")
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config options for every stage that has a config"
+    )
     return parser
 
 

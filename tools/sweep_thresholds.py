@@ -1,9 +1,9 @@
-"""Evaluates a DoViT at several thresholds: mIoU beside the tokens kept and the GFLOPs saved, as a table and a CSV.
+"""Evaluates a DoViT at several thresholds: a table and a CSV of mIoU, tokens kept and GFLOPs saved.
 
     tools/sweep_thresholds.py --config-file configs/toy/dovit_toy.yaml --thresholds 0.9 0.95 0.98 1.0 \\
         --output output/toy/dovit/thresholds.csv MODEL.WEIGHTS output/toy/dovit/model_final.pth
 
-A threshold of 1.0 is the static model. A row per dataset of DATASETS.TEST and threshold.
+A threshold of 1.0 is the static model. There is a row per threshold and dataset of DATASETS.TEST.
 """
 
 import argparse
@@ -26,7 +26,9 @@ def main(args: argparse.Namespace) -> None:
         prepare_output(args.output)
     model = build_trained(cfg)
     if not isinstance(model, DoViT):
-        raise ValueError(f"{args.config_file} is of a {cfg.MODEL.META_ARCHITECTURE}: only a DoViT has a threshold")
+        raise ValueError(
+            f"{args.config_file} is for {cfg.MODEL.META_ARCHITECTURE}, which has no threshold: give a config of DoViT"
+        )
     rows = []
     for threshold in args.thresholds:
         model.threshold = threshold
@@ -39,7 +41,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def report(rows: list[dict], output: Path | None) -> None:
-    """Prints the rows, and writes them."""
+    """Prints the rows of the table, and writes them to `output`."""
     print("  ".join(rows[0]))
     for row in rows:
         print("  ".join(f"{v:>{len(k)}.4g}" if isinstance(v, float) else v for k, v in row.items()))
@@ -49,14 +51,16 @@ def report(rows: list[dict], output: Path | None) -> None:
 
 def probability(text: str) -> float:
     if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+        raise argparse.ArgumentTypeError(f"{text} must be above 0 and at most 1")
     return float(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argument_parser(__doc__)
-    parser.add_argument("--thresholds", type=probability, nargs="+", required=True, help="1.0 is the static model")
-    parser.add_argument("--output", type=Path, metavar="CSV", help="file to write")
+    parser.add_argument(
+        "--thresholds", type=probability, nargs="+", required=True, help="thresholds in (0, 1]; 1.0 is the static model"
+    )
+    parser.add_argument("--output", type=Path, metavar="CSV", help="file for the table")
     return parser
 
 

@@ -1,20 +1,19 @@
-"""Fits the gate of a budget on a derived dataset, evaluates it, and saves it (Step C).
+"""Fits gates on a derived dataset, computes their quality and GFLOPs, and saves them (Step C).
 
     # one gate
     tools/train_gate.py --train derived/train --val derived/val --beta 0.0005 --output gate.safetensors
     # the frontier over beta and K: gate_beta0.0001_K6.safetensors, ... and a table
     tools/train_gate.py --train derived/train --val derived/val --beta 0.0001 0.0005 0.002 --max-exit 6 5 \\
         --output gate.safetensors --frontier frontier.csv
-    # the best gate within a cost, or the cheapest within a loss of quality
+    # the best gate within a limit of GFLOPs; with --max-pq-drop the cheapest gate within a loss of quality
     tools/train_gate.py --train derived/train --val derived/val --target-gflops 120 --output gate.safetensors
-    # beta, K, loss and optimizer as a config has them under MODEL.ECO, those of the paper for COCO and Cityscapes;
-    # options that are given besides come first
+    # beta, K, loss and optimizer from MODEL.ECO of a config (the paper's for COCO and Cityscapes); options override it
     tools/train_gate.py --train derived/train --val derived/val --output gate.safetensors \\
         --config-file configs/coco/panoptic-segmentation/eco/eco_maskformer2_R50_bs16_50ep.yaml
 
-A gate is written as safetensors where its name ends so; any other name makes a file of PyTorch's.
-No images and no parent are needed. Quality and GFLOPs are exact for the images of --val: sums over the derived
-dataset. Of AP, which is no such sum, the mean over the images takes the place.
+A name that ends in .safetensors gives a file of that format, any other name PyTorch's archive.
+Images and parent are not needed. Quality and GFLOPs are exact for the images of --val, because they are sums over the
+derived dataset. AP is no such sum: the mean over the images is used.
 """
 
 import argparse
@@ -32,45 +31,50 @@ from eco_m2f.gates.fit import OPTIMIZERS, AdamOptions
 from eco_m2f.gates.frontier import Row, format_row, frontier, header
 from eco_m2f.gates.search import search_budget
 
-HELD_OUT = 0.1  # of the training images, where there is no --val
+HELD_OUT = 0.1  # share of the training images, without --val
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--train", required=True, metavar="DIR", help="derived dataset to fit on, from tools/derive_dataset.py")
-    add("--val", metavar="DIR", help="derived dataset to measure on; without it a tenth of --train is held out")
+    add("--val", metavar="DIR", help="derived dataset for quality and GFLOPs; default: a tenth of --train is held out")
     add(
         "--output",
         required=True,
         metavar="gate.safetensors",
-        help="the gate; of several, beta and K are put into the name",
+        help="file of the gate; for several gates beta and K are added to the name",
     )
-    add("--config-file", metavar="FILE", help="YAML file whose MODEL.ECO has beta, K, loss and optimizer, see configs/")
-    add("--max-exit", type=int, nargs="+", metavar="K", help="largest exit a gate may choose (default: the last)")
-    add("--loss", nargs="+", choices=sorted(GATE_LOSSES), help="default: hard_ce, the paper's")
-    add("--frontier", metavar="frontier.csv", help="write the table of everything measured")
-    add("--optimizer", choices=OPTIMIZERS, help="lbfgs: to the optimum (default); adam: the paper's")
+    add("--config-file", metavar="FILE", help="YAML file with beta, K, loss and optimizer in MODEL.ECO, see configs/")
+    add("--max-exit", type=int, nargs="+", metavar="K", help="deepest exit that a gate may choose (default: the last)")
+    add("--loss", nargs="+", choices=sorted(GATE_LOSSES), help="gate loss (default: hard_ce, the paper's)")
+    add("--frontier", metavar="frontier.csv", help="write all rows of the frontier to this file")
+    add("--optimizer", choices=OPTIMIZERS, help="lbfgs runs to the optimum (default); adam is the paper's")
     add("--adam-lr", type=float, metavar="LR", help="adam's learning rate (default: 0.003), which falls to 0")
-    add("--adam-batch", type=int, metavar="N", help="images a step of adam (default: 256)")
+    add("--adam-batch", type=int, metavar="N", help="images per step of adam (default: 256)")
     steps = parser.add_mutually_exclusive_group()
     steps.add_argument(
-        "--adam-epochs", type=int, metavar="N", help="passes over --train (default: 10, 300 steps at least)"
+        "--adam-epochs", type=int, metavar="N", help="passes of adam over --train (default: 10, but at least 300 steps)"
     )
-    steps.add_argument("--adam-iterations", type=int, metavar="N", help="steps of adam, in place of epochs")
-    add("--l2", type=float, help="weight of the penalty on the gate's weights, lbfgs only (default: channels / images)")
-    add("--seed", type=int, default=0)
+    steps.add_argument("--adam-iterations", type=int, metavar="N", help="steps of adam, instead of epochs")
+    add("--l2", type=float, help="weight penalty, lbfgs only (default: channels / images)")
+    add("--seed", type=int, default=0, help="of the held-out images and of the fit (default: 0)")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--beta", type=float, nargs="+", help="what an encoder layer costs in quality (COCO: 0.0005)")
-    budget.add_argument("--target-gflops", type=float, metavar="G", help="find beta: mean GFLOPs on --val at most G")
+    budget.add_argument("--beta", type=float, nargs="+", help="price of an encoder layer in quality (COCO: 0.0005)")
     budget.add_argument(
-        "--max-pq-drop", type=float, metavar="D", help="find beta: the quality on --val at most D points lower"
+        "--target-gflops", type=float, metavar="G", help="search beta: mean GFLOPs on --val are at most G"
+    )
+    budget.add_argument(
+        "--max-pq-drop",
+        type=float,
+        metavar="D",
+        help="search beta: the quality on --val is at most D points below the last exit's",
     )
     return parser
 
 
 def complete(args: argparse.Namespace) -> None:
-    """Puts what --config-file says in the place of options that are not given; refuses options that do not agree."""
+    """Fills in options that are not given, from --config-file or defaults. Refuses contradictory options."""
     parser = build_parser()
     args.searched = args.target_gflops is not None or args.max_pq_drop is not None
     if not (args.config_file or args.beta or args.searched):
@@ -78,7 +82,7 @@ def complete(args: argparse.Namespace) -> None:
     adam_alone = [name for name in vars(args) if name.startswith("adam_") and getattr(args, name) is not None]
     fill_in(args)
     if args.optimizer != "adam" and adam_alone:
-        parser.error(f"--{adam_alone[0].replace('_', '-')} is read by --optimizer adam alone")
+        parser.error(f"--{adam_alone[0].replace('_', '-')} is only for --optimizer adam")
     if args.searched and (len(args.max_exit or ()) > 1 or len(args.loss) > 1):
         parser.error("a search takes one --max-exit and one --loss")
 
@@ -89,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
     train, val = load(args)
     check_derived_with(args, train)
     kind = train.quality_kind
-    about = f"{len(train)} images to fit on, {len(val)} to measure on, exits {list(train.exits)}, quality {kind.name}"
+    about = f"{len(train)} images to fit on, {len(val)} to evaluate on, exits {list(train.exits)}, quality {kind.name}"
     print(f"{about}\n{header(kind)}", flush=True)
     rows, best = fit(args, train, val)
     for row in best:
@@ -103,7 +107,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def fit(args: argparse.Namespace, train: DerivedDataset, val: DerivedDataset) -> tuple[list[Row], list[Row]]:
-    """Everything that was fitted, shown as it comes; and the rows whose gates are wanted."""
+    """All frontier rows, printed as they come, and those whose gates are saved."""
     max_exits = args.max_exit or [train.exits[-1]]
     adam = AdamOptions(args.adam_lr, args.adam_batch, args.adam_epochs, args.adam_iterations)
     options = {"optimizer": args.optimizer, "l2": args.l2, "seed": args.seed, "adam": adam}
@@ -116,17 +120,17 @@ def fit(args: argparse.Namespace, train: DerivedDataset, val: DerivedDataset) ->
 
 
 def fill_in(args: argparse.Namespace) -> None:
-    """Puts what --config-file says in the place of the options that are not given; without one, the defaults."""
+    """Fills in options that are not given: from --config-file, or without it the defaults."""
     adam = AdamOptions()
     settings = {"loss": ["hard_ce"], "optimizer": "lbfgs", **{f"adam_{k}": v for k, v in vars(adam).items()}}
     if args.config_file:
-        from eco_m2f.engine.setup import (  # takes seconds, which Step C without a config must not
+        from eco_m2f.engine.setup import (  # this import takes seconds
             gate_settings,
             load_cfg,
         )
 
         settings = gate_settings(load_cfg(args.config_file))
-    if args.adam_epochs or args.adam_iterations:  # either takes the place of both
+    if args.adam_epochs or args.adam_iterations:  # one option overrides both
         settings |= {"adam_epochs": 0, "adam_iterations": 0}
     for name, value in settings.items():
         if getattr(args, name, None) is None and not (name == "beta" and args.searched):
@@ -137,16 +141,17 @@ def fill_in(args: argparse.Namespace) -> None:
 
 
 def check_derived_with(args: argparse.Namespace, train: DerivedDataset) -> None:
-    """Raises ValueError where --config-file speaks of other exits or features than the derived dataset holds."""
+    """Raises ValueError if --config-file has other exits or another feature than the derived dataset."""
     for name, key in (("exits", "EXITS"), ("feature_source", "FEATURE")):
         if args.config_file and getattr(args, name) != train.provenance[name]:
             raise ValueError(
                 f"MODEL.ECO.{key} is {getattr(args, name)} in {args.config_file}, but {train.provenance[name]} in "
-                f"{args.train}: give the config that it was derived with"
+                f"{args.train}: give the config of that dataset"
             )
 
 
 def load(args: argparse.Namespace) -> tuple[DerivedDataset, DerivedDataset]:
+    """The derived datasets to fit on and to evaluate on."""
     train = DerivedDataset.load(args.train)
     if args.val:
         return train, DerivedDataset.load(args.val)
@@ -156,7 +161,7 @@ def load(args: argparse.Namespace) -> tuple[DerivedDataset, DerivedDataset]:
 
 
 def show(rows: Iterable[Row], kind: type) -> list[Row]:
-    """Prints each row as it comes."""
+    """Prints each frontier row as it comes."""
     shown = []
     for row in rows:
         print(format_row(row, kind), flush=True)
@@ -165,6 +170,7 @@ def show(rows: Iterable[Row], kind: type) -> list[Row]:
 
 
 def gate_path(output: str, row: Row, alone: bool) -> Path:
+    """The file of a gate. alone: it is the only one, so its name needs no budget."""
     path = Path(output)
     if alone:
         return path

@@ -1,9 +1,9 @@
-"""Trains the parent, an ECO model (Step A) or a DoViT, and evaluates any of them.
+"""Trains or evaluates a parent, an ECO model (Step A) or a DoViT.
 
 Train:     tools/train_net.py --config-file configs/toy/maskformer2_toy.yaml
 Resume:    the same with --resume
 Evaluate:  tools/train_net.py --config-file C --eval-only MODEL.WEIGHTS model.pth
-Processes: --num-gpus 8, or torchrun --nproc-per-node 8 tools/train_net.py ...; without a GPU they run on the CPU
+Processes: --num-gpus 8, or torchrun --nproc-per-node 8 tools/train_net.py ...; on the CPU if there is no GPU
 With gate: ... --eval-only MODEL.WEIGHTS model.pth MODEL.ECO.POLICY LinearGate MODEL.ECO.GATE gate.pth
 """
 
@@ -30,7 +30,7 @@ def main(args: argparse.Namespace) -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = argument_parser(__doc__)
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR, if any")
+    mode.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR, if any")
     mode.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST")
     return parser
 

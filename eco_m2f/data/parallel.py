@@ -13,12 +13,12 @@ from concurrent.futures.process import BrokenProcessPool
 
 from tqdm import tqdm
 
-AHEAD = 2**28  # bytes of jobs under way, beyond which the first of them must be done
-MANY = 1024  # and what bounds the work of calling them off
+AHEAD = 2**28  # bytes of submitted jobs; above this the caller waits for the first of them
+MANY = 1024  # number of submitted jobs; bounds the work of cancelling them
 
 
 def each(function: Callable, jobs: Sequence, workers: int, title: str) -> Iterator:
-    """Yields function(job) for each job, in order; workers below 2 stay in this process. The first error ends it."""
+    """Yields function(job) for each job, in order. One worker means this process. The first error ends it."""
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     bar = {"total": len(jobs), "desc": title, "unit": "image", "disable": None}  # None: only on a terminal
@@ -28,18 +28,18 @@ def each(function: Callable, jobs: Sequence, workers: int, title: str) -> Iterat
     with ProcessPoolExecutor(workers) as pool:
         try:
             yield from tqdm(pool.map(function, jobs, chunksize=8), **bar)
-        except BaseException:  # nobody will read the rest: do not compute it
+        except BaseException:  # the rest is not read, so do not compute it
             pool.shutdown(cancel_futures=True)
             raise
 
 
 def map_in_workers(function: Callable, jobs: Iterable, workers: int) -> Iterator:
-    """Yields function(job) for each job, in order, while this process makes the jobs that come next.
+    """Yields function(job) for each job, in order, while this process makes the next jobs.
 
-    The workers are new interpreters, safe beside threads and CUDA; jobs and results cross by pickle. With 0 workers
-    everything happens here. No more than `AHEAD` bytes of jobs, and one job, are under way, nor `MANY` jobs. Workers
-    leave Ctrl-C to this process and end with it, also when it is killed. An error of the function is raised here, at
-    its job; ChildProcessError where a worker died.
+    The workers are new interpreters, because forks are not safe with threads and CUDA. Jobs and results are pickled.
+    With 0 workers everything runs in this process. At most `AHEAD` bytes of jobs, plus one job, and `MANY` jobs are
+    submitted at a time. Workers ignore Ctrl-C and end with this process, also if it is killed. An error of the function
+    is raised at its job. Raises ChildProcessError if a worker died.
     """
     if workers == 0:
         yield from map(function, jobs)
@@ -69,7 +69,7 @@ def map_in_workers(function: Callable, jobs: Iterable, workers: int) -> Iterator
 
 
 def _submit(pool: ProcessPoolExecutor, function: Callable, *args) -> Future:
-    """A worker starts in this call where one is missing, and inherits that it gets no SIGINT."""
+    """Submits with SIGINT blocked, because a worker that starts in this call inherits this."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return pool.submit(function, *args)
@@ -78,13 +78,13 @@ def _submit(pool: ProcessPoolExecutor, function: Callable, *args) -> Future:
 
 
 def _call(task: bytes):
-    """Pickled by hand and not by the pool, which would hand tensors over as open files."""
+    """Calls a pickled (function, job). The pool's own pickling would pass tensors as open files."""
     function, job = pickle.loads(task)
     return function(job)
 
 
 def _end_with(parent: int) -> None:
-    """Makes this process end at most a second after its parent, however that one ended."""
+    """Makes this process end at most a second after its parent, however the parent ended."""
 
     def watch() -> None:
         while os.getppid() == parent:

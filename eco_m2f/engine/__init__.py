@@ -1,6 +1,6 @@
 """What the tools call: configs, training, evaluation, prediction and Step B.
 
-The names below are the entrance for users. They are loaded when first asked for: `--help` needs none of them.
+The names below are for users. They are imported on first use, so `--help` stays fast.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""The command lines of the tools: common options, starting processes, and mistakes that end in one message."""
+"""The command lines of the tools: common options, starting processes, and one message per input error."""
 
 import argparse
 import ctypes
@@ -24,16 +24,16 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--config-file", required=True, metavar="FILE", help="YAML file, see configs/")
-    add("--num-gpus", type=int, default=1, metavar="N", help="processes on this machine; without a GPU they run on CPU")
-    add("--num-machines", type=int, default=1, metavar="N", help="machines of the run")
-    add("--machine-rank", type=int, default=0, metavar="I", help="which of them this one is, from 0")
-    add("--dist-url", default="auto", help="where processes meet, as tcp://host:port; auto on a single machine")
-    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config options, as MODEL.WEIGHTS model.pth")
+    add("--num-gpus", type=int, default=1, metavar="N", help="processes on this machine, on the CPU if there is no GPU")
+    add("--num-machines", type=int, default=1, metavar="N", help="number of machines")
+    add("--machine-rank", type=int, default=0, metavar="I", help="rank of this machine, from 0")
+    add("--dist-url", default="auto", help="address of the machine of rank 0, tcp://host:port; auto for one machine")
+    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config options, e.g. MODEL.WEIGHTS model.pth")
     return parser
 
 
 def converter_parser(description: str, suffix: str) -> argparse.ArgumentParser:
-    """The command line of a tool that converts a published file to one of this suffix: source and target."""
+    """The options of a tool that converts a published file to one of this suffix: source and target."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="the published .pth file")
     parser.add_argument("target", type=Path, help=f"the {suffix} file to write")
@@ -41,9 +41,9 @@ def converter_parser(description: str, suffix: str) -> argparse.ArgumentParser:
 
 
 def launch(main: Callable, args: argparse.Namespace) -> None:
-    """Calls main(args) in every process of a run, over NCCL where there are GPUs, else over gloo on the CPU.
+    """Calls main(args) in every process of a run, over NCCL with GPUs, else over gloo on the CPU.
 
-    Processes that torchrun has started (RANK and the like are set) are joined; otherwise --num-gpus are started here.
+    Under torchrun (RANK and WORLD_SIZE are set) the processes exist already. Otherwise --num-gpus of them start here.
     Raises ValueError for options that contradict each other or the machine.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -57,22 +57,22 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
 def _check_processes(args: argparse.Namespace) -> None:
     if args.num_gpus < 1 or not 0 <= args.machine_rank < args.num_machines:
         raise ValueError(
-            f"--num-gpus {args.num_gpus} --num-machines {args.num_machines} --machine-rank {args.machine_rank}: there "
-            "must be at least one process, and the rank must lie below the number of machines"
+            f"--num-gpus {args.num_gpus} --num-machines {args.num_machines} --machine-rank {args.machine_rank}: "
+            "--num-gpus must be at least 1, and the rank must lie below the number of machines"
         )
     gpus = torch.cuda.device_count()
     if torch.cuda.is_available() and args.num_gpus > gpus:
-        raise ValueError(f"--num-gpus {args.num_gpus} is more than this machine's {gpus}: ask for {gpus} at most")
+        raise ValueError(f"--num-gpus {args.num_gpus} is more than this machine's {gpus}: give {gpus} at most")
     if args.num_machines > 1 and args.dist_url == "auto":
-        raise ValueError("--num-machines needs --dist-url tcp://host:port, host being the machine of rank 0")
+        raise ValueError("--num-machines needs --dist-url tcp://host:port; host is the machine of rank 0")
 
 
 def _join_processes(args: argparse.Namespace) -> None:
-    """Joins the processes that torchrun has started, this being one of them."""
+    """Joins the process group of torchrun."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     absent = [name for name in names if not os.environ.get(name)]
     if absent:
-        raise ValueError(f"RANK and WORLD_SIZE are set as by torchrun, but {', '.join(absent)} is not: set it, or none")
+        raise ValueError(f"RANK and WORLD_SIZE are set as by torchrun, but not {', '.join(absent)}: set all or none")
     if args.num_gpus != 1 or args.num_machines != 1:
         raise ValueError("torchrun has started the processes: leave --num-gpus and --num-machines to it")
     gpu = torch.cuda.is_available()
@@ -84,30 +84,30 @@ def _join_processes(args: argparse.Namespace) -> None:
 
 
 def _leave_processes() -> None:
-    """Ends this process's part in the run, and with it the threads that carry messages.
+    """Leaves the process group, which ends its communication threads.
 
-    One that is still at work when the interpreter shuts down can take the process down with it, now and then, after all
-    work is done ("terminate called without an active exception"). detectron2 keeps the group of a machine alive.
+    A thread that still runs when the interpreter shuts down can crash the process after all work is done ("terminate
+    called without an active exception"). detectron2 keeps a reference to the local group, so it is removed too.
     """
     torch.distributed.destroy_process_group()
     comm._LOCAL_PROCESS_GROUP = None
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep the memory of freed tensors for the next ones; does nothing with another C library.
+    """Tells glibc to keep the memory of freed tensors for the next ones. Does nothing with another C library.
 
-    By default large blocks go back to the system when they are freed, and every step of a training pays for having
-    them mapped and zeroed again: a seventh of a step of the toy model.
+    By default large blocks go back to the system when they are freed. Then each training step maps and zeroes them
+    again, which takes a seventh of a step of the toy model.
     """
     M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
     _tell_malloc((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def give_back_freed_memory() -> None:
-    """Tells glibc to give blocks of four megabytes and more back when they are freed, which is the opposite.
+    """Tells glibc to give freed blocks of four megabytes and more back to the system: the opposite.
 
-    By default its idea of a large block grows with those that were freed, up to 32 MB; the memory of a job whose blocks
-    come and go in many sizes then grows, half a gigabyte for a frontier of gates.
+    By default this threshold grows with the freed blocks, up to 32 MB. A job with blocks of many sizes then takes more
+    memory: half a gigabyte for a frontier of gates.
     """
     M_MMAP_THRESHOLD = -3  # malloc.h
     _tell_malloc((M_MMAP_THRESHOLD, 2**22))
@@ -120,12 +120,12 @@ def _tell_malloc(*options: tuple[int, int]) -> None:
             mallopt(option, value)
 
 
-# Mistakes of input, which end in a message. Anything else is a fault of the program and shows its trace.
+# Errors of input, which end in a message. Any other error is a bug and shows its trace.
 MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, CheckpointError)
 
 
 def _work(main: Callable, args: argparse.Namespace) -> None:
-    """What each process of a run does; the trace of a mistake stays in its log."""
+    """Runs main in one process. The trace of an input error goes to its log."""
     if not torch.cuda.is_available():
         keep_freed_memory()
     try:
@@ -138,9 +138,9 @@ def _work(main: Callable, args: argparse.Namespace) -> None:
 
 
 def run(function: Callable, *args) -> int:
-    """Calls a tool's work and returns its exit status: what the function returns, or 0 where that is None.
+    """Calls a tool's function. Returns the exit status: the function's result, or 0 if that is None.
 
-    A mistake of input ends in one message, not in a stack trace. The trace goes to OUTPUT_DIR/log.txt.
+    An input error ends in one message, without a stack trace. The trace goes to OUTPUT_DIR/log.txt.
     """
     try:
         return function(*args) or 0
@@ -162,9 +162,9 @@ def run(function: Callable, *args) -> int:
 
 
 def _last_exception(text: str) -> tuple[type, str]:
-    """Kind and message of the exception that ends a trace from another process; a text without a trace is the message.
+    """Kind and message of the exception at the end of another process's trace. Text without a trace is the message.
 
-    Continued lines of a message are indented, so its first line is the last that is not.
+    Further lines of a message are indented, so the message starts at the last line without indent.
     """
     if "Traceback (most recent call last)" not in text:
         return Exception, text
@@ -180,7 +180,7 @@ def _all_kinds(kinds: Sequence[type]) -> list[type]:
 
 
 def hide_training_trace() -> None:
-    """detectron2 shows the trace of whatever stops a training; `run` gives the message of a mistake."""
+    """Stops detectron2 from logging the trace of an input error in training. `run` prints its message."""
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_mistake)
 
 
@@ -189,7 +189,7 @@ def _is_no_mistake(record: logging.LogRecord) -> bool:
 
 
 def _log_trace() -> None:
-    """The trace of the exception being handled, into the log files alone."""
+    """Writes the trace of the current exception to the log files only."""
     d2 = logging.getLogger("detectron2")
     record = d2.makeRecord(d2.name, logging.DEBUG, "", 0, "stopped by", (), sys.exc_info())
     for handler in d2.handlers:

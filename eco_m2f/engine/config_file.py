@@ -1,7 +1,7 @@
-"""Reads config files: YAML without tags that run code, with `_BASE_`, and within limits.
+"""Reads config files safely: YAML without tags that run code, with `_BASE_`, and with limits of size.
 
-detectron2 opens a config with PyYAML's unsafe loader when the safe one refuses it, so that a config can run anything.
-Nothing of that is needed: official YAMLs hold numbers, strings, lists and mappings.
+When PyYAML's safe loader refuses a config, detectron2 takes the unsafe one, which runs any code in the file. Official
+YAMLs do not need it: they hold numbers, strings, lists and mappings.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 BASE = "_BASE_"
-MAX_BYTES = 2**20  # a whole config, as training writes it, has some 10^4
+MAX_BYTES = 2**20  # a whole config, as training writes it, has about 10^4
 MAX_NODES = 10**5  # each use of an anchor counted
 MAX_DEPTH = 20
 MAX_TEXT = 10_000  # characters of one value
@@ -22,20 +22,20 @@ _SIMPLE = (str, bool, int, float, type(None))
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, and tuples, which some configs have."""
+    """PyYAML's safe loader with tuples, which some configs have."""
 
 
 _Loader.add_constructor("tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node)))
 
 
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
-    """The keys and values of a config file, those of its `_BASE_` below them.
+    """The keys and values of a config file, over those of its `_BASE_`.
 
-    `_BASE_` is a path or a list of them, on this machine, relative to the file that names it.
+    `_BASE_` is a local path or a list of paths, relative to the file that names it.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it, or one of its bases, holds no config; the message names the file.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file or one of its bases is not a config. The message names the file.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"config file {str(path)!r} does not exist: see the folder configs/")
@@ -43,7 +43,7 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _with_bases(path: Path, chain: tuple[Path, ...], opened: list[Path]) -> dict[str, Any]:
-    """The config of a file; chain: the files that led to it, opened: all that were."""
+    """The config of a file. chain: the files that led to it. opened: all files opened so far."""
     real = path.resolve()
     if real in chain:
         raise ValueError(f"the config file {path} is its own {BASE}: {' -> '.join(p.name for p in (*chain, real))}")
@@ -62,9 +62,7 @@ def _with_bases(path: Path, chain: tuple[Path, ...], opened: list[Path]) -> dict
 
 def _base_path(base: object, path: Path) -> Path:
     if not isinstance(base, str) or "://" in base or not base:
-        raise ValueError(
-            f"the config file {path} has the {BASE} {base!r}: name a file on this machine, download it first"
-        )
+        raise ValueError(f"the config file {path} has the {BASE} {base!r}: name a local file, and download it first")
     try:
         found = path.parent / Path(base).expanduser()
     except RuntimeError as error:
@@ -76,7 +74,7 @@ def _base_path(base: object, path: Path) -> Path:
 
 
 def _merge(new: Mapping[str, Any], into: dict[str, Any], path: Path, keys: str = "") -> None:
-    """Puts a config over another, mapping by mapping."""
+    """Merges `new` over `into`, mapping by mapping."""
     for key, value in new.items():
         if key in into and isinstance(value, dict) != isinstance(into[key], dict):
             raise ValueError(
@@ -89,25 +87,25 @@ def _merge(new: Mapping[str, Any], into: dict[str, Any], path: Path, keys: str =
 
 
 def _read(path: Path, label: str) -> dict[str, Any]:
-    """One file, checked. label: what messages call it."""
+    """Reads and checks one file. label: its name in messages."""
     try:
         content = _parse(path)
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OSError, RecursionError) as error:
         raise ValueError(f"the config file {label} cannot be used: {_reason(error)}") from error
     if not isinstance(content, dict) or not content:
         kind = "nothing" if content is None else "an empty mapping" if content == {} else f"a {type(content).__name__}"
-        raise ValueError(f"the config file {label} holds {kind}, where KEY: value was expected; see configs/")
+        raise ValueError(f"the config file {label} holds {kind}, but KEY: value was expected; see configs/")
     return content
 
 
 def _reason(error: Exception) -> str:
-    """What a YAML error says, and where, without the text around it: `_BASE_` may have named any file."""
+    """The message and the place of a YAML error. It quotes no text of the file, because `_BASE_` may name any file."""
     mark = getattr(error, "problem_mark", None)
     if mark is not None:
         what = ", ".join(part for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part)
         return f"line {mark.line + 1}, column {mark.column + 1}: {what}"
     if isinstance(error, yaml.YAMLError | UnicodeDecodeError):
-        return "it is no text, or holds characters that YAML does not allow"
+        return "it is not text, or has characters that YAML does not allow"
     return str(error) or type(error).__name__
 
 
@@ -128,7 +126,7 @@ def _parse(path: Path) -> Any:
 
 
 def _check_nodes(root: yaml.Node) -> None:
-    """The document must be small once its anchors are written out, and name each key once. Raises ValueError."""
+    """Raises ValueError for a document that is large once its anchors are expanded, or that repeats a key."""
     count, rest = 0, [(root, 0)]
     while rest:
         node, depth = rest.pop()
@@ -147,18 +145,18 @@ def _check_keys(node: yaml.MappingNode) -> None:
     for key, _ in node.value:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
-            raise ValueError(f"line {line}: a key is no word")
+            raise ValueError(f"line {line}: a key is not a word")
         if key.value in seen:
-            raise ValueError(f"line {line}: the key {key.value[:80]!r} stands in line {seen[key.value]} already")
+            raise ValueError(f"line {line}: the key {key.value[:80]!r} is already in line {seen[key.value]}")
         seen[key.value] = line
 
 
 def _checked(value: Any, keys: str = "") -> Any:
-    """The value itself, if it holds what a config can. Raises ValueError, naming the key."""
+    """Returns the value. Raises ValueError, naming the key, for anything that does not belong in a config."""
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise ValueError(f"{keys}{key!r} is no word, but a {type(key).__name__}")
+                raise ValueError(f"{keys}{key!r} is not a word but a {type(key).__name__}")
             _checked(item, f"{keys}{key[:80]}.")
     elif isinstance(value, list | tuple):
         for item in value:
@@ -168,5 +166,5 @@ def _checked(value: Any, keys: str = "") -> Any:
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{keys[:-1]} is {value}: a config needs finite numbers")
     elif isinstance(value, str) and len(value) > MAX_TEXT:
-        raise ValueError(f"{keys[:-1]} is a text of {len(value)} characters")
+        raise ValueError(f"{keys[:-1]} is a text of {len(value)} characters: at most {MAX_TEXT} are allowed")
     return value

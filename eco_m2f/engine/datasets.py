@@ -1,4 +1,4 @@
-"""Whether datasets go with a config and a model; the loader of a test split."""
+"""Checks that datasets suit a config and a model, and makes the loader of a test split."""
 
 from collections.abc import Sequence
 
@@ -17,9 +17,9 @@ from ..data.present import check_present, loading
 
 
 def check_datasets(cfg: CfgNode, names: Sequence[str]) -> None:
-    """Stops early on a dataset that is not there, of other classes than the model's, or with a faulty JSON."""
+    """Raises an error early for a dataset that is missing, has other classes than the model, or has a faulty JSON."""
     wanted = [entry for entry in cfg.DATASETS.CUSTOM if parse_custom(entry)["name"] in names]
-    register_from_config(wanted, cfg.DATASETS.TRAIN)  # those that are absent end here
+    register_from_config(wanted, cfg.DATASETS.TRAIN)  # raises for those that are absent
     check_number_of_classes(cfg, names)
     check_present(*names)
     evaluated = cfg.DATASETS.TEST if cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON else ()
@@ -27,8 +27,8 @@ def check_datasets(cfg: CfgNode, names: Sequence[str]) -> None:
 
 
 def check_number_of_classes(cfg: CfgNode, names: Sequence[str]) -> None:
-    """Stops on a dataset without the kind of annotation that the model needs, or of another number of classes."""
-    known = cfg.MODEL.META_ARCHITECTURE in META_ARCH_REGISTRY  # else building the model says what is wrong
+    """Raises ValueError for a dataset without the annotation that the model needs, or with another class count."""
+    known = cfg.MODEL.META_ARCHITECTURE in META_ARCH_REGISTRY  # if not, building the model raises the error
     parent = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE) if known else None
     annotation = getattr(parent, "annotation", "panoptic")
     for name in dict.fromkeys(names):
@@ -36,12 +36,12 @@ def check_number_of_classes(cfg: CfgNode, names: Sequence[str]) -> None:
 
 
 def _training_set(cfg: CfgNode) -> str | None:
-    """The dataset that says which classes there are: the first of DATASETS.TRAIN that is registered."""
+    """The dataset that defines the classes: the first registered one of DATASETS.TRAIN."""
     return next((name for name in cfg.DATASETS.TRAIN if name in DatasetCatalog.list()), None)
 
 
 def check_model_classes(model: nn.Module, dataset_name: str) -> None:
-    """Raises ValueError, with both lists, unless a dataset has the classes of the model, numbered alike."""
+    """Raises ValueError, with both lists, unless dataset and model have the same classes in the same order."""
     trained = getattr(getattr(model, "module", model), "classes", None)
     if not trained:
         return
@@ -52,7 +52,7 @@ def check_model_classes(model: nn.Module, dataset_name: str) -> None:
 
 
 def check_policy(model: nn.Module, dataset_name: str) -> None:
-    """Lets an exit policy refuse a dataset before it is evaluated, see `EXIT_POLICY_REGISTRY`."""
+    """Lets the exit policy refuse a dataset before it is evaluated, see `EXIT_POLICY_REGISTRY`."""
     model = getattr(model, "module", model)
     check = getattr(getattr(model, "exit_policy", None), "check_dataset", None)
     if check is not None:
@@ -60,6 +60,6 @@ def check_policy(model: nn.Module, dataset_name: str) -> None:
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str):
-    """Images one by one at test size, each rank its share."""
+    """A loader of single images at test size; each process gets its share."""
     with loading(dataset_name):
         return build_detection_test_loader(cfg, dataset_name, mapper=PanopticTestMapper(cfg))

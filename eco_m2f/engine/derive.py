@@ -1,9 +1,8 @@
-"""Step B: one pass over a split, and for every image the quality of every exit.
+"""Step B: computes the quality of every image of a split at every exit.
 
-MODEL.ECO.QUALITY names the quality, see `quality/registry.py`.
-Backbone and encoder run once per image; the decoder runs once per exit. Images are taken one by one, so that the
-product does not depend on what else is in a batch, nor on the number of processes. While the model is at the next
-image, workers compare the predictions for the last ones with the annotation.
+MODEL.ECO.QUALITY names the quality, see `quality/registry.py`. Backbone and encoder run once per image, the decoder
+once per exit. Images run one by one, so the result does not depend on the batch or on the number of processes. While
+the model runs on the next image, workers compare earlier predictions with the ground truth.
 """
 
 import contextlib
@@ -51,13 +50,13 @@ def derive(
     workers: int = 0,
     hash_images: bool = False,
 ) -> None:
-    """Writes the derived dataset of a split to `directory`, shard by shard; shards already there are kept.
+    """Writes the derived dataset of a split to `directory`, shard by shard. Existing shards are kept.
 
-    Called by every process of a distributed run; each takes its share of the missing shards, and has `workers`
-    processes that compare predictions with the annotation (0: none, it does so itself). The files are the same, byte
-    for byte, for any number of either. hash_images: the provenance covers the bytes of the images, not their sizes
-    alone, which takes reading all of them once more. Raises ChildProcessError where a worker died, and ValueError where
-    another run is at work in the directory.
+    Every process of a distributed run calls it and takes its share of the missing shards. Each has `workers` processes
+    that compare predictions with the ground truth; with 0 it compares them itself. The files are the same, byte for
+    byte, for any number of processes and workers. hash_images: the provenance covers the bytes of the images, which are
+    then read once more, and not only their sizes. Raises ChildProcessError if a worker died, and ValueError if another
+    run uses the directory.
     """
     if not isinstance(model, EarlyExits):
         raise ValueError(
@@ -84,7 +83,7 @@ def derive(
 def write_missing(
     cfg: CfgNode, model: EarlyExits, quality, records: Sequence[dict], writer: ShardWriter, workers: int
 ) -> None:
-    """Derives and writes those of the missing shards that are this process's share."""
+    """Derives and writes this process's share of the missing shards."""
     shards = writer.missing(comm.get_rank(), comm.get_world_size())
     wanted = [i for s in shards for i in writer.indices(s)]
     logger.info("%d of %d shards are missing here: %d images", len(shards), writer.num_shards, len(wanted))
@@ -107,7 +106,7 @@ def write_missing(
 
 
 def open_writer(directory: str, *settings) -> ShardWriter:
-    """The writer of every process; the first one alone creates the folder and its manifest."""
+    """The writer of every process. Only the first process creates the folder and its manifest."""
     if not comm.is_main_process():
         comm.synchronize()
     writer = ShardWriter(directory, *settings)
@@ -117,7 +116,7 @@ def open_writer(directory: str, *settings) -> ShardWriter:
 
 
 def provenance_of(cfg: CfgNode, model: EarlyExits, dataset_name: str, quality, num_images: int) -> dict:
-    """What the rows depend on; two parts of one derived dataset agree in all of it."""
+    """Everything that the derived rows depend on. All parts of one derived dataset have the same."""
     check_feature_source(cfg.MODEL.ECO.FEATURE)
     keys = ("id", "name", "isthing")
     return {
@@ -137,16 +136,16 @@ def provenance_of(cfg: CfgNode, model: EarlyExits, dataset_name: str, quality, n
 
 
 def annotation_sha256(dataset_name: str) -> str:
-    """Of the annotation files of a dataset: they say which images there are, in which order, and what is on them."""
+    """Digest of a dataset's annotation files, which give the images, their order and their content."""
     metadata = MetadataCatalog.get(dataset_name)
     files = [metadata.get(key) for key in ("panoptic_json", "json_file")]
     return _sha256_of(file_sha256(file) for file in files if file)
 
 
 def image_digests(records: Sequence[dict], contents: bool, truth: Sequence[str]) -> dict[str, str]:
-    """sha256 of the names and sizes of the files of these records; contents: also of their bytes.
+    """sha256 of the names and sizes of the records' files. contents: also of their bytes.
 
-    The files are the images and those under the keys of truth, from which the ground truth is read.
+    The files are the images, and the ground-truth files under the keys of truth.
     """
     files = [Path(r[key]) for r in records for key in ("file_name", *truth) if key in r]
     digests = {"names and sizes": _sha256_of(json.dumps([p.name, os.stat(p).st_size]) for p in files)}
@@ -158,7 +157,7 @@ def _sha256_of(words: Iterable[str]) -> str:
 
 
 def model_config(cfg: CfgNode) -> CfgNode:
-    """The parts of the config on which predictions depend: not where things lie, nor how training went."""
+    """The parts of the config that predictions depend on: no paths, and no settings of the training."""
     kept = CfgNode({"MODEL": cfg.MODEL.clone(), "INPUT": cfg.INPUT.clone(), "TEST": cfg.TEST.clone()})
     kept.MODEL.pop("WEIGHTS")
     kept.MODEL.pop("DEVICE")
@@ -174,12 +173,12 @@ def model_config(cfg: CfgNode) -> CfgNode:
         "LOSS",
         "GATE_SOLVER",
     ):
-        kept.MODEL.ECO.pop(key)  # all exits are run, a gate comes later, and the quality has a key of its own
+        kept.MODEL.ECO.pop(key)  # all exits run, gates come later, and the quality has its own key
     return kept
 
 
 class _Clock:
-    """How long the model was busy, since this was made."""
+    """Measures how long the model was busy since this object was made."""
 
     def __init__(self):
         self.busy, self._start = 0.0, time.perf_counter()
@@ -198,7 +197,7 @@ class _Clock:
 def derived_rows(
     cfg: CfgNode, model: EarlyExits, quality, records: Sequence[dict], workers: int, clock: _Clock
 ) -> Iterator[dict]:
-    """Yields the row of every record, in order."""
+    """Yields the derived row of every record, in order."""
     if not records:
         return
     loader = build_detection_test_loader(
@@ -215,18 +214,18 @@ def derived_rows(
 
 @dataclass(frozen=True)
 class Predicted:
-    """What the model says of one image at every exit, on the host, and what its row needs besides."""
+    """An image's predictions at every exit, on the host, and the other values of its derived row."""
 
     image: dict  # image_id, file_name, height, width
     exits: tuple[int, ...]
-    predictions: list  # of each exit, as the quality prepares them
-    compare: Callable[[list], list[tuple]]  # with the ground truth, see `quality/registry.py`
+    predictions: list  # one per exit, from `quality.prepare`
+    compare: Callable[[list], list[tuple]]  # from `quality.comparison`, see `quality/registry.py`
     feature: np.ndarray
     total_gflops: list[float]
     encoder_gflops: list[float]
 
     def row(self) -> dict:
-        """Compares the predictions with the image's annotation; see `make_row`."""
+        """The derived row: compares the predictions with the ground truth; see `make_row`."""
         compared = dict(zip(self.exits, self.compare(self.predictions)))
         return make_row(
             **self.image,
@@ -239,7 +238,7 @@ class Predicted:
 
 
 def predict_exits(model: EarlyExits, quality, x: dict, source: str, costs: ExitCosts) -> Predicted:
-    """Runs one mapped image through the model once, to all exits; `source` is where the gate's feature is read."""
+    """Runs one mapped image through the model once, to all exits. source: the map that the gate reads."""
     compare = quality.comparison(x)
     images = model.preprocess([x])
     features = model.extract(images)

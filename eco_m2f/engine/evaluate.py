@@ -19,45 +19,48 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate(cfg: CfgNode, model: nn.Module) -> dict:
-    """Accuracy, and what exits or stopping tokens saved, on every DATASETS.TEST; empty on ranks but the first.
+    """Quality, and exits taken or tokens kept, on every dataset of DATASETS.TEST.
 
-    With TEST.AUG.ENABLED also mIoU over several views of each image, as `sem_seg_TTA`, see `MultiScale`.
+    Returns {task: {metric: value}} of a single dataset, or {dataset: {task: ...}} of several. All are empty except on
+    the first process. With TEST.AUG.ENABLED `sem_seg_TTA` has the mIoU over several views of each image, see
+    `MultiScale`.
 
-    Raises ValueError where DATASETS.TEST is empty, or a dataset does not go with the model; EvaluationError, once all
-    others are through and printed, where evaluators failed.
+    Raises ValueError if DATASETS.TEST is empty or a dataset does not suit the model. Raises EvaluationError if
+    evaluators failed, once all other results are printed.
     """
     if not cfg.DATASETS.TEST:
         raise ValueError("DATASETS.TEST is empty: name a dataset to evaluate on")
     check_datasets(cfg, cfg.DATASETS.TEST)
-    judged = {"": model}
+    models = {"": model}  # {suffix of the task: model}
     if cfg.TEST.AUG.ENABLED:
-        judged["_TTA"] = MultiScale.from_config(cfg, model)
+        models["_TTA"] = MultiScale.from_config(cfg, model)
     results, failures, errors = {}, {}, []
     costs = costs_of_results(model)
     for name in cfg.DATASETS.TEST:
         check_model_classes(model, name)
         check_policy(model, name)
         results[name] = {}
-        for suffix, part in judged.items():
+        for suffix, evaluated in models.items():
             evaluators = _evaluators(cfg, name, costs, semantic_alone=bool(suffix))
             with autocast(cfg, model.device.type, cfg.TEST.AMP):
-                found = inference_on_dataset(part, build_test_loader(cfg, name), evaluators) or {}
+                found = inference_on_dataset(evaluated, build_test_loader(cfg, name), evaluators) or {}
             results[name] |= {f"{task}{suffix}": values for task, values in found.items()}
             failures |= {f"{kind} on {name}": reason for kind, reason in evaluators.failures.items()}
             errors += evaluators.errors
         if comm.is_main_process():
             logger.info("results on %s:", name)
             print_csv_format(results[name])
-    told = next(iter(results.values())) if len(results) == 1 else results
+    if len(results) == 1:
+        (results,) = results.values()
     if failures:
-        raise EvaluationError(failures, told) from (ExceptionGroup("evaluators", errors) if errors else None)
-    return told
+        raise EvaluationError(failures, results) from (ExceptionGroup("evaluators", errors) if errors else None)
+    return results
 
 
 def _evaluators(
     cfg: CfgNode, dataset_name: str, costs: ExitCosts | TokenCosts | None, semantic_alone: bool
 ) -> Evaluators:
-    """semantic_alone: of several views, which go to a folder of their own."""
+    """semantic_alone: mIoU only, as for `MultiScale`, in a folder of its own."""
     test = cfg.MODEL.MASK_FORMER.TEST
     return evaluators_for(
         dataset_name,

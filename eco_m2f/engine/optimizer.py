@@ -9,10 +9,10 @@ from torch import nn
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW (or SGD) with Mask2Former's parameter groups, clipping the gradient before each step."""
+    """AdamW or SGD with Mask2Former's parameter groups. Gradients are clipped before each step."""
     kinds = {"ADAMW": torch.optim.AdamW, "SGD": torch.optim.SGD}
     if cfg.SOLVER.OPTIMIZER not in kinds:
-        raise ValueError(f"SOLVER.OPTIMIZER {cfg.SOLVER.OPTIMIZER!r} is unknown; there are {sorted(kinds)}")
+        raise ValueError(f"SOLVER.OPTIMIZER {cfg.SOLVER.OPTIMIZER!r} is unknown: choose one of {sorted(kinds)}")
     options = {"momentum": cfg.SOLVER.MOMENTUM} if cfg.SOLVER.OPTIMIZER == "SGD" else {}
     optimizer = kinds[cfg.SOLVER.OPTIMIZER](parameter_groups(cfg, model), lr=cfg.SOLVER.BASE_LR, **options)
     clip = cfg.SOLVER.CLIP_GRADIENTS
@@ -24,8 +24,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
     """Learning rate and weight decay of every parameter.
 
-    The backbone learns BACKBONE_MULTIPLIER times slower; norms, embeddings and the backbone's position tables have
-    decays of their own (0 in the published configs).
+    The backbone's rate is multiplied by BACKBONE_MULTIPLIER. Norms and embeddings have their own weight decays (0 in
+    the published configs); the backbone's position tables have none.
     """
     norms = (
         nn.modules.batchnorm._BatchNorm,
@@ -54,7 +54,7 @@ def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
 
 
 def gradient_clipper(kind: str, limit: float, norm_type: float) -> Callable:
-    """A hook that clips gradients before an optimizer's step: all as one, or each parameter's by norm or value."""
+    """A hook that clips gradients before an optimizer's step: all together, or each by its norm or its values."""
 
     def clip(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -67,14 +67,14 @@ def gradient_clipper(kind: str, limit: float, norm_type: float) -> Callable:
             nn.utils.clip_grad_value_(parameters, limit)
 
     if kind not in ("full_model", "norm", "value"):
-        raise ValueError(f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE {kind!r} is unknown; use full_model, norm or value")
+        raise ValueError(f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE {kind!r} is unknown: choose full_model, norm or value")
     return clip
 
 
 def autocast(cfg: CfgNode, device_type: str, enabled: bool) -> torch.autocast:
-    """Mixed precision of SOLVER.AMP.PRECISION; does nothing where it is off."""
+    """The context of mixed precision with SOLVER.AMP.PRECISION. enabled False: it does nothing."""
     dtypes = {"float16": torch.float16, "bfloat16": torch.bfloat16}
     precision = cfg.SOLVER.AMP.PRECISION
     if precision not in dtypes:
-        raise ValueError(f"SOLVER.AMP.PRECISION {precision!r} is unknown; use {' or '.join(dtypes)}")
+        raise ValueError(f"SOLVER.AMP.PRECISION {precision!r} is unknown: choose {' or '.join(dtypes)}")
     return torch.autocast(device_type, dtypes[precision], enabled=enabled)

@@ -1,4 +1,4 @@
-"""Trained models ready for use: loaded strictly, fused, compiled, as a function of one image."""
+"""Loads trained models: strictly, and for prediction fused, compiled and called with one image."""
 
 from collections.abc import Sequence
 
@@ -16,9 +16,9 @@ from .setup import build_model, load_cfg, warn_of_keys_without_effect
 
 
 def build_trained(cfg: CfgNode, with_policy: bool = True) -> nn.Module:
-    """The model of a config in eval mode, MODEL.WEIGHTS loaded strictly.
+    """The model of a config in eval mode, with MODEL.WEIGHTS loaded strictly.
 
-    with_policy: also what its exit policy needs, such as a gate. Step B needs none.
+    with_policy: also loads what the exit policy needs, such as a gate. Step B needs none.
     """
     model = build_model(cfg)
     Checkpointer(model).load_for_evaluation(cfg.MODEL.WEIGHTS)
@@ -30,30 +30,30 @@ def build_trained(cfg: CfgNode, with_policy: bool = True) -> nn.Module:
 
 
 def load_gate(model: EarlyExits, path: str) -> None:
-    """Switches a model to another gate, which must have been fitted for exactly these parent weights.
+    """Switches a model to another gate. Raises ValueError if it was fitted for other parent weights.
 
-    May be called while another thread predicts: each batch gets its exits from the old gate or from the new one.
+    Another thread may predict meanwhile: each batch gets its exits from the old gate or from the new one.
     """
     model.exit_policy.load_gate(path, parent_sha256(model.state_dict()))
 
 
 def check_things_known(model: nn.Module, weights: str) -> None:
-    """Raises ValueError for a panoptic model whose classes neither a dataset nor its checkpoint tells."""
+    """Raises ValueError for a panoptic model whose things are unknown, as no dataset or checkpoint has its classes."""
     postprocessor = getattr(model, "postprocessor", None)
     if getattr(postprocessor, "panoptic_on", False) and getattr(model, "classes", None) is None:
         raise ValueError(
             f"which of the model's classes are things is not known: the checkpoint {weights} does not hold its "
             "classes, and DATASETS.TRAIN names no registered dataset with MODEL.SEM_SEG_HEAD.NUM_CLASSES "
-            f"{postprocessor.num_classes} categories. Name the dataset that it was trained on; the JSON of the "
-            "annotation is enough (DATASETS.CUSTOM). Or save the checkpoint anew by train_net.py --resume beside it"
+            f"{postprocessor.num_classes} categories. Name the dataset of its training; the JSON of the annotation "
+            "is enough (DATASETS.CUSTOM). Or save the checkpoint again with train_net.py --resume in its folder"
         )
 
 
 def load_predictor(config_file: str, opts: Sequence[str] = ()) -> Predictor:
-    """A function from an image (a path, a PIL image, an array or a tensor) to the model's result, at the image's size.
+    """A function from an image (a path, a PIL image, an array or a tensor) to the model's result at the image's size.
 
-    The datasets of the config need not be there: the checkpoint holds the classes. TEST.AMP and TEST.COMPILE hold here
-    too. Example: `load_predictor("configs/toy/eco.yaml", ["MODEL.WEIGHTS", "model.pth"])(image)["panoptic_seg"]`.
+    The datasets of the config may be absent, because the checkpoint holds the classes. TEST.AMP and TEST.COMPILE apply.
+    Example: `load_predictor("configs/toy/eco.yaml", ["MODEL.WEIGHTS", "model.pth"])(image)["panoptic_seg"]`.
     """
     cfg = load_cfg(config_file, opts)
     warn_of_keys_without_effect(cfg)
@@ -64,11 +64,11 @@ def load_predictor(config_file: str, opts: Sequence[str] = ()) -> Predictor:
 
 
 def compile_for_deployment(model: nn.Module) -> None:
-    """Lets torch.compile have backbone and head of a model in eval mode, in place, with the weights as they are now.
+    """Compiles backbone and head of a model in eval mode, in place, with their present weights.
 
-    Every size of (padded) image, and every exit, is compiled when it is first met, which takes about a minute; after
-    eight of them PyTorch runs new ones as they are. So this is for few sizes, and for a fixed exit or a gate.
-    Inductor freezes weights from then on in this process: it packs them for its matrix products.
+    Each padded size and each exit is compiled on its first use, which takes about a minute. After eight of them PyTorch
+    runs new ones uncompiled. So this is for few sizes, and for a fixed exit or a gate. From then on Inductor freezes
+    weights in this process: it packs them for its matrix products.
     """
     from torch._inductor import config
 

@@ -1,4 +1,4 @@
-"""One image in, the model's result out: what `engine.load_predictor` returns."""
+"""The predictor of `engine.load_predictor`: from one image to the model's result."""
 
 import functools
 import os
@@ -16,7 +16,7 @@ from ..data.given_images import rgb_from
 from ..data.mappers import PanopticTestMapper
 
 TOO_LARGE = (
-    "is too large: its masks, at its own size, do not fit into the memory; make it smaller, or cut it into tiles"
+    "is too large: its masks, at its own size, do not fit into the memory. Make it smaller, or cut it into tiles"
 )
 
 
@@ -25,12 +25,12 @@ class Predictor:
 
     Attributes:
         model: the model.
-        classes: what its classes are, each a dict with id, name, isthing and color, in the order of the class ids of
-            its results; None where neither a dataset nor the checkpoint tells.
+        classes: a dict with id, name, isthing and color for each class id of the results, in their order; None if
+            neither a dataset nor the checkpoint has the classes.
     """
 
     def __init__(self, model: nn.Module, mapper: PanopticTestMapper, precision: Callable[[], AbstractContextManager]):
-        """mapper: resizes as at test time; precision: makes the context of the forward pass."""
+        """mapper: resizes as in evaluation. precision: makes the context of the forward pass."""
         self.model = model
         self.mapper = mapper
         self.precision = precision
@@ -40,9 +40,9 @@ class Predictor:
         return getattr(self.model, "classes", None)
 
     def __call__(self, image: str | os.PathLike | Image.Image | np.ndarray | torch.Tensor) -> dict:
-        """The result for an image (see `data.given_images.rgb_from`), at the image's size as it is seen upright.
+        """The result for an image (see `data.given_images.rgb_from`), at the size of the upright image.
 
-        Raises ValueError for what is no image, or is empty, too thin or too large for the model.
+        Raises ValueError for input that is not an image, or that is empty, too thin or too large for the model.
         """
         rgb = rgb_from(image)
         height, width = rgb.shape[:2]
@@ -56,14 +56,14 @@ class Predictor:
             raise ValueError(f"an image of {width}x{height} pixels {TOO_LARGE} ({error})") from error
 
     def costs(self, image: str | os.PathLike | Image.Image | np.ndarray | torch.Tensor) -> dict:
-        """GFLOPs of an image of this size, without running the model.
+        """GFLOPs for an image of this size, without running the model.
 
         Returns:
-            {exit: {"total", "backbone", ...}} in the paper's convention, see `costs.ExitCosts.details`; of a DoViT
-            {"static": {...}}, where no token stops.
+            {exit: {"total", "backbone", ...}} in the paper's convention, see `costs.ExitCosts.details`. For a DoViT
+            {"static": {...}}, the costs if no token stops.
 
         Raises:
-            ValueError: it is no image, or its costs are not known, as for a model that has no exits.
+            ValueError: the input is not an image, or the model's costs are not known, as without exits.
         """
         rgb = rgb_from(image)
         x = {"image": self.mapper.to_tensor(rgb), "height": rgb.shape[0], "width": rgb.shape[1]}
@@ -74,10 +74,10 @@ class Predictor:
         return cost_table(self.model)
 
     def _check_memory(self, height: int, width: int) -> None:
-        """Raises ValueError where the host's memory cannot hold the masks, for which the system would end the process.
+        """Raises ValueError if the masks do not fit into the host's memory: the system would kill the process.
 
-        Counted per pixel, in bytes, are the masks of all queries and the scores of all classes, float32, and what the
-        instances take while they are made: see `instance_inference`.
+        Counts bytes per pixel: the float32 masks of all queries, the float32 scores of all classes, and the tensors of
+        `instance_inference`.
         """
         post = getattr(self.model, "postprocessor", self.model)
         held = 4 * getattr(post, "num_classes", 0) if getattr(post, "semantic_on", True) else 0
@@ -87,7 +87,7 @@ class Predictor:
             if getattr(post, "instance_on", False):
                 classes = post.num_classes if post.thing_classes is None else len(post.thing_classes)
                 found = min(post.detections_per_image, queries * classes)
-                # binary masks, once as floats; then either two copies more for the scores, or those of the instances
+                # binary masks and their floats; then two more copies for the scores, or the masks of the instances
                 held += 5 * queries + max(8 * queries, 5 * found)
         needed, free = held * height * width, available_memory()
         if self.model.device.type == "cpu" and free is not None and needed > free:
@@ -97,7 +97,7 @@ class Predictor:
 
 
 def available_memory() -> int | None:
-    """Bytes that this machine can still give, as Linux estimates it; None elsewhere."""
+    """Bytes of memory that are available, as Linux estimates them; None on other systems."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))

@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from ..config import add_eco_config, leaves, merge_options, merge_settings, set_in_vain
+from ..config import add_eco_config, leaves, merge_options, merge_settings, set_without_effect
 from ..data.classes import dataset_classes
 from ..data.datasets import register_from_config
 from ..modeling.parent import Classified
@@ -27,17 +27,17 @@ logger = logging.getLogger(__name__)
 
 
 def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
-    """A frozen config from a YAML file and KEY VALUE pairs; its custom datasets are registered.
+    """A frozen config from a YAML file and KEY VALUE pairs. Registers its custom datasets.
 
-    Those whose annotation does not exist are left out: prediction can do without, and `check_datasets` asks for them.
-    Without a GPU a MODEL.DEVICE of cuda becomes cpu. Raises FileNotFoundError, or ValueError for what does not fit.
+    A dataset without annotation file is skipped: prediction does not need it, and `check_datasets` checks for it later.
+    Without a GPU MODEL.DEVICE cuda becomes cpu. Raises FileNotFoundError, or ValueError for invalid keys or values.
     """
     loaded = read_config(config_file)
     cfg = get_cfg()
     add_eco_config(cfg)
     with _explained(f"the config file {config_file}"):
         if loaded.get("VERSION", cfg.VERSION) != cfg.VERSION:
-            raise ValueError(f"its VERSION is {loaded['VERSION']!r}, and this software knows {cfg.VERSION} alone")
+            raise ValueError(f"its VERSION is {loaded['VERSION']!r}, but only {cfg.VERSION} is supported")
         merge_settings(cfg, loaded)
         check_numbers(cfg)
     with _explained("the list of options KEY VALUE"):
@@ -45,26 +45,26 @@ def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         check_numbers(cfg)
     for key in ("TRAIN", "TEST"):
         if not all(isinstance(name, str) for name in cfg.DATASETS[key]):
-            raise ValueError(f"DATASETS.{key} is {cfg.DATASETS[key]!r}, where names of datasets are needed")
+            raise ValueError(f"DATASETS.{key} is {cfg.DATASETS[key]!r}: give a list of dataset names")
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     for part in (cfg.MODEL.RESNETS, cfg.MODEL.HYBRID, cfg.MODEL.DOVIT):
         if cfg.MODEL.DEVICE == "cpu" and part.NORM == "SyncBN":
-            part.NORM = "BN"  # SyncBN's kernels exist on GPUs alone; the parameters are the same
+            part.NORM = "BN"  # SyncBN runs on GPUs only; the parameters are the same
     register_from_config(cfg.DATASETS.CUSTOM, cfg.DATASETS.TRAIN, absent_ok=True)
     cfg.freeze()
     return cfg
 
 
 def warn_of_keys_without_effect(cfg: CfgNode) -> None:
-    """A warning for each key of detectron2 or Mask2Former that is set, and that nothing here reads."""
-    for key, value in set_in_vain(cfg).items() if comm.is_main_process() else ():
+    """Logs a warning for each key of detectron2 that is set but that nothing here reads."""
+    for key, value in set_without_effect(cfg).items() if comm.is_main_process() else ():
         logger.warning("%s is %r, which has no effect: nothing here reads this key", key, value)
 
 
 @contextlib.contextmanager
 def _explained(source: str) -> Iterator[None]:
-    """Turns what yacs raises into a ValueError that says where the key or value came from."""
+    """Turns errors of yacs into a ValueError that names the source of the key or value."""
     try:
         yield
     except (KeyError, AssertionError, ValueError, TypeError, AttributeError, MemoryError, RecursionError) as error:
@@ -76,13 +76,13 @@ def _explained(source: str) -> Iterator[None]:
 
 
 def check_numbers(cfg: CfgNode) -> None:
-    """Raises ValueError, naming the key, for numbers that are NaN or infinite, and a training without iterations."""
+    """Raises ValueError, naming the key, for numbers that are NaN or infinite, and for SOLVER.MAX_ITER below 1."""
     for key, value in leaves(cfg).items():
         for number in _numbers(value):
             if not math.isfinite(number):
-                raise ValueError(f"{key} is {number}, where a finite number is needed")
+                raise ValueError(f"{key} is {number}: give a finite number")
     if cfg.SOLVER.MAX_ITER < 1:
-        raise ValueError(f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}, where at least 1 iteration is needed")
+        raise ValueError(f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}: give at least 1 iteration")
 
 
 def _numbers(value: object) -> Iterator[float]:
@@ -95,16 +95,14 @@ def _numbers(value: object) -> Iterator[float]:
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """Config of the command line, output folder, loggers, seeds."""
+    """The config of the command line. Also sets up output folder, loggers and seeds."""
     hide_training_trace()
     cfg = load_cfg(args.config_file, args.opts)
     before = None
     if getattr(args, "resume", False) and comm.is_main_process():
         before = settings_before(cfg.OUTPUT_DIR, cfg.SOLVER.IMS_PER_BATCH)
     if comm.get_world_size() > 1 and cfg.MODEL.DEVICE == "cpu" and torch.distributed.get_backend() == "nccl":
-        raise ValueError(
-            "MODEL.DEVICE is cpu, but the processes took a GPU each: hide these by CUDA_VISIBLE_DEVICES=''"
-        )
+        raise ValueError("MODEL.DEVICE is cpu, but each process took a GPU: hide the GPUs with CUDA_VISIBLE_DEVICES=''")
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="eco_m2f")
     warn_of_keys_without_effect(cfg)
@@ -114,7 +112,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 
 def gate_settings(cfg: CfgNode) -> dict:
-    """What Step C takes from a config: exits, feature, and how a gate is fitted; see `tools/train_gate.py`."""
+    """The settings of Step C in a config: exits, feature, and how a gate is fitted; see `tools/train_gate.py`."""
     eco, solver = cfg.MODEL.ECO, cfg.MODEL.ECO.GATE_SOLVER
     return {
         "exits": list(eco.EXITS),
@@ -131,9 +129,9 @@ def gate_settings(cfg: CfgNode) -> dict:
 
 
 def build_model(cfg: CfgNode) -> nn.Module:
-    """The model of a config, on its device, with the classes of its dataset where that is registered.
+    """The model of a config, on its device. It gets the classes of its dataset if that is registered.
 
-    Raises ValueError where the config names a part that does not exist.
+    Raises ValueError if the config names an unknown part.
     """
     try:
         model = build_detectron2_model(cfg)

@@ -1,4 +1,4 @@
-"""One optimizer step: mixed precision, gradient accumulation, finite losses."""
+"""The optimizer step of a training."""
 
 import contextlib
 import time
@@ -13,10 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class Step(SimpleTrainer):
-    """One optimizer step: mixed precision on any device, gradient accumulation, and losses that must be finite.
+    """One optimizer step with mixed precision and gradient accumulation. Losses must be finite, see `check_finite`.
 
-    Random numbers (points, dropout) depend on the seed, the iteration and the batch alone, whichever process has it.
-    So a resumed run draws what an uninterrupted one would have, and two processes draw what one would.
+    Random numbers (points, dropout) depend only on the seed, the iteration and the batch. So a resumed run draws the
+    same as an uninterrupted one, and two processes draw the same as one.
     """
 
     def __init__(
@@ -25,8 +25,8 @@ class Step(SimpleTrainer):
         """
         Args:
             precision: the context of the forward pass.
-            accumulation_steps: batches whose mean gradient makes one step. Each batch's losses are divided by its own
-                number of masks, so the step is exactly that of one large batch where these numbers are equal.
+            accumulation_steps: number of batches whose mean gradient makes one step. Each batch's losses are divided
+                by its own number of masks. If these numbers are equal, the step is exactly that of one large batch.
         """
         super().__init__(model, data_loader, optimizer)
         if accumulation_steps < 1:
@@ -76,7 +76,7 @@ class Step(SimpleTrainer):
 
 @contextlib.contextmanager
 def enough_values(batch: list[dict]) -> Iterator[None]:
-    """Says what to do where BatchNorm finds a single value per channel, of which it cannot take the variance."""
+    """Adds images and remedy to the error of a BatchNorm with one value per channel, which has no variance."""
     try:
         yield
     except ValueError as error:
@@ -84,9 +84,9 @@ def enough_values(batch: list[dict]) -> Iterator[None]:
             raise
         images = ", ".join(f"{_name(x)} ({x['image'].shape[-1]}x{x['image'].shape[-2]})" for x in batch)
         raise ValueError(
-            f"BatchNorm in training needs more than one value per channel, but the images {images} leave a map of one "
-            "pixel: raise SOLVER.IMS_PER_GPU and SOLVER.IMS_PER_BATCH, or the size (INPUT.MIN_SIZE_TRAIN, "
-            "INPUT.MAX_SIZE_TRAIN, INPUT.IMAGE_SIZE), or keep its statistics with MODEL.RESNETS.NORM FrozenBN "
+            f"BatchNorm in training needs more than one value per channel, but the images {images} give a map of one "
+            "pixel. Raise SOLVER.IMS_PER_GPU and SOLVER.IMS_PER_BATCH, or the size (INPUT.MIN_SIZE_TRAIN, "
+            "INPUT.MAX_SIZE_TRAIN, INPUT.IMAGE_SIZE). Or fix its statistics with MODEL.RESNETS.NORM FrozenBN "
             "(MODEL.TIMM.FREEZE_BN True)"
         ) from error
 
@@ -103,6 +103,6 @@ def check_finite(losses: dict[str, Tensor], iteration: int, batch: list[dict]) -
         images = [x.get("image_id", x.get("file_name", "?")) for x in batch]
         names = ", ".join(f"{n} = {v}" for n, v in list(broken.items())[:4])
         raise FloatingPointError(
-            f"at iteration {iteration} the loss is not finite ({names}) on images {images}: look at these images and "
+            f"at iteration {iteration} the loss is not finite ({names}) on images {images}: check these images and "
             "their annotation, lower SOLVER.BASE_LR, or turn SOLVER.AMP.ENABLED off"
         )

@@ -1,4 +1,4 @@
-"""detectron2's trainer, for the parent and for Step A."""
+"""Training of the parent, of Step A and of DoViT, with detectron2's trainer."""
 
 import copy
 import logging
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
-    """detectron2's trainer, for the parent and for Step A."""
+    """detectron2's trainer with the step, loaders, optimizer and checkpoints of this project."""
 
     def __init__(self, cfg: CfgNode):
         super(DefaultTrainer, self).__init__()
@@ -55,7 +55,7 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Goes on from OUTPUT_DIR's last checkpoint if asked and there is one; else loads MODEL.WEIGHTS."""
+        """Continues from OUTPUT_DIR's last checkpoint if resume is set and there is one; else loads MODEL.WEIGHTS."""
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if resume and self.checkpointer.has_checkpoint():
             self.start_iter = self.iter + 1
@@ -64,7 +64,7 @@ class Trainer(DefaultTrainer):
         batches.start = self.start_iter * self._trainer.accumulation_steps
 
     def after_train(self) -> None:
-        """After a step that failed nothing is evaluated, and no other error takes the place of the first."""
+        """After a failed step: evaluates nothing, and only logs errors of hooks, so that the first error is raised."""
         if self.iter >= self.max_iter:
             super().after_train()
             return
@@ -106,43 +106,43 @@ class Trainer(DefaultTrainer):
         return build_test_loader(cfg, dataset_name)
 
     def test(self, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict:
-        """Evaluates, in between and in the end. Evaluators that fail do not end the training, see `train`."""
+        """Evaluates during and after training. Failed evaluators do not stop the training, see `train`."""
         try:
             return evaluate(cfg, model) if cfg.DATASETS.TEST else {}
         except EvaluationError as error:
             self.failed_evaluation = error
-            logger.error("the training goes on, and ends with an error: %s", error)
+            logger.error("the training goes on, and will end with an error: %s", error)
             return error.results
 
     def train(self) -> None:
-        """Trains to the end. Raises EvaluationError then, where an evaluation on the way was not complete."""
+        """Trains to the end. Then raises EvaluationError if evaluators failed on the way."""
         super().train()
         if self.failed_evaluation:
             raise self.failed_evaluation
 
 
 def load_teacher(model: DoViT, path: str) -> None:
-    """Lets a model learn from a trained one of the same architecture, whose weights are at `path`."""
+    """Sets the teacher of a model: the same architecture with the weights at `path`."""
     teacher = copy.deepcopy(model)
     Checkpointer(teacher).load_for_evaluation(path)
     model.set_teacher(teacher)
 
 
 def check_training(cfg: CfgNode) -> None:
-    """Raises ValueError where there is nothing to train on."""
+    """Raises ValueError if there is nothing to train on."""
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty: name a dataset to train on")
 
 
 def trains_some_exits(model: nn.Module) -> bool:
-    """Whether a step may leave parameters without gradient: the layers beyond the deepest exit drawn."""
+    """Whether a step may leave parameters without gradient: the layers after the deepest exit drawn."""
     return isinstance(model, EarlyExits) and (
         model.sampler.exits_per_step < len(model.exits) or model.exits[-1] < model.head.exits[-1]
     )
 
 
 def distributed(model: nn.Module, unused: bool) -> nn.Module:
-    """The model under DistributedDataParallel where there are several processes."""
+    """The model, in DistributedDataParallel if there are several processes."""
     if comm.get_world_size() == 1:
         return model
     devices = None if model.device.type == "cpu" else [comm.get_local_rank()]

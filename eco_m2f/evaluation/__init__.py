@@ -1,1 +1,1 @@
-"""Quality and cost: PQ and AP per image and per dataset, mIoU, exits taken, tokens kept."""
+"""Evaluators: PQ, mIoU and AP of datasets, exits taken, tokens kept."""

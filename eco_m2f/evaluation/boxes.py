@@ -16,9 +16,9 @@ from .instance import with_image_ap
 class BoxEvaluator(RowEvaluator):
     """Reads `instances` of the outputs: pred_boxes (pixels), scores, pred_classes (contiguous).
 
-    `evaluate` returns {"bbox": {AP, AP50, AP75, APs, APm, APl, AP_image, AP-<class>}} in percent, NaN where no object
-    of that kind exists; AP_image is the mean over the images of `ObjectComparison.ap`. With an output_dir it also
-    writes `boxes.json`, with each image's own AP. `max_detections` is COCO's limit per image and class, officially 100.
+    `evaluate` returns {"bbox": {AP, AP50, AP75, APs, APm, APl, AP_image, AP-<class>}} in percent, NaN if no object of
+    that kind exists. AP_image is the mean of `ObjectComparison.ap` over the images. With an output_dir it also writes
+    `boxes.json`, with the AP of each image. `max_detections` is COCO's limit per image and class, officially 100.
     """
 
     def __init__(self, ground_truth: BoxGroundTruth, output_dir: str | None = None, max_detections: int = 100):

@@ -1,4 +1,4 @@
-"""Which evaluators a dataset gets."""
+"""Builds the evaluators of a dataset."""
 
 import os
 
@@ -30,17 +30,17 @@ def evaluators_for(
     panoptic_on: bool = True,
     max_detections: int = 100,
 ) -> Evaluators:
-    """PQ, mIoU and AP for the heads that are on, and with `costs` of the model the statistics of its exits or tokens.
+    """Evaluators of PQ, mIoU and AP, as switched on. With `costs` also the statistics of exits or tokens.
 
-    Serves any dataset in COCO's panoptic format, those of class maps alone, which get mIoU, and those in COCO's
-    detection format, which get the AP of boxes; results go to `output_dir/<dataset_name>` where that is given. AP on
-    Cityscapes is Cityscapes' own, elsewhere COCO's; both are called `segm`. Raises ValueError for a dataset of another
-    `evaluator_type`, or where files that an evaluator needs are missing.
+    A dataset in COCO's panoptic format gets all three. One with class maps only gets mIoU, one in COCO's detection
+    format the AP of boxes. The AP of masks (`segm`) is Cityscapes' own on Cityscapes and COCO's elsewhere. Results go
+    to `output_dir/<dataset_name>` if output_dir is given. Raises ValueError for a dataset of another `evaluator_type`,
+    or if files that an evaluator needs are missing.
     """
     kind = getattr(MetadataCatalog.get(dataset_name), "evaluator_type", None)
     known = [*PANOPTIC_TYPES, *SEMANTIC_TYPES, BOX_TYPE]
     if kind not in known:
-        raise ValueError(f"dataset {dataset_name!r} has evaluator_type {kind!r}; known are {known}")
+        raise ValueError(f"dataset {dataset_name!r} has evaluator_type {kind!r}: it must be one of {known}")
     folder = os.path.join(output_dir, dataset_name) if output_dir else None
     evaluators = [] if costs is None else [_statistics(costs)(costs, folder)]
     if kind == BOX_TYPE:
@@ -48,7 +48,7 @@ def evaluators_for(
         return Evaluators(evaluators, folder)
     if kind in SEMANTIC_TYPES:
         if not semantic_on:
-            raise ValueError(f"dataset {dataset_name!r} has class maps alone: set MODEL.MASK_FORMER.TEST.SEMANTIC_ON")
+            raise ValueError(f"dataset {dataset_name!r} has only class maps: set MODEL.MASK_FORMER.TEST.SEMANTIC_ON")
         return Evaluators([*evaluators, SemanticEvaluator(SemanticGroundTruth(dataset_name), folder)], folder)
     truth = PanopticGroundTruth(dataset_name)
     if panoptic_on:

@@ -1,6 +1,6 @@
-"""Evaluators as rows of images: brought together from all processes, and results written whole or not at all.
+"""Evaluators that gather a row per image from all processes and write their results in whole files.
 
-Several run side by side in `Evaluators`, where one that fails takes no other's result with it.
+`Evaluators` runs several of them. If one fails, the results of the others stay.
 """
 
 import contextlib
@@ -16,14 +16,14 @@ from detectron2.utils import comm
 from ..files import atomic_write
 
 logger = logging.getLogger(__name__)
-EXPLAINED = (ValueError, OSError, ImportError)  # errors whose message says it all; others show their trace
+EXPLAINED = (ValueError, OSError, ImportError)  # the message explains these; other errors are logged with their trace
 
 
 class RowEvaluator(DatasetEvaluator):
-    """Makes a row of every image, and a result of all rows. A subclass has
+    """Makes an image row of each image, and results of all rows. A subclass has
 
-    - `row(x, y)`: the row of an input and its output, or None where there is nothing to note;
-    - `summary(rows)`: the result of the rows by image id, see `gather_rows`.
+    - `row(x, y)`: the image row of an input x and its output y, or None to skip the image;
+    - `summary(rows)`: the results {task: {metric: value}} of {image id: row}, see `gather_rows`.
     """
 
     def __init__(self, output_dir: str | None = None):
@@ -40,30 +40,30 @@ class RowEvaluator(DatasetEvaluator):
                 self._rows[x["image_id"]] = row
 
     def evaluate(self) -> dict | None:
-        """The summary; None on every process but the first."""
+        """The results; None except on the first process."""
         rows = gather_rows(self._rows)
         return None if rows is None else self.summary(rows)
 
     def write(self, name: str, content) -> None:
-        """Writes `output_dir/name` as JSON, replacing it in one step; nothing without an output_dir."""
+        """Writes `output_dir/name` as JSON, whole or not at all. Does nothing without an output_dir."""
         write_json(self._output_dir, name, content)
 
 
 class EvaluationError(ValueError):
-    """Some evaluators failed. `results` are those of the others, which have been written."""
+    """Evaluators failed. `results` are those of the other evaluators, which are already written."""
 
     def __init__(self, failures: Mapping[str, str], results: dict):
-        told = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
-        super().__init__(f"{len(failures)} evaluator(s) failed, the results of the others stand above. {told}")
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+        super().__init__(f"{len(failures)} evaluator(s) failed; the results of the others are above. {reasons}")
         self.results = results
 
 
 class Evaluators(DatasetEvaluator):
-    """Runs several evaluators. One that fails is left out from then on, on all processes, and the others go on.
+    """Runs several evaluators. One that fails is left out on all processes, and the others continue.
 
-    With an output_dir `results.json` holds the results so far, and is written anew after each evaluator.
-    `failures` is {class of an evaluator: why it failed}, the same on all processes once `evaluate` is through;
-    `errors` are the exceptions of this process.
+    With an output_dir `results.json` has the results so far; it is written again after each evaluator. `failures` is
+    {class of an evaluator: reason}, the same on all processes after `evaluate`. `errors` are the exceptions of this
+    process.
     """
 
     def __init__(self, evaluators: Sequence[DatasetEvaluator], output_dir: str | None = None):
@@ -84,10 +84,10 @@ class Evaluators(DatasetEvaluator):
                     evaluator.process(inputs, outputs)
 
     def evaluate(self) -> dict | None:
-        """{task: {metric: value}} of the evaluators that did not fail; None on every process but the first."""
+        """{task: {metric: value}} of the evaluators that did not fail; None except on the first process."""
         results: dict = {}
         for name, evaluator in self._evaluators.items():
-            self._agree(name)  # before what follows waits for all processes
+            self._agree(name)  # first, because the next call waits for all processes
             if name not in self.failures:
                 with self._contained(name):
                     results |= evaluator.evaluate() or {}
@@ -106,14 +106,14 @@ class Evaluators(DatasetEvaluator):
             logger.error("%s failed and is left out: %s", name, error, exc_info=not isinstance(error, EXPLAINED))
 
     def _agree(self, name: str) -> None:
-        """What failed on one process has failed on all."""
+        """Marks an evaluator as failed on all processes if it failed on one."""
         reasons = [reason for reason in comm.all_gather(self.failures.get(name)) if reason]
         if reasons:
             self.failures[name] = reasons[0]
 
 
 def write_json(folder: str | None, name: str, content) -> None:
-    """Writes `folder/name`, replacing it in one step; nothing where folder is None or empty."""
+    """Writes `folder/name` as JSON, whole or not at all. Does nothing if folder is None or empty."""
     if not folder:
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -122,21 +122,21 @@ def write_json(folder: str | None, name: str, content) -> None:
 
 
 def without_nan(content):
-    """The same with None in place of NaN, which JSON does not know."""
+    """A copy with None in place of NaN, which JSON does not have."""
     if isinstance(content, Mapping):
         return {key: without_nan(value) for key, value in content.items()}
     return None if isinstance(content, float) and math.isnan(content) else content
 
 
 def gather_rows(rows: Mapping) -> dict | None:
-    """Rows of all processes by image id, in the order of the ids; None on every process but the first.
+    """{image id: row} of all processes, in the order of the ids; None except on the first process.
 
-    Sums over the result are the same, to the last bit, whatever the number of processes. An image that a sampler gave
-    to two processes is there once.
+    An image that two processes had occurs once. So sums over the rows are the same, to the last bit, for any number of
+    processes.
     """
     gathered = comm.gather(dict(rows), dst=0)
     if not comm.is_main_process():
         return None
     merged = {image_id: row for part in gathered for image_id, row in part.items()}
-    # numbers before texts: ids of both types do not compare
+    # integers before strings: they cannot be compared
     return {i: merged[i] for i in sorted(merged, key=lambda i: (isinstance(i, str), i))}

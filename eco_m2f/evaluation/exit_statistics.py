@@ -1,4 +1,4 @@
-"""How deep the images went, and what that cost."""
+"""The exits that images took, and their GFLOPs."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -8,15 +8,15 @@ from .collect import RowEvaluator
 
 
 class ExitStatistics(RowEvaluator):
-    """Reads `exit` (int) of the outputs; a model without exits gives no result.
+    """Reads `exit` (int) of the outputs. A model without exits gives no results.
 
-    `evaluate` returns {"exits": {mean_exit, GFLOPs, encoder_GFLOPs, images@<exit>}}: means over all images in the
-    paper's convention (`costs/exits.py`), and the number of images per exit. With an output_dir it also writes
-    `exits.json` with every image's exit.
+    `evaluate` returns {"exits": {mean_exit, GFLOPs, encoder_GFLOPs, images@<exit>}}: means over the images, and the
+    number of images per exit. GFLOPs follow the paper's convention (`costs/exits.py`). With an output_dir it also
+    writes `exits.json` with the exit of each image.
     """
 
     def __init__(self, costs: ExitCosts, output_dir: str | None = None):
-        """costs: of the model, which gets its images one by one: an image is padded for itself alone."""
+        """costs: those of the model. It must get its images one by one: the costs are for an image padded alone."""
         super().__init__(output_dir)
         self._costs = costs
 

@@ -17,9 +17,9 @@ class InstanceEvaluator(RowEvaluator):
     """Reads `instances` of the outputs: pred_masks [N, H, W], scores, pred_classes (contiguous).
 
     The ground truth is `InstanceGroundTruth`. `evaluate` returns {"segm": {AP, AP50, AP75, APs, APm, APl, AP_image,
-    AP-<class>}} in percent, NaN where no object of that kind exists; AP_image is the mean over the images of
-    `ObjectComparison.ap`. With an output_dir it also writes `instances.json`, with each image's own AP.
-    `max_detections` is COCO's limit per image and class; 100 is the official one.
+    AP-<class>}} in percent, NaN if no object of that kind exists. AP_image is the mean of `ObjectComparison.ap` over
+    the images. With an output_dir it also writes `instances.json`, with the AP of each image. `max_detections` is
+    COCO's limit per image and class, officially 100.
     """
 
     def __init__(self, ground_truth: PanopticGroundTruth, output_dir: str | None = None, max_detections: int = 100):
@@ -60,9 +60,9 @@ class InstanceEvaluator(RowEvaluator):
 
 
 def with_image_ap(result: Mapping[str, float], per_image: Mapping) -> tuple[dict, dict]:
-    """A dataset's AP in percent with the mean of its images' AP beside it; and the same in [0, 1] as it is written.
+    """Adds AP_image, the mean AP of the images, to a dataset's AP in percent. per_image: {image id: AP in [0, 1]}.
 
-    per_image: {image id: AP in [0, 1]}.
+    Returns the metrics in percent, and the content of the JSON file, which is in [0, 1].
     """
     mean = float(np.mean(list(per_image.values()))) if per_image else float("nan")
     result = {**result, "AP_image": 100 * mean}

@@ -1,4 +1,4 @@
-"""Semantic segmentation from several views of an image: resized to several sizes, each also mirrored."""
+"""Semantic segmentation from several views of an image: several sizes, each also mirrored."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,10 +11,10 @@ from ..data.transforms import ShortestEdge
 
 
 class MultiScale(nn.Module):
-    """Takes the mean of a model's class scores over views of each image, as Mask2Former's test with TEST.AUG does.
+    """The mean of a model's class scores over views of each image, as Mask2Former computes it with TEST.AUG.
 
-    Maps a batch of inputs with `file_name`, `height` and `width` to results that hold `sem_seg` [C, height, width]
-    alone. The image is read anew for each size; a model with exits chooses one for each view.
+    Maps a batch of inputs with `file_name`, `height` and `width` to results with only `sem_seg` [C, height, width]. The
+    image is read again for each size. A model with exits chooses an exit for each view.
     """
 
     def __init__(self, model: nn.Module, mappers: Sequence[PanopticTestMapper], mirrored: bool):
@@ -26,16 +26,16 @@ class MultiScale(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, model: nn.Module) -> "MultiScale":
-        """The sizes of TEST.AUG. Raises ValueError where the model is not evaluated for semantic segmentation."""
+        """Takes the sizes of TEST.AUG. Raises ValueError if semantic segmentation is not evaluated."""
         aug = cfg.TEST.AUG
         parent = getattr(model, "module", model)
         if getattr(parent, "annotation", "panoptic") == "boxes" or not cfg.MODEL.MASK_FORMER.TEST.SEMANTIC_ON:
             raise ValueError(
-                "TEST.AUG.ENABLED is for semantic segmentation alone, which this model is not evaluated for: set it to "
+                "TEST.AUG.ENABLED is for semantic segmentation only, which is not evaluated for this model: set it to "
                 "False, or MODEL.MASK_FORMER.TEST.SEMANTIC_ON to True"
             )
         if not aug.MIN_SIZES:
-            raise ValueError("TEST.AUG.MIN_SIZES is empty: name the shortest edges, in pixels")
+            raise ValueError("TEST.AUG.MIN_SIZES is empty: give the shortest edges in pixels")
         resize = [[ShortestEdge(size, aug.MAX_SIZE)] for size in aug.MIN_SIZES]
         mappers = [PanopticTestMapper(augmentations=r, image_format=cfg.INPUT.FORMAT) for r in resize]
         return cls(model, mappers, aug.FLIP)

@@ -1,4 +1,4 @@
-"""PQ, SQ and RQ of a dataset, summed from the statistics of its images; no files are written in between."""
+"""PQ, SQ and RQ of a dataset, from the summed statistics of its images."""
 
 from collections.abc import Mapping
 
@@ -15,9 +15,9 @@ from .collect import RowEvaluator, without_nan
 class PanopticEvaluator(RowEvaluator):
     """Reads `panoptic_seg` of the outputs: (map [H, W] with 0 for void, segments with contiguous category ids).
 
-    `evaluate` returns {"panoptic_seg": {PQ, SQ, RQ, PQ_th, ..., RQ_st}} in percent, equal to panopticapi's; things or
-    stuff are left out of it where the dataset has none. With an output_dir it also writes `panoptic.json`: the same
-    with the classes by name, and each image's own PQ.
+    `evaluate` returns {"panoptic_seg": {PQ, SQ, RQ, PQ_th, ..., RQ_st}} in percent, equal to panopticapi's. A dataset
+    without things or without stuff has no such entries. With an output_dir it also writes `panoptic.json`: the same,
+    the classes by name, and the PQ of each image.
     """
 
     def __init__(self, ground_truth: PanopticGroundTruth, output_dir: str | None = None):

@@ -1,4 +1,4 @@
-"""mIoU against the panoptic annotation, or against PNGs of class ids where the dataset has them."""
+"""mIoU of a dataset, from the summed pixel counts of its images."""
 
 from collections.abc import Mapping
 
@@ -13,9 +13,9 @@ from .collect import RowEvaluator, without_nan
 class SemanticEvaluator(RowEvaluator):
     """Reads `sem_seg` [C, H, W] of the outputs, scores of the contiguous classes.
 
-    Truth is the input's `sem_seg_file_name` where the metadata has a `sem_seg_root`, else derived from the panoptic
-    annotation. `evaluate` returns {"sem_seg": {mIoU, fwIoU, mACC, pACC, IoU-<class>}} in percent; as in detectron2,
-    the means are over the classes that occur in the ground truth and ignored pixels count nowhere.
+    The ground truth is the PNG of class ids at `sem_seg_file_name` of the input, or else the classes of the panoptic
+    annotation. `evaluate` returns {"sem_seg": {mIoU, fwIoU, mACC, pACC, IoU-<class>}} in percent. As in detectron2, the
+    means are over the classes in the ground truth, and ignored pixels do not count.
     """
 
     def __init__(self, ground_truth: ClassMaps, output_dir: str | None = None):
@@ -40,7 +40,7 @@ class SemanticEvaluator(RowEvaluator):
 
 
 def semantic_metrics(total: ImageStatistics, class_names: list[str]) -> dict[str, float]:
-    """Percentages from the pixels of all images, counted by class; NaN where there is nothing to average."""
+    """Percentages from the pixel counts of all images by class; NaN if there is nothing to average."""
     tp, fp, fn = (np.zeros(len(class_names)) for _ in range(3))
     for counts, values in ((tp, total.tp), (fp, total.fp), (fn, total.fn)):
         counts[total.category_id] = values

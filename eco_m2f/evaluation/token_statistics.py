@@ -1,4 +1,4 @@
-"""How many tokens went on, and what that saved."""
+"""The tokens that a DoViT kept, and the GFLOPs saved."""
 
 from collections.abc import Mapping
 
@@ -7,11 +7,12 @@ from .collect import RowEvaluator
 
 
 class TokenStatistics(RowEvaluator):
-    """Reads `tokens` of the outputs, as `DoViT.forward` makes them; a model that stops no tokens gives no result.
+    """Reads `tokens` of the outputs of `DoViT.forward`. Another model gives no results.
 
-    `evaluate` returns {"tokens": {threshold, kept@<i>, GFLOPs, static_GFLOPs, saved}}: the mean share of the tokens
-    that go on after each decision point i (from 1), the mean costs with and without stopping, and the share of the
-    latter that was saved, shares in percent. With an output_dir it also writes `tokens.json`, with every image's own.
+    `evaluate` returns {"tokens": {threshold, kept@<i>, GFLOPs, static_GFLOPs, saved}}. kept@<i> is the mean share of
+    tokens kept after decision point i (from 1). GFLOPs and static_GFLOPs are the mean costs with and without stopping.
+    saved is the share of static_GFLOPs that was saved. Shares are in percent. With an output_dir it also writes
+    `tokens.json`, with the row of each image.
     """
 
     def __init__(self, costs: TokenCosts, output_dir: str | None = None):
@@ -19,7 +20,7 @@ class TokenStatistics(RowEvaluator):
         self._costs = costs
 
     def row(self, x: Mapping, y: Mapping) -> dict | None:
-        """{threshold, kept, gflops, static_gflops} of an image. At a threshold of 1 nothing is decided."""
+        """The image row {threshold, kept, gflops, static_gflops}. At a threshold of 1 no token stops."""
         if "tokens" not in y:
             return None
         threshold, shares = y["tokens"]["threshold"], y["tokens"]["kept"]

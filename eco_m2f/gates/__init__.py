@@ -1,1 +1,1 @@
-"""Step C: the gate, its file, its fit, and the budgets it is fitted for."""
+"""Step C: the gate, its file, its fit, the frontier, and the search for a budget."""

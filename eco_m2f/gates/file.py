@@ -1,7 +1,8 @@
-"""The file of a gate: its tensors and plain values, with a digest of all of them, so that any damage shows.
+"""The file of a gate: its tensors and plain values, with a digest of both that shows any damage.
 
-A file that ends in .safetensors is one, its values being JSON in the metadata; any other is PyTorch's archive. Neither
-runs code when it is read. Archives of the older format have no digest: there the archive's own checksums stand in.
+A name that ends in .safetensors gives that format, with the values as JSON in the metadata. Any other name gives
+PyTorch's archive. Reading either runs no code. Archives of the older format have no digest: the checksums of the
+archive are checked instead.
 """
 
 import hashlib
@@ -25,13 +26,10 @@ METADATA = "eco_m2f"
 
 
 def write_gate(path: Path, content: Mapping) -> None:
-    """Writes a gate whole or not at all. content: `TENSORS`, and values that JSON can hold.
-
-    Raises ValueError for other values.
-    """
+    """Writes a gate whole or not at all. content: `TENSORS`, and values that JSON holds; others raise ValueError."""
     values = {name: value for name, value in content.items() if name not in TENSORS}
     try:
-        values = json.loads(json.dumps({"format": FORMAT, **values}))  # as they are read back: tuples are lists
+        values = json.loads(json.dumps({"format": FORMAT, **values}))  # as a reader gets them: tuples become lists
     except TypeError as error:
         raise ValueError(f"the gate cannot be written to {path}: {error}") from error
     tensors = {name: content[name].detach().cpu().contiguous() for name in TENSORS}
@@ -44,11 +42,11 @@ def write_gate(path: Path, content: Mapping) -> None:
 
 
 def read_gate(path: Path) -> dict:
-    """What `write_gate` was given, unchanged. Raises ValueError, naming the file, for what is no whole gate file."""
+    """The content that `write_gate` wrote. Raises ValueError, naming the file, for a damaged file or another file."""
     try:
         content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_archive(path)
-        version, changed = _taken_from(content)
-    except Exception as error:  # whatever a broken file makes these readers raise
+        version, changed = _pop_format(content)
+    except Exception as error:  # a broken file can make these readers raise anything
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is no whole gate file ({reason}): fit it with tools/train_gate.py") from error
     if version not in (FORMAT, OLD_FORMAT):
@@ -58,8 +56,8 @@ def read_gate(path: Path) -> dict:
     return content
 
 
-def _taken_from(content: dict) -> tuple[object, bool]:
-    """Takes format and digest out of what a file held: the format, and whether the rest is not what was written."""
+def _pop_format(content: dict) -> tuple[object, bool]:
+    """Removes format and digest from a file's content. Returns the format, and whether the digest does not match."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return content.pop("format", None) if isinstance(content, dict) else None, False
     digest = content.pop("sha256", None)

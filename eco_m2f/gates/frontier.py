@@ -1,8 +1,8 @@
-"""A budget (beta, K, loss) becomes a gate with its measured quality and GFLOPs, and many become a frontier.
+"""Fits a gate for each budget (beta, K, loss), and computes its quality and GFLOPs: a row of the frontier.
 
-Measuring needs no images and no parent: both are sums over a derived dataset's rows, for any choice of exits. A
-frontier over beta and K is therefore a matter of seconds per gate. Where the quality of a dataset is no sum over its
-images (AP), their mean stands in for it.
+This needs no images and no parent. For any choice of exits, quality and GFLOPs are sums over the derived rows, so a
+gate of a frontier takes seconds. If the quality of a dataset is no sum over its images (AP), the mean over the images
+is used.
 """
 
 import itertools
@@ -21,34 +21,32 @@ from .gate import Gate
 
 @dataclass
 class Row:
-    """One way to choose exits, measured on a derived dataset. What the frontier's table shows.
+    """A frontier row: quality and cost of one way to choose exits on a derived dataset. The CSV has a line for each.
 
-    policy: "fixed" (everyone leaves at max_exit), "oracle" (the exit targets of Eq. 5), or "gate". exact: {column:
-    quality of the whole dataset, in points of 100}, NaN where the dataset has no statistics; {} where the quality is no
-    sum. quality: the mean over the images, in points. gflops: means over the images. images: {exit: number of images
-    leaving there}.
+    policy: "fixed" (all images leave at max_exit), "oracle" (the exit targets of Eq. 5), or "gate". Qualities are in
+    points of 100. GFLOPs are means over the images.
     """
 
     policy: str
     beta: float | None
     max_exit: int
     loss: str | None
-    exact: dict[str, float]
-    quality: float
+    exact: dict[str, float]  # {column: of the whole dataset}; NaN without statistics, {} if the quality is no sum
+    quality: float  # mean over the images
     mean_exit: float
     total_gflops: float
     encoder_gflops: float
-    images: dict[int, int]
+    images: dict[int, int]  # {exit: number of images that leave there}
     gate: Gate | None = None
 
     @property
     def score(self) -> float:
-        """The exact quality of the dataset where there is one, else the mean over its images."""
+        """The exact quality of the dataset if it is known, else the mean over its images."""
         exact = next(iter(self.exact.values()), math.nan)
         return self.quality if math.isnan(exact) else exact
 
     def numbers(self) -> dict:
-        """All but the gate, flat, as it stands in the CSV."""
+        """All fields but the gate, flat: a line of the CSV."""
         flat: dict = {}
         for key, value in vars(self).items():
             if key not in ("images", "gate"):
@@ -57,9 +55,9 @@ class Row:
 
 
 def measure(dataset: DerivedDataset, choice, **about) -> Row:
-    """Quality and cost when image i of the dataset leaves at exit choice[i]; about: the other fields.
+    """The frontier row if image i of the dataset leaves at exit choice[i]. about: the other fields.
 
-    Raises ValueError where the dataset's quality is not known.
+    Raises ValueError if the quality in the dataset is not registered.
     """
     choice, kind = np.asarray(choice), dataset.quality_kind
     exact = {}
@@ -79,7 +77,7 @@ def measure(dataset: DerivedDataset, choice, **about) -> Row:
 
 
 class GateFitter:
-    """Fits gates of several budgets on one derived dataset, and measures each on another."""
+    """Fits gates of several budgets on one derived dataset, and computes their frontier rows on another."""
 
     def __init__(
         self,
@@ -90,7 +88,7 @@ class GateFitter:
         seed: int = 0,
         adam: AdamOptions = AdamOptions(),
     ):
-        """Raises ValueError unless both have one quality, which is known, one parent, the same exits and features."""
+        """Raises ValueError unless both have the same registered quality, parent, exits and feature source."""
         for dataset in (train, val):
             if dataset.features is None:
                 raise ValueError(f"{dataset.provenance['dataset']} was loaded without features: a gate needs them")
@@ -109,11 +107,11 @@ class GateFitter:
         self.scaling = Scaling.of(self.features, self.l2, seed)
 
     def fit(self, beta: float, max_exit: int, loss: str = "hard_ce") -> Row:
-        """The row of the gate, which holds the gate, which holds the row's numbers as its results."""
+        """The frontier row of one gate. `row.gate` is the gate, and `gate.results` has the numbers of the row."""
         return self.fit_all([(beta, max_exit, loss)])[0]
 
     def fit_all(self, budgets: Sequence[tuple[float, int, str]]) -> list[Row]:
-        """The rows of several budgets (beta, max_exit, loss), their gates being fitted side by side."""
+        """The frontier rows of several budgets (beta, max_exit, loss). Their gates are fitted side by side."""
         source = self.train.provenance
         gates = fit_gates(
             self.features,
@@ -139,13 +137,13 @@ class GateFitter:
 
 
 def fixed_rows(dataset: DerivedDataset) -> list[Row]:
-    """Everyone at the same exit, for each exit."""
+    """A frontier row per exit: all images leave there."""
     about = {"policy": "fixed", "beta": None, "loss": None}
     return [measure(dataset, np.full(len(dataset), k), max_exit=k, **about) for k in dataset.exits]
 
 
 def oracle_row(dataset: DerivedDataset, beta: float, max_exit: int) -> Row:
-    """Everyone at the exit target of Eq. 5: the utility that no gate can surpass."""
+    """The frontier row of the exit targets (Eq. 5). No gate reaches a higher utility."""
     targets = exit_targets(dataset.quality, dataset.exits, beta, max_exit)
     return measure(dataset, targets, policy="oracle", beta=beta, max_exit=max_exit, loss=None)
 
@@ -158,12 +156,12 @@ def frontier(
     losses: Sequence[str] = ("hard_ce",),
     **options,
 ) -> Iterator[Row]:
-    """Rows measured on val: each fixed exit, then for each K and beta the oracle and a gate per loss.
+    """Yields the frontier rows on val: each fixed exit, then for each K and beta the oracle and a gate per loss.
 
-    options: optimizer, l2, seed, adam of `GateFitter`. The gates of one K come together, once all of them are fitted.
+    options: optimizer, l2, seed, adam of `GateFitter`. All gates of one K are fitted before the first of them comes.
     """
     for max_exit in max_exits:
-        exits_up_to(train.exits, max_exit)  # mistakes show before the first fit
+        exits_up_to(train.exits, max_exit)  # errors come before the first fit
         for beta, loss in itertools.product(betas, losses):
             check_has_minimum(loss, train.quality, train.exits, beta, max_exit)
     fitter = GateFitter(train, val, **options)
@@ -176,13 +174,13 @@ def frontier(
 
 
 def header(kind: type) -> str:
-    """The names over `format_row`, for a quality."""
+    """The column titles for `format_row`. kind: the quality."""
     exact = "".join(f"{title:{width}} " for title, width in _exact_columns(kind).items())
     return f"policy  K  beta     loss      {exact}quality  exit   GFLOPs    encoder  images per exit"
 
 
 def format_row(row: Row, kind: type) -> str:
-    """A line under `header(kind)`."""
+    """A frontier row as a line under `header(kind)`."""
     beta = "-" if row.beta is None else f"{row.beta:.3g}"
     images = " ".join(f"{k}:{n}" for k, n in row.images.items())
     exact = "".join(f"{_points(v):{width}} " for v, width in zip(row.exact.values(), _exact_columns(kind).values()))
@@ -197,5 +195,5 @@ def _points(value: float) -> str:
 
 
 def _exact_columns(kind: type) -> dict[str, int]:
-    """{title: width} of the columns of exact values."""
+    """{title: width} of the exact qualities."""
     return {title: max(6, len(title)) for title in kind.columns.values()} if kind.exact else {}

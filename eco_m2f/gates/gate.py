@@ -13,16 +13,16 @@ from .file import read_gate, write_gate
 
 @dataclass
 class Gate:
-    """A fitted gate g = W z + b, saved alone beside the parent it was fitted for.
+    """A fitted gate g = W z + b. Its file is separate from the parent's checkpoint.
 
-    weight: [E', C] float32; bias: [E']; exits: the E' layer numbers it chooses from, the largest being K = max_exit.
-    feature_source: the map that z is pooled from, "res5" or "projected". parent_sha256: see `checkpoint.parent_hash`.
-    fit: how it was fitted (optimizer, seed, ...). results: what was measured with it, such as PQ and GFLOPs; both of
-    plain values. Raises ValueError for a value that no gate can have.
+    exits: the E' layer numbers that it chooses from; the largest is K = max_exit. feature_source: the map that z is
+    pooled from, "res5" or "projected". parent_sha256: digest of the parent that it was fitted for, see
+    `checkpoint.parent_hash`. fit: how it was fitted (optimizer, seed, ...). results: its quality and GFLOPs on a
+    derived dataset. Both hold plain values. Raises ValueError for invalid values.
     """
 
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor  # [E', C] float32
+    bias: Tensor  # [E'] float32
     exits: tuple[int, ...]
     beta: float
     loss: str
@@ -72,18 +72,22 @@ class Gate:
         return torch.nn.functional.linear(z, self.weight.to(z), self.bias.to(z))
 
     def choose(self, z: Tensor) -> Tensor:
-        """z [B, C] -> exits (layer numbers), int64 [B]; ties go to the smaller exit."""
-        return torch.tensor(self.exits, device=z.device)[self.logits(z).argmax(dim=1)]
+        """z [B, C] -> exits, int64 [B]."""
+        return self.exits_of(self.logits(z))
+
+    def exits_of(self, logits: Tensor) -> Tensor:
+        """logits [B, E'] -> exits (layer numbers), int64 [B]; ties go to the smaller exit."""
+        return torch.tensor(self.exits, device=logits.device)[logits.argmax(dim=1)]
 
     def save(self, path: str | Path) -> None:
-        """Writes the gate whole or not at all: a .safetensors file if it is called so, else PyTorch's archive."""
+        """Writes the gate whole or not at all: as .safetensors if the name ends so, else as PyTorch's archive."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_gate(path, {f.name: getattr(self, f.name) for f in fields(self)})
 
     @classmethod
     def load(cls, path: str | Path) -> "Gate":
-        """Raises FileNotFoundError, or ValueError for a file that is no gate, or that was changed since."""
+        """Raises FileNotFoundError, or ValueError for a file that is no gate or was changed after it was written."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"no gate at {str(path)!r}: fit one with tools/train_gate.py")
         content = read_gate(Path(path))

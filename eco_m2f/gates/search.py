@@ -1,4 +1,4 @@
-"""The search for the gate that keeps to a limit of GFLOPs or of lost quality."""
+"""The search for the best gate within a limit of GFLOPs or of lost quality."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -19,12 +19,15 @@ def search_budget(
     steps: int = 12,
     **options,
 ) -> tuple[Row, list[Row]]:
-    """The gate that keeps to a limit, and all gates tried for it, beta being searched by bisection of its logarithm.
+    """The frontier row of the best gate within a limit, and the rows of all gates tried.
 
-    target_gflops: the mean total GFLOPs on val that must not be exceeded; among the gates below it, the one with the
-    highest quality wins. max_pq_drop: the points of quality (of 100) that may be lost on val against the last exit for
-    all; among the gates that keep to it, the one with the fewest GFLOPs wins. Give one of the two.
-    Raises ValueError if no gate keeps to the limit, and says how near one comes.
+    beta is found by bisection of its logarithm. Give one limit, both on val:
+
+    target_gflops: most mean total GFLOPs. Among the gates within it, the one of highest quality wins.
+    max_pq_drop: most points of quality (of 100) that a gate may lose against the last exit for all images. Among the
+        gates within it, the one with the fewest GFLOPs wins.
+
+    Raises ValueError if no gate keeps to the limit. The message has the nearest value reached.
     """
     if (target_gflops is None) == (max_pq_drop is None):
         raise ValueError("give either target_gflops or max_pq_drop")
@@ -42,27 +45,27 @@ def search_budget(
         return row.score if floor is None else -row.total_gflops
 
     rows = list(_bisect(GateFitter(train, val, **options), max_exit, loss, keeps, cheaper=floor is None, steps=steps))
-    good = [row for row in rows if keeps(row)]
-    if not good and floor is None:
+    within = [row for row in rows if keeps(row)]
+    if not within and floor is None:
         least = min(row.total_gflops for row in rows)
         raise ValueError(f"no gate up to exit {max_exit} keeps to {target_gflops} GFLOPs: the least is {least:.4g}")
-    if not good:
+    if not within:
         least = fixed[-1].score - max(row.score for row in rows)
         raise ValueError(f"no gate up to exit {max_exit} loses at most {max_pq_drop} points: the least is {least:.3g}")
-    return max(good, key=rank), rows
+    return max(within, key=rank), rows
 
 
 def _bisect(
     fitter: GateFitter, max_exit: int, loss: str, keeps: Callable[[Row], bool], cheaper: bool, steps: int
 ) -> Iterator[Row]:
-    """Gates whose beta closes in on the limit. cheaper: a larger beta is what helps to keep to it."""
-    # q lies in [0, 1]: with beta above 1 all leave at the first exit
+    """Yields frontier rows of gates whose beta approaches the limit. cheaper: a larger beta helps to keep to it."""
+    # quality lies in [0, 1]: with beta above 1 all images leave at the first exit
     most = min(1.0, largest_beta(loss, fitter.train.quality, fitter.train.exits, max_exit))
     for beta in (0.0, most):
         row = fitter.fit(beta, max_exit, loss)
         yield row
         if (beta == 0.0) == cheaper and keeps(row):
-            return  # the end of the range that is best otherwise keeps to the limit already
+            return  # the best end of the range keeps to the limit already
     if most <= 0:
         return
     low, high = math.log(min(1e-6, most)), math.log(most)

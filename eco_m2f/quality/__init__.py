@@ -1,4 +1,4 @@
-"""What Step B says of an image at an exit: qualities, one file each, and the ground truth that they are taken from."""
+"""Qualities, one file each: how good an image's result is at an exit. And the ground truth that they compare with."""
 
 from .boxes import BoxAP
 from .masks import MaskAP

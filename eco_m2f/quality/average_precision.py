@@ -1,4 +1,4 @@
-"""AP by COCO's definition, through pycocotools: of a dataset, and of one image."""
+"""COCO's AP of a dataset and of one image, through pycocotools."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ _AREAS = ("all", "small", "medium", "large")  # the order of pycocotools' area r
 
 
 class ObjectComparison:
-    """The objects of one image, prepared to be compared with the detections of any number of exits.
+    """Compares the objects of one image with the detections of any number of exits.
 
     objects: COCO's annotations, with category_id, iscrowd, and bbox or segmentation. kind: "bbox" compares boxes,
     "segm" masks.
@@ -25,16 +25,16 @@ class ObjectComparison:
         self._categories = sorted({o["category_id"] for o in objects if not o.get("iscrowd", 0)})
         self._kind, self._max_detections = kind, max_detections
         categories = [{"id": c} for c in sorted({o["category_id"] for o in objects})]
-        image = {"id": 0, "height": 0, "width": 0}  # run lengths have their own size
+        image = {"id": 0, "height": 0, "width": 0}  # unused: run lengths have their own size
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
             self._truth = coco_of([image], categories, [_shape(o) for o in objects])
 
     def ap(self, detections: Sequence[Mapping]) -> float:
-        """AP@[.5:.95] of this image alone, in [0, 1]: the mean over the categories it has objects of.
+        """AP@[.5:.95] of this image alone, in [0, 1]: the mean over the categories of its objects.
 
-        detections: category_id, score, and bbox x y w h or segmentation. As in COCO, a detection of a category that the
-        image has no object of does not count, nor does one that lies in a crowd of its own. An image without objects
-        (crowds aside) has no AP: it counts as 0.
+        detections: category_id, score, and bbox x y w h or segmentation. As in COCO, detections of categories without
+        objects in the image do not count, nor do detections in a crowd of their category. An image without objects
+        other than crowds gets 0.
         """
         if not self._categories:
             return 0.0
@@ -50,14 +50,14 @@ class ObjectComparison:
 
 
 def _shape(o: Mapping) -> dict:
-    """An object of an image of id 0."""
+    """The object, as one of the image with id 0."""
     area = o["bbox"][2] * o["bbox"][3]
     kept = {k: o[k] for k in ("category_id", "bbox", "segmentation", "area", "iscrowd") if k in o}
     return {"image_id": 0, "iscrowd": 0, "area": area, **kept}
 
 
 def coco_of(images: Sequence[Mapping], categories: Sequence[Mapping], objects: Sequence[Mapping]) -> COCO:
-    """An annotation for pycocotools. Objects are numbered from 1: to it, an object of id 0 is never found."""
+    """The ground truth for pycocotools. Objects are numbered from 1, because it never finds an object of id 0."""
     coco = COCO()
     coco.dataset = {
         "images": list(images),
@@ -71,7 +71,7 @@ def coco_of(images: Sequence[Mapping], categories: Sequence[Mapping], objects: S
 def average_precision(
     truth: COCO, detections: list[dict], image_ids: list, max_detections: int = 100, kind: str = "segm"
 ) -> dict[str, float]:
-    """COCO's AP, in percent, over the given images; detections are in COCO's result format.
+    """COCO's AP over the given images, in percent. detections: in COCO's result format.
 
     kind: "segm" compares masks, "bbox" boxes.
     """
@@ -93,7 +93,7 @@ def average_precision(
 
 
 def result_set(truth: COCO, detections: list[dict]) -> COCO:
-    """The detections as pycocotools wants them; its own loader fails on an empty list."""
+    """The detections for pycocotools, whose own loader fails on an empty list."""
     if detections:
         return truth.loadRes([dict(d) for d in detections])
     empty = COCO()
@@ -103,7 +103,7 @@ def result_set(truth: COCO, detections: list[dict]) -> COCO:
 
 
 def mean_precision(precision: np.ndarray) -> float:
-    """Mean of the entries that exist, in [0, 1]; pycocotools marks the others with -1."""
+    """Mean in [0, 1] of the entries that are not -1, pycocotools' mark for missing; NaN if there is none."""
     values = precision[precision > -1]
     return float(values.mean()) if values.size else float("nan")
 
@@ -113,5 +113,5 @@ def _mean(precision: np.ndarray) -> float:
 
 
 def encode(mask: np.ndarray) -> dict:
-    """Run-length code of a uint8 mask, its counts as text so that it can be written as JSON."""
+    """Run-length code of a uint8 mask [H, W]. Its counts are text, which JSON can hold."""
     return as_text(rle.encode(np.asfortranarray(mask)))

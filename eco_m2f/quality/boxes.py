@@ -10,10 +10,10 @@ from .registry import QUALITY_REGISTRY
 
 @QUALITY_REGISTRY.register()
 class BoxAP:
-    """AP@[.5:.95] of the boxes of an image; see `ObjectComparison.ap` for images without objects.
+    """AP@[.5:.95] of an image's boxes; see `ObjectComparison.ap`.
 
-    The AP of a dataset ranks the detections of all images together and is no sum over images. So the mean over the
-    images stands in for it, which `BoxEvaluator` calls AP_image.
+    The AP of a dataset ranks the detections of all images together, so it is no sum over images. The mean over the
+    images, AP_image of `BoxEvaluator`, is used instead.
     """
 
     name = "AP"
@@ -40,7 +40,7 @@ class BoxAP:
         return self.truth.categories
 
     def prepare(self, model, pred: Mapping, images, x: Mapping):
-        """The detections, `Instances`."""
+        """The detections as `Instances`."""
         return model.postprocess(pred, images, [x])[0]["instances"].to("cpu")
 
     def comparison(self, x: Mapping):
@@ -52,15 +52,15 @@ class BoxAP:
 
 
 def evaluated_ap(content: Mapping) -> dict[str, float]:
-    """Mean AP of an image and AP of the dataset, in points; NaN where there is no object."""
+    """Mean AP of the images and AP of the dataset, in points; NaN without objects."""
     values = {"evaluated_ap": content["AP_image"], "dataset_ap": content["AP"]}
     return {column: float("nan") if value is None else 100 * value for column, value in values.items()}
 
 
 def to_detections(instances, dataset_id: Mapping[int, int]) -> list[dict]:
-    """category_id (the dataset's), bbox x y w h, score of each instance."""
+    """The dataset's category_id, bbox x y w h and score of each instance."""
     corners = instances.pred_boxes.tensor.cpu().double().numpy()  # [N, 4]
-    boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).tolist()
+    boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).tolist()  # [N, 4] x y w h
     return [
         {"category_id": dataset_id[c], "bbox": box, "score": score}
         for box, score, c in zip(boxes, instances.scores.tolist(), instances.pred_classes.tolist())
@@ -72,6 +72,8 @@ def _compare(
 ) -> list[tuple[float, None]]:
     from .average_precision import ObjectComparison
 
-    most = max((len(instances) for instances in predictions), default=0)  # TEST.DETECTIONS_PER_IMAGE came before
+    most = max(
+        (len(instances) for instances in predictions), default=0
+    )  # the model has applied TEST.DETECTIONS_PER_IMAGE
     comparison = ObjectComparison(objects, "bbox", max(most, 1))
     return [(comparison.ap(to_detections(instances, dataset_id)), None) for instances in predictions]

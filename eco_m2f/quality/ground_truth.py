@@ -1,4 +1,4 @@
-"""The annotation of a registered dataset: COCO's panoptic JSON and PNGs, class maps, or COCO's boxes."""
+"""The ground truth of registered datasets: COCO's panoptic JSON and PNGs, class maps, or COCO's boxes."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -19,16 +19,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PanopticImage:
-    """The annotation of one image: its segments, and a PNG that is read when asked for. It can be pickled.
+    """The panoptic ground truth of one image. The PNG is read on demand. It can be pickled.
 
-    segments: id, category_id (the file's) and iscrowd (0 or 1) of each.
+    segments: id, category_id (of the file) and iscrowd (0 or 1) of each.
     """
 
     path: Path
     segments: list[dict]
 
     def id_map(self) -> np.ndarray:
-        """[H, W] int32 segment ids, 0 for void. Raises DataError where PNG and JSON disagree."""
+        """[H, W] int32 segment ids, 0 for void. Raises DataError if PNG and JSON disagree."""
         listed = [s["id"] for s in self.segments]
         ids = read_ids(self.path, listed)
         index_map(ids, listed, self.path)
@@ -36,10 +36,10 @@ class PanopticImage:
 
 
 class PanopticGroundTruth:
-    """Annotation by image id, in the category ids of the dataset's own files.
+    """Panoptic ground truth by image id, in the category ids of the dataset's files.
 
-    Reads `panoptic_json` of the dataset's metadata at once, a PNG of `panoptic_root` when it is asked for. Raises
-    ValueError where the metadata lack something, the file is missing or wrong, or it has other categories.
+    Reads `panoptic_json` of the dataset's metadata at once, and PNGs of `panoptic_root` on demand. Raises ValueError if
+    the metadata lack a key, or the file is missing, damaged or of other categories.
     """
 
     def __init__(self, dataset_name: str):
@@ -53,7 +53,7 @@ class PanopticGroundTruth:
         registered = registered_categories(self.metadata)
         check_same_categories(registered, self.categories, f"dataset {self.name!r}", self.metadata.panoptic_json)
         self.dataset_id = contiguous_to_dataset_id(self.metadata)
-        self.class_categories = registered  # in the order of the classes
+        self.class_categories = registered  # in the order of the model's classes
         self._annotations = {a.image_id: a for a in content.annotations}
 
     def __len__(self) -> int:
@@ -82,9 +82,9 @@ class PanopticGroundTruth:
         return self.image(image_id).id_map()
 
     def class_map_reader(self, x: Mapping) -> Callable[[], np.ndarray]:
-        """Reads the [H, W] contiguous classes of an input; it can be pickled.
+        """A function that reads the [H, W] contiguous classes of an input. It can be pickled.
 
-        They are those of its `sem_seg_file_name`, or else of its panoptic annotation.
+        They come from the input's `sem_seg_file_name`, or else from its panoptic annotation.
         """
         if "sem_seg_file_name" in x:
             return partial(read_class_map, x["sem_seg_file_name"])
@@ -93,20 +93,20 @@ class PanopticGroundTruth:
         return partial(_panoptic_classes, self.image(x["image_id"]), contiguous_id, ignore)
 
     def warn_if_partial(self, evaluated: int) -> None:
-        """Metrics cover the images seen; say so where those are not all."""
+        """Logs a warning if not all images were evaluated."""
         if evaluated < len(self):
             logger.warning("%d of the %d annotated images of %s were evaluated", evaluated, len(self), self.name)
 
 
 class SemanticGroundTruth:
-    """The class maps of a dataset that has nothing else: ADE20K, or Cityscapes' semantic split."""
+    """The class maps of a dataset without other annotation: ADE20K, or Cityscapes' semantic split."""
 
     def __init__(self, dataset_name: str):
         self.name = dataset_name
         self.class_categories = registered_categories(MetadataCatalog.get(dataset_name))
 
     def class_map_reader(self, x: Mapping) -> Callable[[], np.ndarray]:
-        """As that of `PanopticGroundTruth`."""
+        """See `PanopticGroundTruth.class_map_reader`."""
         return partial(read_class_map, x["sem_seg_file_name"])
 
 
@@ -114,22 +114,22 @@ ClassMaps = PanopticGroundTruth | SemanticGroundTruth
 
 
 def class_maps_of(dataset_name: str) -> ClassMaps:
-    """The classes of a dataset's pixels. Raises ValueError where it has neither class maps nor panoptic annotation."""
+    """The ground truth of pixel classes. Raises ValueError for a dataset without class maps and panoptic annotation."""
     metadata = MetadataCatalog.get(dataset_name)
     if getattr(metadata, "evaluator_type", None) in SEMANTIC_TYPES:
         return SemanticGroundTruth(dataset_name)
     if not getattr(metadata, "panoptic_json", None):
         raise ValueError(
-            f"dataset {dataset_name!r} has neither class maps nor panoptic annotation: choose a dataset that has, or "
+            f"dataset {dataset_name!r} has neither class maps nor panoptic annotation: choose another dataset, or "
             "another MODEL.ECO.QUALITY"
         )
     return PanopticGroundTruth(dataset_name)
 
 
 class BoxGroundTruth:
-    """COCO's box annotation by image id, in the category ids of the dataset's own file.
+    """COCO's boxes by image id, in the category ids of the dataset's file.
 
-    Raises ValueError where the metadata names no `json_file`, or the file is missing, wrong or of other categories.
+    Raises ValueError if the metadata has no `json_file`, or the file is missing, damaged or of other categories.
     """
 
     def __init__(self, dataset_name: str):
@@ -171,7 +171,7 @@ def _panoptic_classes(image: PanopticImage, contiguous_id: Mapping[int, int], ig
 def semantic_map(id_map: np.ndarray, segments: list[dict], contiguous_id: Mapping[int, int], ignore: int) -> np.ndarray:
     """[H, W] int64 contiguous classes of a panoptic map; `ignore` for void and for categories outside the mapping.
 
-    A crowd has its category's class, as in the semantic annotation of COCO and Cityscapes, which knows no crowds.
+    A crowd gets the class of its category. The semantic annotation of COCO and Cityscapes does the same.
     """
     ids, inverse = np.unique(id_map, return_inverse=True)
     class_of = {s["id"]: contiguous_id.get(s["category_id"], ignore) for s in segments}

@@ -1,4 +1,4 @@
-"""The things of an image as COCO's instances: of an instance JSON, or of the panoptic annotation."""
+"""The things of an image as COCO's instances, from an instance JSON or from the panoptic annotation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from .ground_truth import PanopticGroundTruth, PanopticImage
 
 
 class InstanceGroundTruth:
-    """The objects of each image: those of the metadata's `json_file` (COCO instances) where that names a file, else
-    the thing segments of the panoptic annotation."""
+    """The objects of each image: those of the metadata's `json_file` (COCO instances) if it has one, else the things
+    of the panoptic annotation."""
 
     def __init__(self, panoptic: PanopticGroundTruth):
         self.panoptic = panoptic
@@ -28,7 +28,7 @@ class InstanceGroundTruth:
         self._given = GivenInstances(json_file, self.things) if json_file else None
 
     def image(self, image_id) -> "GivenImage | PanopticThings":
-        """What reads the objects of an image: `objects(size)`. It can be pickled. Raises ValueError for no image."""
+        """A reader of an image's objects: `objects(size)`. Can be pickled. Raises ValueError for an unknown image."""
         if self._given:
             return self._given.image(image_id)
         return PanopticThings(image_id, self.panoptic.image(image_id), frozenset(c["id"] for c in self.things))
@@ -36,14 +36,14 @@ class InstanceGroundTruth:
 
 @dataclass(frozen=True)
 class PanopticThings:
-    """The thing segments of an image's panoptic annotation, whose PNG is read when asked for."""
+    """The things of an image's panoptic annotation. The PNG is read on demand."""
 
     image_id: object
     image: PanopticImage
     things: frozenset[int]
 
     def objects(self, size: tuple[int, int]) -> list[dict]:
-        """COCO's annotations. size: not needed, the PNG has its own."""
+        """COCO's annotations. size is not used: the PNG has its own."""
         id_map = self.image.id_map()
         objects = []
         for segment in self.image.segments:
@@ -54,7 +54,7 @@ class PanopticThings:
 
 
 class GivenInstances:
-    """The objects of an instance JSON. Raises ValueError where it is wrong, or its categories are not the things."""
+    """The objects of an instance JSON. Raises ValueError if it is damaged, or its categories are not the things."""
 
     def __init__(self, json_file: str, things: Sequence[Mapping]):
         self._json_file = json_file
@@ -81,9 +81,10 @@ class GivenImage:
     annotations: list
 
     def objects(self, size: tuple[int, int]) -> list[dict]:
-        """COCO's annotations of the image, which is of this (height, width).
+        """COCO's annotations of the image. size: its (height, width).
 
-        The area, which only decides whether an object counts as small, is the JSON's unless the mask contradicts it.
+        The area of an object is that of the JSON, unless the mask contradicts it. It only decides between small, medium
+        and large.
         """
         objects = []
         for o in self.annotations:

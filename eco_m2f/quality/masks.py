@@ -14,7 +14,7 @@ from .registry import QUALITY_REGISTRY
 
 @dataclass(frozen=True)
 class PackedMasks:
-    """Predicted things on their way to a worker: masks at a bit a pixel, their contiguous classes and scores."""
+    """Predicted things for a worker: masks of one bit per pixel, contiguous classes and scores."""
 
     width: int
     bits: np.ndarray  # [N, H, ceil(W / 8)] uint8
@@ -27,10 +27,10 @@ class PackedMasks:
 
 @QUALITY_REGISTRY.register()
 class MaskAP:
-    """AP@[.5:.95] of the masks of an image's things, as COCO defines it; else as `BoxAP`.
+    """COCO's AP@[.5:.95] of the masks of an image's things. It is no sum over images, as `BoxAP`.
 
-    Objects are those of the dataset's instance JSON, or else the things of its panoptic annotation, as
-    `InstanceEvaluator` has them.
+    The ground truth is that of `InstanceEvaluator`: the dataset's instance JSON, or else the things of its panoptic
+    annotation.
     """
 
     name = "mask_AP"
@@ -54,7 +54,7 @@ class MaskAP:
         panoptic = PanopticGroundTruth(dataset_name)
         if getattr(panoptic.metadata, "evaluator_type", None) == "cityscapes_panoptic_seg":
             raise ValueError(
-                f"MODEL.ECO.QUALITY MaskAP is COCO's AP, but {dataset_name!r} is evaluated by Cityscapes' own: "
+                f"MODEL.ECO.QUALITY MaskAP is COCO's AP, but {dataset_name!r} is evaluated by Cityscapes' own AP: "
                 "choose PanopticQuality or MeanIoU"
             )
         return cls(InstanceGroundTruth(panoptic))
@@ -64,12 +64,12 @@ class MaskAP:
         return self.truth.panoptic.categories
 
     def prepare(self, model, pred: Mapping, images, x: Mapping) -> PackedMasks:
-        """The masks of things, whatever else the config turns on."""
+        """The masks of things, whatever MODEL.MASK_FORMER.TEST turns on."""
         only = {"semantic_on": False, "instance_on": True, "panoptic_on": False, "resize_first": True}
         found = results_of(model, pred, images, x, **only)["instances"]
         found = found[torch.isin(found.pred_classes, found.pred_classes.new_tensor(self.truth.thing_classes))]
         masks = found.pred_masks.to("cpu", torch.bool).numpy()  # [N, H, W]
-        bits = np.packbits(masks, axis=-1)
+        bits = np.packbits(masks, axis=-1)  # [N, H, ceil(W / 8)]
         return PackedMasks(masks.shape[-1], bits, found.pred_classes.tolist(), found.scores.tolist())
 
     def comparison(self, x: Mapping):

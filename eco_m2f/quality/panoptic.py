@@ -16,7 +16,7 @@ PanopticPrediction = tuple[np.ndarray, list[dict]]  # ids [H, W], 0 for void; se
 
 @QUALITY_REGISTRY.register()
 class PanopticQuality:
-    """PQ of an image, and the statistics that make the PQ of any choice of exits exact."""
+    """PQ of an image, and its statistics, whose sums give the exact PQ of any choice of exits."""
 
     name = "PQ"
     annotation = "panoptic"
@@ -41,7 +41,7 @@ class PanopticQuality:
         return self.truth.categories
 
     def prepare(self, model, pred: Mapping, images, x: Mapping) -> PanopticPrediction:
-        """The panoptic map and segments, whatever else the config turns on."""
+        """The panoptic map and its segments, whatever MODEL.MASK_FORMER.TEST turns on."""
         only = {"semantic_on": False, "instance_on": False, "panoptic_on": True, "resize_first": True}
         ids, segments = results_of(model, pred, images, x, **only)["panoptic_seg"]
         return ids.to(torch.uint8 if len(segments) < 256 else torch.int32).cpu().numpy(), segments

@@ -1,14 +1,14 @@
-"""Panoptic quality of one image, with the counts it is made of, and the quality of a set as a sum of those counts.
+"""Panoptic quality of an image from counts, and of a dataset from the sums of these counts.
 
-The rules are those of "Panoptic Segmentation" (Kirillov et al., CVPR 2019) as the official evaluation, panopticapi,
-applies them: a predicted and a true segment of one category match when their IoU, void pixels left out, is above 0.5;
-crowds are neither found nor missed; a prediction lying mostly on void or on a crowd of its own category is ignored.
-Whether a category is a thing or stuff plays no role in matching.
+The rules are those of "Panoptic Segmentation" (Kirillov et al., CVPR 2019) and of its official evaluation, panopticapi.
+A predicted segment and one of the ground truth match if they have one category and their IoU, without void pixels, is
+above 0.5. Crowds are neither found nor missed. A prediction is ignored if more than half of it lies on void and on
+crowds of its category. Things and stuff are matched alike.
 
     comparison = PanopticComparison(gt_map, gt_segments)       # prepared once per image
     statistics = comparison.compare(pred_map, pred_segments)   # once per exit
     image_pq(statistics)                                       # this image, in [0, 1]
-    dataset_pq(total_statistics(many), categories)["All"]["pq"]  # the set, equal to panopticapi's
+    dataset_pq(total_statistics(many), categories)["All"]["pq"]  # the dataset, equal to panopticapi's
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import numpy as np
 from .statistics import ImageStatistics
 
 VOID = 0
-_DIRECT_IDS = 4096  # ids below this index the confusion matrix as they are; others are renumbered first
+_DIRECT_IDS = 4096  # ids below this index the confusion matrix directly; larger ids are renumbered first
 
 
 def image_pq(statistics: ImageStatistics) -> float:
-    """Mean PQ of one image, in [0, 1], over the categories that count there; 0.0 where there is none."""
+    """Mean PQ of one image over the categories of its counts, in [0, 1]; 0.0 without counts."""
     if len(statistics.category_id) == 0:
         return 0.0
     return float(np.mean(statistics.iou / (statistics.tp + 0.5 * statistics.fp + 0.5 * statistics.fn)))
@@ -33,17 +33,17 @@ def image_pq(statistics: ImageStatistics) -> float:
 def image_statistics(
     pred_map: np.ndarray, pred_segments: Sequence[Mapping], gt_map: np.ndarray, gt_segments: Sequence[Mapping]
 ) -> ImageStatistics:
-    """Compare one prediction with one ground truth; see `PanopticComparison` for the arguments."""
+    """Compares one prediction with one ground truth; see `PanopticComparison` for the arguments."""
     return PanopticComparison(gt_map, gt_segments).compare(pred_map, pred_segments)
 
 
 class PanopticComparison:
-    """The ground truth of one image, prepared to be compared with any number of predictions.
+    """Compares the ground truth of one image with any number of predictions.
 
-    gt_map: [H, W] integer ids, 0 is void. gt_segments: COCO's `segments_info`: `id`, `category_id`,
-    optional `iscrowd` (0). As in panopticapi, an id of the map that is in no segment counts as background of unknown
-    kind: not void. The area of a segment is that of its mask, so that IoU and PQ stay in [0, 1]; panopticapi believes
-    the annotation's `area`, and so differs where that is wrong.
+    gt_map: [H, W] integer ids, 0 is void. gt_segments: COCO's `segments_info`: `id`, `category_id`, optional `iscrowd`
+    (0). As in panopticapi, an id of the map without a segment is background of unknown category, not void. The area of
+    a segment is that of its mask, which keeps IoU and PQ in [0, 1]. panopticapi takes `area` of the annotation, so it
+    differs if that is wrong.
     """
 
     def __init__(self, gt_map: np.ndarray, gt_segments: Sequence[Mapping]):
@@ -55,14 +55,14 @@ class PanopticComparison:
         self._category = np.array([s["category_id"] for s in gt_segments], dtype=np.int64)
         self._is_crowd = np.array([bool(s.get("iscrowd", 0)) for s in gt_segments], dtype=bool)
         self._area = np.append(np.bincount(self._index, minlength=len(self.ids)), 0)[self._row]
-        # Of several crowds of one category the official evaluation remembers the last.
+        # Of several crowds of one category the official evaluation uses the last.
         self._crowd = {int(c): g for g, c in enumerate(self._category) if self._is_crowd[g]}
 
     def compare(self, pred_map: np.ndarray, pred_segments: Sequence[Mapping]) -> ImageStatistics:
-        """Count matches, misses and false alarms of a prediction of the same size and the same category ids.
+        """Counts matches, misses and false alarms of a prediction of the same size and the same category ids.
 
-        pred_map: [H, W] integer ids, 0 is void; pred_segments: `id` and `category_id` of every id of the map.
-        Raises ValueError where map and segments disagree, as the official evaluation does.
+        pred_map: [H, W] integer ids, 0 is void. pred_segments: `id` and `category_id` of every id of the map. Raises
+        ValueError if map and segments disagree, as the official evaluation does.
         """
         pred_map = _checked_map(pred_map, "predicted")
         if pred_map.shape != self.shape:
@@ -90,9 +90,9 @@ class PanopticComparison:
         )
 
     def _confusion(self, pred_map: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pixel counts [ids of the ground truth, ids of the prediction], and the latter ids.
+        """Pixel counts [ids of the ground truth, ids of the prediction], and the ids of the prediction.
 
-        Counted are runs, along which neither map changes: some thousand in some hundred thousand pixels.
+        It counts runs in which neither map changes: a few thousand instead of hundreds of thousands of pixels.
         """
         flat = pred_map.ravel()
         starts = _run_starts((flat[1:] != flat[:-1]) | self._changes, flat.size)
@@ -123,8 +123,8 @@ def dataset_pq(total: ImageStatistics, categories: Iterable[Mapping]) -> dict:
     """PQ, SQ and RQ in [0, 1] of summed statistics.
 
     categories: COCO's panoptic categories, `id` and `isthing`, in the ids of the statistics. Returns {"All", "Things",
-    "Stuff": {pq, sq, rq, n}, "per_class": {category id: {pq, sq, rq}}}: means over the n categories that count; NaN
-    where n is 0. Raises ValueError where the statistics hold a category that is not listed.
+    "Stuff": {pq, sq, rq, n}, "per_class": {category id: {pq, sq, rq}}}: means over the n categories with counts, NaN if
+    n is 0. Raises ValueError for statistics of a category that is not listed.
     """
     categories = {int(c["id"]): bool(c["isthing"]) for c in categories}
     row = {int(c): i for i, c in enumerate(total.category_id)}
@@ -141,17 +141,17 @@ def dataset_pq(total: ImageStatistics, categories: Iterable[Mapping]) -> dict:
 
 
 def to_dataset_categories(segments: Sequence[Mapping], dataset_id: Mapping[int, int]) -> list[dict]:
-    """Copy segments with contiguous category ids into the dataset's ids; see `contiguous_to_dataset_id`."""
+    """Copies of segments with the dataset's category ids instead of contiguous ids; see `contiguous_to_dataset_id`."""
     try:
         return [{**s, "category_id": dataset_id[s["category_id"]]} for s in segments]
     except KeyError as error:
         raise ValueError(
-            f"category {error.args[0]} is predicted, the dataset has {len(dataset_id)} categories: check NUM_CLASSES"
+            f"category {error.args[0]} is predicted, but the dataset has {len(dataset_id)} of them: check NUM_CLASSES"
         ) from error
 
 
 def contiguous_to_dataset_id(metadata) -> dict[int, int]:
-    """The category ids that a model predicts -> the ids of the dataset's files, from detectron2 metadata."""
+    """{contiguous category id, which models predict: id in the dataset's files}, from detectron2's metadata."""
     forward = {**metadata.stuff_dataset_id_to_contiguous_id, **metadata.thing_dataset_id_to_contiguous_id}
     return {contiguous: dataset for dataset, contiguous in forward.items()}
 
@@ -160,7 +160,7 @@ _ABSENT = {"pq": 0.0, "sq": 0.0, "rq": 0.0}
 
 
 def _by_category(true_positive, iou, false_positive, false_negative) -> ImageStatistics:
-    """Statistics from one category id per event; `iou` goes with `true_positive`."""
+    """Statistics from one category id per event. iou: of each of `true_positive`."""
     category = np.unique(np.concatenate([true_positive, false_positive, false_negative]))
 
     def count(events, weights=None):
@@ -182,14 +182,14 @@ def _mean_quality(classes: Sequence[Mapping]) -> dict:
 
 
 def _run_starts(changes: np.ndarray, size: int) -> np.ndarray:
-    """Where runs start, given for each of `size` pixels but the first whether it differs from the one before."""
+    """Indices of the first pixels of runs. changes [size - 1]: whether a pixel differs from the one before."""
     return np.concatenate([[0], np.flatnonzero(changes) + 1]) if size else np.zeros(0, dtype=np.int64)
 
 
 def _renumber(id_map: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sorted ids of a map; the map flattened as int64 indices into them; and where a pixel differs from the one before.
+    """Sorted ids of a map, the flat map as int64 indices into them, and where a pixel differs from the one before.
 
-    Only the first pixel of each run is sorted.
+    Only the first pixels of runs are sorted.
     """
     flat = id_map.ravel()
     changes = flat[1:] != flat[:-1]
@@ -199,7 +199,7 @@ def _renumber(id_map: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _position(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Where each wanted id stands in the sorted ids, or -1."""
+    """The index of each wanted id in the sorted ids, or -1."""
     if len(ids) == 0:
         return np.full(len(wanted), -1)
     at = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
@@ -211,7 +211,7 @@ def _checked_map(id_map: np.ndarray, which: str) -> np.ndarray:
     if id_map.ndim != 2 or not np.issubdtype(id_map.dtype, np.integer):
         raise ValueError(f"the {which} map must be [H, W] of integer ids, got {id_map.shape} of {id_map.dtype}")
     if id_map.min(initial=0) < 0:
-        raise ValueError(f"the {which} map holds the id {id_map.min()}: ids are not negative and 0 is void")
+        raise ValueError(f"the {which} map holds the id {id_map.min()}: ids must not be negative, and 0 is void")
     return id_map
 
 
@@ -223,12 +223,12 @@ def _checked_ids(segments: Sequence[Mapping], which: str) -> np.ndarray:
 
 
 def _checked_columns(confusion: np.ndarray, pred_ids: np.ndarray, segments: Sequence[Mapping]) -> np.ndarray:
-    """The confusion matrix's column of each predicted segment; map and segments must name the same ids."""
+    """The column of each predicted segment in the confusion matrix. Map and segments must have the same ids."""
     ids = _checked_ids(segments, "predicted")
     present = set(pred_ids[confusion.sum(axis=0) > 0].tolist()) - {VOID}
     if present != set(ids.tolist()):
         raise ValueError(
             f"ids only in the predicted map: {sorted(present - set(ids.tolist()))}, only in its segments: "
-            f"{sorted(set(ids.tolist()) - present)}; both must name the same segments"
+            f"{sorted(set(ids.tolist()) - present)}; both must have the same ids"
         )
     return _position(pred_ids, ids)

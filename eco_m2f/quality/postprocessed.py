@@ -1,13 +1,13 @@
-"""The results of a single image, for the qualities of models that predict masks."""
+"""The results of one image, for the qualities of masks."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 
 
 def results_of(model, pred: Mapping, images, x: Mapping, **changes) -> dict:
-    """What the model's post-processing, with these fields changed, makes of the head's output for a batch of image x.
+    """Post-processes the head's output for a batch of one image x.
 
-    See `PostProcessor` for the fields and the results.
+    changes: fields of the model's `PostProcessor` to change, which also documents the results.
     """
     size, padded = images.image_sizes[0], tuple(images.tensor.shape[-2:])
     postprocess = replace(model.postprocessor, **changes)

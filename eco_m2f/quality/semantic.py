@@ -13,11 +13,10 @@ from .statistics import ImageStatistics
 
 @QUALITY_REGISTRY.register()
 class MeanIoU:
-    """mIoU of an image: the mean over the classes that occur in its ground truth, ignored pixels left out.
+    """mIoU of an image: the mean over the classes in its ground truth, without ignored pixels.
 
-    The statistics count pixels, and their sums make the mIoU of any choice of exits exact. The ground truth is the
-    record's class map, or else the classes of its panoptic annotation. An image without a labelled pixel has quality 0
-    at every exit.
+    The statistics count pixels, and their sums give the exact mIoU of any choice of exits. The ground truth is the
+    record's class map, or else the classes of its panoptic annotation. An image without labelled pixels has quality 0.
     """
 
     name = "mIoU"
@@ -43,7 +42,7 @@ class MeanIoU:
         return self.truth.class_categories
 
     def prepare(self, model, pred: Mapping, images, x: Mapping) -> np.ndarray:
-        """[H, W] contiguous classes, as an evaluation takes them from `sem_seg`."""
+        """[H, W] contiguous classes of highest score."""
         only = {"semantic_on": True, "instance_on": False, "panoptic_on": False}
         scores = results_of(model, pred, images, x, **only)["sem_seg"]  # [C, H, W]
         return scores.argmax(dim=0).to(torch.uint8 if len(scores) <= 256 else torch.int32).cpu().numpy()
@@ -62,7 +61,7 @@ class MeanIoU:
 
     @staticmethod
     def of_image(statistics: ImageStatistics) -> float:
-        """mIoU in [0, 1]; 0.0 where no pixel is labelled."""
+        """mIoU in [0, 1]; 0.0 if no pixel is labelled."""
         return float(np.nan_to_num(mean_iou(statistics)))
 
     @staticmethod
@@ -71,26 +70,26 @@ class MeanIoU:
 
     @staticmethod
     def evaluated(content: Mapping) -> dict[str, float]:
-        value = content["mIoU"]  # in points; None where nothing is labelled
+        value = content["mIoU"]  # in points; None if no pixel is labelled
         return {"evaluated_miou": float("nan") if value is None else value}
 
 
 def mean_iou(statistics: ImageStatistics) -> float:
-    """In [0, 1], over the classes that occur in the ground truth; NaN where there is none."""
+    """mIoU in [0, 1] over the classes in the ground truth; NaN if there is none."""
     occurs = statistics.tp + statistics.fn > 0
     iou = statistics.tp[occurs] / (statistics.tp + statistics.fp + statistics.fn)[occurs]
     return float(iou.mean()) if len(iou) else float("nan")
 
 
 def pixel_statistics(truth: np.ndarray, predicted: np.ndarray, ids: np.ndarray) -> ImageStatistics:
-    """Pixels of each class that are found, claimed in error and missed; their iou is 0, which nothing reads.
+    """Counts each class's pixels: found (tp), claimed in error (fp) and missed (fn). `iou` is 0 and not used.
 
     truth, predicted: [H, W] contiguous classes; truth of len(ids) and above is ignored. ids [C]: the categories of
-    the classes, in increasing order or not. Raises ValueError for different sizes.
+    the classes, in any order. Raises ValueError for different sizes.
     """
     if truth.shape != predicted.shape:
         raise ValueError(
-            f"sem_seg is {predicted.shape}, its ground truth {truth.shape}: height and width of the input differ"
+            f"sem_seg is {predicted.shape}, but its ground truth is {truth.shape}: correct height and width"
         )
     labelled = truth < len(ids)
     truth, predicted = truth[labelled], predicted[labelled]

@@ -1,4 +1,4 @@
-"""What a quality keeps of one image where the quality of a dataset is an exact sum over its images."""
+"""Statistics of an image: counts whose sum gives the exact quality of a dataset."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,17 +10,13 @@ _COUNTS = ("iou", "tp", "fp", "fn")
 
 @dataclass(frozen=True)
 class ImageStatistics:
-    """Counts by category: five arrays of one length, sorted by category, categories without a count left out.
+    """Counts of segments or pixels by category: five arrays [C], sorted by category, without empty categories."""
 
-    category_id: int64; tp, fp, fn: int64, matches, false alarms and misses; iou: float64, the sum of the
-    matches' IoU, at most tp. What is counted is the quality's choice: segments, or pixels.
-    """
-
-    category_id: np.ndarray
-    iou: np.ndarray
-    tp: np.ndarray
-    fp: np.ndarray
-    fn: np.ndarray
+    category_id: np.ndarray  # int64
+    iou: np.ndarray  # float64, the sum of the matches' IoU, at most tp
+    tp: np.ndarray  # int64, matches
+    fp: np.ndarray  # int64, false alarms
+    fn: np.ndarray  # int64, misses
 
 
 def total_statistics(statistics: Iterable[ImageStatistics]) -> ImageStatistics:

@@ -1,4 +1,4 @@
-"""Starting processes, and how the mistakes and the faults of a tool end."""
+"""Starting processes, and what a tool prints and returns after input errors and bugs."""
 
 import logging
 import platform
@@ -89,11 +89,11 @@ def test_a_fault_in_one_of_several_processes_shows_its_trace():
         command_line.run(fail_with, error)
 
 
-def test_a_killed_process_is_told(capsys):
-    told = "process 1 terminated with signal SIGKILL"
-    error = torch.multiprocessing.ProcessExitedException(told, 1, 4711, exit_code=-9, signal_name="SIGKILL")
+def test_a_killed_process_is_reported(capsys):
+    reason = "process 1 terminated with signal SIGKILL"
+    error = torch.multiprocessing.ProcessExitedException(reason, 1, 4711, exit_code=-9, signal_name="SIGKILL")
     assert command_line.run(fail_with, error) == 1
-    assert capsys.readouterr().err.startswith(f"error: {told} (out of memory?)")
+    assert capsys.readouterr().err.startswith(f"error: {reason} (out of memory?)")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def read_nothing(args):
 
 
 def carriers() -> int:
-    """Threads of this process that carry messages between processes."""
+    """The communication threads of this process."""
     names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
     return sum("gloo" in name for name in names)
 
@@ -162,7 +162,7 @@ def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096 / 2**20
 
-if sys.argv[1] == "told":
+if sys.argv[1] == "give back":
     give_back_freed_memory()
 first = torch.ones(2**22)
 del first  # 16 MB, by which glibc learns to keep blocks of that size
@@ -173,11 +173,14 @@ print(before - resident())
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told")
-@pytest.mark.parametrize("told", [True, False])
-def test_freed_blocks_go_back_when_told_so(told):
-    """A hundred megabytes are freed, in blocks that others lie between."""
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has this option")
+@pytest.mark.parametrize("gives_back", [True, False])
+def test_freed_blocks_go_back_if_asked(gives_back):
+    """Frees a hundred megabytes, in every second block."""
     done = subprocess.run(
-        [sys.executable, "-c", HALF_FREED, "told" if told else "not"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", HALF_FREED, "give back" if gives_back else "keep"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert (float(done.stdout) > 90) == told
+    assert (float(done.stdout) > 90) == gives_back

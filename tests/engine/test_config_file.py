@@ -1,4 +1,4 @@
-"""Config files: bases, limits, and that nothing in them runs."""
+"""Config files: bases, limits, and no code in them runs."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from eco_m2f.engine.config_file import read_config
 
 
 def write(folder, **files: str) -> str:
-    """Files by their stem; the path of the first."""
+    """Writes files by their stem. Returns the path of the first."""
     for name, text in files.items():
         (folder / f"{name}.yaml").write_text(text)
     return str(folder / f"{next(iter(files))}.yaml")
@@ -63,10 +63,10 @@ WRONG = {
     "mapping without keys": ("{}", "an empty mapping"),
     "two documents": ("A: 1\n---\nB: 2\n", "line 2"),
     "no YAML": ("MODEL: [", "flow"),
-    "a key twice": ("A: 1\nB: 2\nA: 3\n", "line 3: the key 'A' stands in line 1 already"),
+    "a key twice": ("A: 1\nB: 2\nA: 3\n", "line 3: the key 'A' is already in line 1"),
     "a key twice within": ("X:\n  A: 1\n  A: 3\n", "line 3: the key 'A'"),
-    "a number as key": ("X: {1: 2}", "X.1 is no word, but a int"),
-    "a list as key": ("? [1]\n: 2\n", "a key is no word"),
+    "a number as key": ("X: {1: 2}", "X.1 is not a word but a int"),
+    "a list as key": ("? [1]\n: 2\n", "a key is not a word"),
     "nan": ("SOLVER: {BASE_LR: .nan}", "SOLVER.BASE_LR is nan"),
     "inf in a list": ("X: {Y: [1, -.inf]}", "X.Y is -inf"),
     "a date": ("X: 2020-01-01", "X is a date"),
@@ -82,9 +82,9 @@ WRONG = {
     "an unknown alias": ("A: *nope", "undefined alias"),
     "base in a folder": ("_BASE_: .", "is a folder"),
     "base that is missing": ("_BASE_: none.yaml", "none.yaml does not exist"),
-    "base far away": ("_BASE_: https://example.invalid/x.yaml", "on this machine"),
-    "base of a number": ("_BASE_: 3", "on this machine"),
-    "base of nothing": ("_BASE_:", "on this machine"),
+    "base far away": ("_BASE_: https://example.invalid/x.yaml", "local file"),
+    "base of a number": ("_BASE_: 3", "local file"),
+    "base of nothing": ("_BASE_:", "local file"),
     "base of a device": ("_BASE_: /dev/zero", "a folder or a device"),
     "base of an unknown user": ("_BASE_: ~no-such-user/x.yaml", "a folder of an unknown user"),
     "its own base": ("_BASE_: a.yaml", "is its own _BASE_: a.yaml -> a.yaml"),
@@ -104,7 +104,7 @@ def test_what_is_no_config_is_refused_with_the_reason(tmp_path, name):
 def test_a_binary_file_is_refused(tmp_path, content):
     path = tmp_path / "a.yaml"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.yaml cannot be used: it is no text"):
+    with pytest.raises(ValueError, match=r"a\.yaml cannot be used: it is not text"):
         read_config(path)
 
 
@@ -126,7 +126,7 @@ def test_a_group_over_a_value_is_refused(tmp_path):
 
 
 def test_a_message_shows_nothing_of_another_file(tmp_path):
-    """`_BASE_` may name any file, whose content must not come out in the message."""
+    """`_BASE_` may name any file, so the message must not quote it."""
     path = write(tmp_path, a="_BASE_: b.yaml", b="secret: [word\nother: } ]")
     with pytest.raises(ValueError, match=r"b\.yaml \(the _BASE_ of .*a\.yaml\) cannot be used: line") as error:
         read_config(path)

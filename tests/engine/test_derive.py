@@ -48,7 +48,7 @@ class Case(Predicted):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A kind of `KINDS` -> (its case, the folder of the derived dataset, made in one go)."""
+    """{kind of `KINDS`: (its case, the folder of the derived dataset, made in one run)}."""
 
     @functools.cache
     def make(kind: str) -> tuple[Case, Path]:
@@ -91,7 +91,7 @@ def test_a_row_for_every_image(made, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_quality_is_that_of_the_model_run_at_that_exit(made, kind):
-    """The evaluators' path, with the exit forced, gives the same PQ, or mean AP, as sums over the derived dataset."""
+    """Evaluators at a fixed exit give the same PQ, or mean AP, as sums over the derived rows."""
     case, folder = made(kind)
     derived = DerivedDataset.load(folder)
     cfg = load_cfg(case.tiny.config(kind), [*case.options, "DATASETS.TEST", (case.dataset,), "MODEL.ECO.EXIT", 3])

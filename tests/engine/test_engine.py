@@ -1,4 +1,4 @@
-"""Config mistakes, optimizer, schedules, mixed precision, accumulation, resuming."""
+"""Errors in configs, optimizer, schedules, mixed precision, accumulation, resuming."""
 
 import json
 import math
@@ -51,7 +51,7 @@ def make_step(model, batches, *opts, accumulation_steps: int = 1) -> Step:
 
 
 def set_scale(step: Step, scale: float) -> None:
-    """As it is after the first steps, which find a scale that does not overflow."""
+    """The state after the first steps, which find a scale that does not overflow."""
     if step.scaler.is_enabled():
         step.scaler.load_state_dict({**step.scaler.state_dict(), "scale": scale})
 
@@ -131,7 +131,7 @@ def test_evaluation_in_mixed_precision(tiny, precision):
 
 @pytest.mark.slow
 def test_several_views_are_evaluated_beside_the_image_itself(tiny, tmp_path):
-    """mIoU alone; one view at test size, not mirrored, is the image itself."""
+    """Only mIoU. A single view at test size, not mirrored, is the image itself."""
     options = ["TEST.AUG.ENABLED", True, "OUTPUT_DIR", str(tmp_path), "TEST.AUG.MAX_SIZE", 128]
     one = ["TEST.AUG.MIN_SIZES", (64,), "TEST.AUG.FLIP", False]
     cfg = load_cfg(tiny.config(), [*options, *one])
@@ -143,7 +143,7 @@ def test_several_views_are_evaluated_beside_the_image_itself(tiny, tmp_path):
 
 
 def test_the_predictor_gives_what_the_evaluation_sees(tiny, tmp_path):
-    """An image from memory, at its own size; by the exit that the options say."""
+    """The input is an array. The result has its size and the exit of the options."""
     cfg = load_cfg(tiny.config())
     model = fill(build_model(cfg)).eval()
     torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
@@ -160,7 +160,7 @@ def test_the_predictor_gives_what_the_evaluation_sees(tiny, tmp_path):
 
 
 class FourConvolutions(Backbone):
-    """res2 to res5 by a convolution each: the compiler takes minutes for a ResNet, and nothing here is about one."""
+    """One convolution for each of res2 to res5: the compiler takes minutes for a ResNet, which is not tested here."""
 
     def __init__(self, cfg, input_shape):
         super().__init__()
@@ -208,7 +208,7 @@ exec g++ "$@" -O0
 
 @pytest.fixture
 def quick_compiler(tmp_path, monkeypatch):
-    """Inductor with a compiler that is quick, for what it makes is run once."""
+    """Inductor with a quick compiler, because its kernels run once."""
     import torch._inductor.config as config
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
@@ -226,7 +226,7 @@ def quick_compiler(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_compiled_predictor_gives_what_another_does(tiny, tmp_path, monkeypatch, quick_compiler):
-    """At two exits, and each in one piece: backbone and head are a graph, of which nothing is left to Python."""
+    """At two exits. Backbone and head are one graph each, without breaks."""
     from torch._dynamo.utils import counters
 
     monkeypatch.setitem(BACKBONE_REGISTRY._obj_map, "FourConvolutions", FourConvolutions)
@@ -318,7 +318,7 @@ def test_unknown_kinds_are_refused(option, value, message):
 
 
 def learning_rates(*opts) -> list[float]:
-    """The rate of each of 10 iterations, of one parameter whose rate starts at 1."""
+    """The rates of 10 iterations, for one parameter with initial rate 1."""
     cfg = load("SOLVER.BASE_LR", 1.0, "SOLVER.MAX_ITER", 10, *opts)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR)
     scheduler = Trainer.build_lr_scheduler(cfg, optimizer)
@@ -354,7 +354,7 @@ def test_cosine_schedule_with_warmup():
 
 @pytest.fixture
 def same_points(monkeypatch):
-    """Random points are the same for every mask and every image, so that batches can be compared with their parts."""
+    """The same random points for every mask and image, so that a batch can be compared with its parts."""
 
     original = torch.rand
 
@@ -376,14 +376,14 @@ def gradients(batches, accumulation_steps: int = 1) -> dict[str, torch.Tensor]:
 
 
 def assert_close(found: dict, wanted: dict) -> None:
-    """Float32 sums of another order; some gradients are nothing but the noise of such sums."""
+    """Float32 sums in another order. A few gradients are only the noise of such sums."""
     largest = max(v.norm().item() for v in wanted.values())
     for name, value in wanted.items():
         assert (found[name] - value).norm() <= 2e-3 * value.norm() + 1e-6 * largest, name
 
 
 def test_accumulated_batches_of_equally_many_masks_are_one_batch(same_points):
-    """What is promised; with unequal numbers each batch is normalised by its own."""
+    """The documented behaviour: with unequal numbers each batch is divided by its own."""
     a, b = make_batch(sizes=((64, 96), (64, 96)))
     whole = gradients([[a, b]])
     parts = gradients([[a], [b]], accumulation_steps=2)
@@ -422,7 +422,7 @@ def test_a_training_splits_its_batch_and_tells_how(tiny, caplog):
 
 
 def test_a_reference_number_of_gpus_changes_no_schedule(tiny, caplog):
-    """detectron2 would scale batch, rate and iterations by it; here IMS_PER_GPU serves any number of GPUs."""
+    """detectron2 would scale batch, rate and iterations by it. Here IMS_PER_GPU is for any number of GPUs."""
     options = ["SOLVER.REFERENCE_WORLD_SIZE", 8, "OUTPUT_DIR", str(tiny.base / "reference")]
     cfg = load_cfg(tiny.config(), options)
     warn_of_keys_without_effect(cfg)
@@ -452,7 +452,7 @@ def test_a_training_writes_checkpoints_metrics_and_tensorboard_events(tiny):
 
 @pytest.mark.slow
 def test_an_evaluator_that_fails_costs_its_own_result_alone(tiny, tmp_path, monkeypatch, capfd):
-    """In the evaluations of a training, which goes on, and in one by itself; the exit status tells."""
+    """During a training, which goes on, and in a separate evaluation. The exit status is not 0."""
     monkeypatch.setattr(SemanticEvaluator, "summary", lambda self, rows: {}["no such class"])
     weights = tmp_path / "train" / "model_final.pth"
     for name, flags in {"train": [], "test": ["--eval-only", "MODEL.WEIGHTS", weights]}.items():
@@ -468,7 +468,7 @@ def test_an_evaluator_that_fails_costs_its_own_result_alone(tiny, tmp_path, monk
 
 
 class PowerCut(Exception):
-    """Not a mistake of input."""
+    """Not an input error."""
 
 
 class FailsAt(Trainer):
@@ -481,7 +481,7 @@ class FailsAt(Trainer):
 
 
 def stop_workers(trainer: Trainer) -> None:
-    """Now, rather than when the garbage is collected: a worker forked meanwhile would hold their pipes open."""
+    """Ends them now: a worker forked before garbage collection would keep their pipes open."""
     trainer._trainer._data_loader_iter_obj = None
 
 
@@ -490,7 +490,7 @@ def stop_workers(trainer: Trainer) -> None:
     "config, seed, workers", [("eco_maskformer2", 5, 2), ("eco_maskformer2", -1, 0), ("eco_detr", 5, 0)]
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny, tmp_path, config, seed, workers):
-    """With all that draws random numbers: order of images, augmentation, points, dropout, exits; and accumulation."""
+    """With everything that is random: order of images, augmentation, points, dropout, exits. And with accumulation."""
 
     def trainer(kind, folder, *more):
         options = ["SEED", seed, "SOLVER.MAX_ITER", 5, "SOLVER.CHECKPOINT_PERIOD", 2, "DATALOADER.NUM_WORKERS", workers]

@@ -1,4 +1,4 @@
-"""The predictor: what users hand to it, and a model on a machine without its dataset."""
+"""The predictor: its inputs, and a model on a machine without its dataset."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ EVERYTHING = ("MODEL.MASK_FORMER.TEST.OBJECT_MASK_THRESHOLD", 0.0, "MODEL.MASK_F
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(tiny, its config, folder): model.pth holds the classes as a training saves it, old.pth does not."""
+    """(tiny, its config): model.pth has the classes, as after a training, and old.pth has not."""
     tiny = Tiny(tmp_path_factory.mktemp("tiny"), 1, 1)
     model = fill(build_model(load_cfg(tiny.config())))
     Checkpointer(model, str(tiny.base)).save("model")
@@ -79,7 +79,7 @@ def test_costs_of_what_is_no_image(predict):
 
 
 def test_an_image_whose_masks_do_not_fit_into_the_memory_is_refused(predict, monkeypatch):
-    """12 queries and 9 classes in float32, 64 x 64; binary masks of the queries, also as floats; 60 instances."""
+    """12 queries and 9 classes in float32, 64 x 64; the queries' binary masks and their floats; 60 instances."""
     post = predict.model.postprocessor
     assert min(post.detections_per_image, 12 * len(post.thing_classes)) == 60 and post.instance_on
     monkeypatch.setattr("eco_m2f.engine.predictor.available_memory", lambda: (4 * 21 + 5 * 12 + 5 * 60) * 64 * 64)
@@ -111,7 +111,7 @@ def test_channels_are_given_in_the_order_of_the_config(trained, predict, monkeyp
 
 @pytest.fixture
 def gone(trained, monkeypatch):
-    """The options of a machine on which no dataset is registered."""
+    """Options for a machine without registered datasets."""
     return "DATASETS.CUSTOM", "[]", "DATASETS.TRAIN", "('not_here',)", "DATASETS.TEST", "('nor_here',)"
 
 
@@ -150,7 +150,7 @@ def test_where_nothing_tells_the_classes_the_predictor_refuses(trained, gone):
 def test_classes_of_another_dataset_are_refused_with_both_lists(trained, tmp_path):
     tiny, config = trained
     stored = torch.load(tiny.base / "model.pth", weights_only=False)
-    for change, told in (
+    for change, text in (
         (lambda c: c[0].update(name="whale"), "whale"),
         (lambda c: c[0].update(isthing=0), "stuff"),
         (lambda c: c.reverse(), "in this order"),
@@ -162,7 +162,7 @@ def test_classes_of_another_dataset_are_refused_with_both_lists(trained, tmp_pat
         torch.save({**stored, "classes": classes}, tmp_path / "other.pth")
         with pytest.raises(CheckpointError, match="other.pth") as caught:
             load_predictor(config, ["MODEL.WEIGHTS", str(tmp_path / "other.pth")])
-        assert told in str(caught.value)
+        assert text in str(caught.value)
 
 
 def test_classes_of_another_number_are_refused_without_a_dataset_too(trained, gone, tmp_path):

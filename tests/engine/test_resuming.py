@@ -1,4 +1,4 @@
-"""Settings that have changed between a run and the one that goes on with it."""
+"""Settings that changed between a run and the run that continues it."""
 
 import argparse
 import logging
@@ -15,8 +15,8 @@ def test_changes_are_told_by_key_with_both_values():
     before = {"SOLVER": {"BASE_LR": 0.1, "STEPS": [1, 2]}, "SEED": 1, "OUTPUT_DIR": "a", "MODEL": {"OLD": {"KEY": 3}}}
     now = {"SOLVER": {"BASE_LR": 0.2, "STEPS": [1, 2]}, "SEED": 1, "OUTPUT_DIR": "b", "MODEL": {"NEW": None}}
     assert changed_settings(before, now) == [
-        ("MODEL.NEW", "not there", None),
-        ("MODEL.OLD.KEY", 3, "not there"),
+        ("MODEL.NEW", "absent", None),
+        ("MODEL.OLD.KEY", 3, "absent"),
         ("SOLVER.BASE_LR", 0.1, 0.2),
     ]
     assert changed_settings(now, now) == []
@@ -35,27 +35,27 @@ def set_up(config: str, output, *opts, resume: bool) -> None:
 
 
 @pytest.fixture
-def told(caplog):
-    """The messages about settings; the logger of the package does not hand them on once a tool has set it up."""
+def warnings(caplog):
+    """The warnings about settings. A handler is needed, because setup stops the package's logger from propagating."""
     logger = logging.getLogger("eco_m2f.engine.resuming")
     logger.addHandler(caplog.handler)
     yield lambda: [m for m in dict.fromkeys(caplog.messages) if "another setting" in m]
     logger.removeHandler(caplog.handler)
 
 
-def test_resuming_with_another_rate_warns(config, tmp_path, told, caplog):
+def test_resuming_with_another_rate_warns(config, tmp_path, warnings, caplog):
     change = ("SOLVER.BASE_LR", 0.5, "DATALOADER.NUM_WORKERS", 3)
     set_up(config, tmp_path, resume=False)
     set_up(config, tmp_path, *change, resume=True)
-    assert told() == []  # no checkpoint is there: nothing to go on from
+    assert warnings() == []  # no checkpoint is there: nothing to go on from
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
     set_up(config, tmp_path, resume=False)
     set_up(config, tmp_path, *change, resume=True)
-    (line,) = told()
-    assert "SOLVER.BASE_LR was" in line and "is 0.5 from here on" in line
+    (line,) = warnings()
+    assert "SOLVER.BASE_LR was" in line and "is now 0.5" in line
     caplog.clear()
     set_up(config, tmp_path, *change, resume=True)
-    assert told() == []
+    assert warnings() == []
 
 
 @pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe\x00", b"!!python/object/apply:os.getcwd []", b"text"])
@@ -66,7 +66,7 @@ def test_a_config_that_cannot_be_read_stops_nothing_and_runs_nothing(tmp_path, c
 
 
 def old_run(config: str, output, *, steps: int, batch: int) -> None:
-    """A run of an earlier version, which accumulated `steps` batches."""
+    """A run of an earlier version that accumulated `steps` batches."""
     set_up(config, output, resume=False)
     (output / "last_checkpoint").write_text("model_0000001.pth")
     settings = yaml.safe_load((output / "config.yaml").read_text())
@@ -76,10 +76,10 @@ def old_run(config: str, output, *, steps: int, batch: int) -> None:
 
 
 @pytest.mark.parametrize("steps, batch", [(1, 4), (4, 1), (2, 2)])
-def test_an_earlier_run_goes_on_with_the_same_number_of_images(config, tmp_path, told, steps, batch):
+def test_an_earlier_run_goes_on_with_the_same_number_of_images(config, tmp_path, warnings, steps, batch):
     old_run(config, tmp_path, steps=steps, batch=batch)
     set_up(config, tmp_path, "SOLVER.IMS_PER_BATCH", 4, resume=True)
-    assert told() == []
+    assert warnings() == []
 
 
 def test_an_earlier_run_with_another_number_of_images_is_refused_every_time(config, tmp_path):

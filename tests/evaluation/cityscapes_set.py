@@ -1,4 +1,4 @@
-"""A generated Cityscapes validation set: annotation with all that its AP treats apart, and predictions for it."""
+"""A generated Cityscapes validation set with every special case of its AP, and predictions for it."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ OFFICIAL = "cityscapes_fine_panoptic_val"
 
 
 def draw(rng: np.random.Generator) -> np.ndarray:
-    """Ids of an image: stuff, void, groups, objects large and small, caravans with and without a number."""
+    """Ids of an image: stuff, void, groups, large and small objects, caravans with and without a number."""
     ids = np.full(SIZE, 7, dtype=np.uint16)
     ids[:24], ids[24:30], ids[90:] = 23, 4, 1
     for label in rng.choice([24, 26, 33], 2, replace=False):
@@ -32,7 +32,7 @@ def draw(rng: np.random.Generator) -> np.ndarray:
 
 
 def predict(ids: np.ndarray, rng: np.random.Generator) -> Instances:
-    """Objects of the image moved a little, some twice, some as another class, groups, void, and some of nothing."""
+    """The image's objects moved a little, at times twice or as another class; groups, void, and false objects."""
     masks, classes, scores = [], [], []
 
     def add(mask, label):
@@ -59,7 +59,7 @@ def predict(ids: np.ndarray, rng: np.random.Generator) -> Instances:
 
 
 def write(root: Path, seed: int, num_images: int = 5) -> tuple[list[dict], list[dict]]:
-    """gtFine below `root`; the inputs and outputs of a model."""
+    """Writes gtFine below `root`. Returns the inputs and outputs of a model."""
     rng = np.random.default_rng(seed)
     inputs, outputs = [], []
     for n in range(num_images):

@@ -18,7 +18,7 @@ CONTIGUOUS = {c["id"]: i for i, c in enumerate(CATEGORIES)}
 
 
 def make_image(rng, size=(48, 64)):
-    """Stuff above and below, a band of void, some things, the last of them a crowd."""
+    """Stuff above and below, a band of void, and things, of which the last is a crowd."""
     id_map = np.zeros(size, dtype=np.int64)
     id_map[:20], id_map[24:] = 70_001, 70_002
     segments = [{"id": 70_001, "category_id": 41, "iscrowd": 0}, {"id": 70_002, "category_id": 90, "iscrowd": 0}]
@@ -49,7 +49,7 @@ def write_dataset(root, num_images=5, seed=0):
 
 
 def register(name, root, **metadata):
-    """Metadata only: evaluators do not load the images. Call `unregister` afterwards."""
+    """Registers metadata only: evaluators do not load images. Call `unregister` afterwards."""
     if name in DatasetCatalog:
         unregister(name)
     DatasetCatalog.register(name, lambda: [{"image_id": i} for i in range(100, 105)])
@@ -74,7 +74,7 @@ def unregister(name):
 
 
 def make_output(id_map, segments, seed):
-    """A model's output for an image: the annotation with a few mistakes."""
+    """A model's output for an image: the ground truth with a few mistakes."""
     rng = np.random.default_rng(seed)
     pred_map, pred_segments = np.zeros(id_map.shape, dtype=np.int32), []
     for s in segments:
@@ -116,7 +116,7 @@ def make_outputs(root, annotations):
 
 
 class LayerCosts:
-    """Stands for an `ExitCosts`: 10 GFLOPs per layer and 1 in the encoder, and a thousandth per pixel."""
+    """In place of `ExitCosts`: 10 GFLOPs per layer and 1 in the encoder, and a thousandth per pixel."""
 
     size_divisibility = 32
 

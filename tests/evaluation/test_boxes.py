@@ -1,4 +1,4 @@
-"""AP of boxes: of a dataset against COCOeval's own summary, of an image against the dataset of that image alone."""
+"""AP of boxes: of a dataset against COCOeval, of an image against a dataset of that image alone."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ NUM_IMAGES = 6
 
 
 def make_objects() -> list[dict]:
-    """Five images with objects, one of them with a crowd; image 105 has none."""
+    """Five images with objects, one also with a crowd. Image 105 has no objects."""
     rng = np.random.default_rng(0)
     objects = []
     for image in range(100, 100 + NUM_IMAGES - 1):
@@ -42,7 +42,7 @@ def make_objects() -> list[dict]:
 
 
 def make_outputs(objects) -> dict:
-    """Boxes near the true ones, sometimes twice or of another class, and false ones, in random order of score."""
+    """Boxes near the true ones, at times twice or of another class, and false ones, with random scores."""
     rng = np.random.default_rng(1)
     outputs = {}
     for image in range(100, 100 + NUM_IMAGES):
@@ -77,7 +77,7 @@ def dataset(tmp_path):
 
 
 def coco_stats(json_file, detections, image_ids) -> np.ndarray:
-    """COCOeval's own summary, of these images."""
+    """The metrics that COCOeval prints for these images."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(json_file))
         reference = COCOeval(truth, truth.loadRes([dict(d) for d in detections]), "bbox")

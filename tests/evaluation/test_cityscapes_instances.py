@@ -1,7 +1,7 @@
-"""Cityscapes' AP against the benchmark's own script, and against cases that are counted by hand.
+"""Cityscapes' AP against the benchmark's own script, and against cases counted by hand.
 
-tests/assets/cityscapes_ap.json holds what the script (cityscapesscripts 2.3.0) says of generated sets; where the
-package is installed it is asked again.
+tests/assets/cityscapes_ap.json has the results of the script (cityscapesscripts 2.3.0) on generated sets. If the
+package is installed, it runs again.
 """
 
 import importlib.util
@@ -31,7 +31,7 @@ SEEDS = (0, 1, 2)
 
 @pytest.fixture
 def make(tmp_path):
-    """Writes and registers a generated set; its ground truth, inputs and outputs."""
+    """Writes and registers a generated set. Returns its ground truth, inputs and outputs."""
 
     def made(seed: int):
         inputs, outputs = cityscapes_set.write(tmp_path, seed)
@@ -83,15 +83,15 @@ def test_the_benchmarks_script_still_says_so(make, assets, seed):
 
 
 def official(truth, inputs, outputs) -> dict:
-    """What the script says of predictions, through detectron2's evaluator, which writes them as it wants them."""
+    """The script's results. detectron2's evaluator writes the predictions in its format."""
     from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as script
     from detectron2.evaluation import CityscapesInstanceEvaluator as Official
 
-    told = {}
+    results = {}
 
     def average(*args):
-        told.update(compute(*args))
-        return told
+        results.update(compute(*args))
+        return results
 
     compute, in1d = script.computeAverages, getattr(np, "in1d", np.isin)
     with mock.patch.object(script, "computeAverages", average), mock.patch.object(np, "in1d", in1d, create=True):
@@ -101,8 +101,8 @@ def official(truth, inputs, outputs) -> dict:
         # the last thing it does is to write JSON, in which it finds numbers of numpy that it does not know
         with mock.patch.object(script, "writeDict2JSON", create=True), mock.patch("builtins.print"):
             evaluator.evaluate()
-    values = {"AP": told["allAp"], "AP50": told["allAp50%"]}
-    values |= {f"AP-{name}": entry["ap"] for name, entry in told["classes"].items()}
+    values = {"AP": results["allAp"], "AP50": results["allAp50%"]}
+    values |= {f"AP-{name}": entry["ap"] for name, entry in results["classes"].items()}
     return {k: None if np.isnan(v) else 100 * float(v) for k, v in values.items()}
 
 
@@ -115,7 +115,7 @@ def car(score: float, pixels: int, on: dict, void: int = 0) -> Prediction:
 
 
 def test_one_of_two_objects_found_by_the_surest_prediction():
-    """Recall 1/2 at precision 1; a mistake that is less sure adds a point beside it, at precision 1/2."""
+    """Recall 1/2 at precision 1. A mistake of lower score adds a point of the same recall, at precision 1/2."""
     two = {26000: 200, 26001: 200}
     assert average_precision([image(two, car(0.9, 200, {26000: 200}))], 26, 0.5) == pytest.approx(0.5)
     worse = image(two, car(0.9, 200, {26000: 200}), car(0.3, 50, {7: 50}))
@@ -180,7 +180,9 @@ def test_missing_and_broken_files_are_named(make, tmp_path):
     with pytest.raises(ValueError, match="munster_000003_000019_gtFine_instanceIds.png.*gtFine_trainvaltest.zip"):
         measure(truth, inputs, outputs)
     path.unlink()
-    with pytest.raises(ValueError, match=r"munster_000003_000019_gtFine_instanceIds.png is missing \(1 such"):
+    with pytest.raises(
+        ValueError, match=r"munster_000003_000019_gtFine_instanceIds.png is missing \(1 file\(s\) in all\)"
+    ):
         CityscapesInstances(truth)
 
 

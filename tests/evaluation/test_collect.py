@@ -1,4 +1,4 @@
-"""Several evaluators: each has its result, is written before the next runs, and fails alone."""
+"""Several evaluators: each result is written before the next evaluator runs, and each fails alone."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ from eco_m2f.evaluation.collect import EvaluationError, Evaluators, RowEvaluator
 
 
 class Counts(RowEvaluator):
-    """Notes how many rows there are; may fail at an image, or in the end."""
+    """Counts its image rows. May fail at an image or at the end."""
 
     fails_at, fails_with = None, ValueError("the file x.png is gone")
 
@@ -33,7 +33,7 @@ class Second(Counts):
 
 
 class Looks(Counts):
-    """Reads what has been written when it is asked for its own result."""
+    """Reads the written results when its own are computed."""
 
     def summary(self, rows):
         self.seen = json.loads(self.path.read_text())
@@ -58,8 +58,8 @@ def test_one_that_fails_costs_its_own_result_alone(tmp_path, fails_at, caplog):
     assert evaluators.failures == {"Second": "ValueError: the file x.png is gone"}
     assert evaluators.errors == [Counts.fails_with]
     assert json.loads((tmp_path / "results.json").read_text()) == without_nan(result)
-    told = [r for r in caplog.records if r.levelno == logging.ERROR]
-    assert len(told) == 1 and "Second" in told[0].getMessage() and "x.png" in told[0].getMessage()
+    errors = [r for r in caplog.records if r.levelno == logging.ERROR]
+    assert len(errors) == 1 and "Second" in errors[0].getMessage() and "x.png" in errors[0].getMessage()
 
 
 def test_each_result_is_written_before_the_next_evaluator_runs(tmp_path):

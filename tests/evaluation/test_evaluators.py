@@ -73,7 +73,7 @@ def load_png(path, dtype):
 
 
 def test_semantic_equals_detectron2(dataset):
-    """detectron2's evaluator reads PNGs of class ids: written here from the annotation."""
+    """Against detectron2's evaluator, with PNGs of class ids written from the annotation."""
     root, annotations, inputs, outputs = dataset
     derived = run(SemanticEvaluator(PanopticGroundTruth(NAME)), inputs, outputs)["sem_seg"]
     inputs = [{**x, "file_name": str(x["image_id"])} for x in inputs]
@@ -104,7 +104,7 @@ def test_semantic_refuses_another_number_of_classes(dataset):
 
 
 def test_instances_equal_pycocotools_on_an_instance_json(dataset):
-    """The same objects through a hand-made COCO JSON and COCOeval's own summary."""
+    """Against the metrics that COCOeval prints for the same objects in a hand-made COCO JSON."""
     from pycocotools import mask as rle
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -145,7 +145,7 @@ def test_instances_equal_pycocotools_on_an_instance_json(dataset):
 
 
 def _instance_json(root, annotations, change=lambda content: None):
-    """The thing segments as an instance JSON whose ids begin at 0, after a change."""
+    """The things as an instance JSON with ids from 0, after a change."""
     objects = []
     for a in annotations:
         id_map = rgb2id(np.array(Image.open(root / "panoptic" / a["file_name"])))
@@ -185,20 +185,20 @@ def test_instance_json_gives_the_same_however_its_objects_are_numbered(dataset, 
 
 def test_instance_json_that_does_not_go_with_the_panoptic_one(dataset):
     root, annotations, inputs, outputs = dataset
-    for change, told in (
+    for change, text in (
         (lambda c: c.update(categories=CATEGORIES[:1], annotations=[]), "7 dog"),
         (lambda c: c["annotations"][0].update(category_id=77), "unknown category"),
         (lambda c: c["images"].append(c["images"][0]), "duplicate image id"),
     ):
         _instance_json(root, annotations, change)
-        with pytest.raises(ValueError, match=f"instances.json.*{told}"):
+        with pytest.raises(ValueError, match=f"instances.json.*{text}"):
             InstanceEvaluator(PanopticGroundTruth(NAME))
-    for change, told in (
+    for change, text in (
         (lambda c: c.update(images=c["images"][1:], annotations=[]), "image 100 is not in `images`"),
         (lambda c: c["annotations"][0]["segmentation"].update(size=[64, 48]), r"image 100 has a mask of \(64, 48\)"),
     ):
         _instance_json(root, annotations, change)
-        with pytest.raises(ValueError, match=f"instances.json: .*{told}"):
+        with pytest.raises(ValueError, match=f"instances.json: .*{text}"):
             run(InstanceEvaluator(PanopticGroundTruth(NAME)), inputs, outputs)
 
 
@@ -241,7 +241,7 @@ def test_exit_statistics(dataset, tmp_path):
 
 
 class Replay(torch.nn.Module):
-    """A model that has seen the answers."""
+    """A model that returns the ground truth."""
 
     def __init__(self, outputs):
         super().__init__()
@@ -309,7 +309,7 @@ def _evaluate_on_rank(rank, world_size, root, init_file, result_file):
 
 
 def _one_fails_on_one_rank(evaluators, inputs, outputs, rank):
-    """The second process cannot judge instances, the first cannot sum up classes; neither waits for the other."""
+    """AP fails on the second process, mIoU on the first. Neither waits for the other."""
     broken = [{k: v for k, v in y.items() if k != "instances" or rank == 0} for y in outputs]
     evaluators.reset()
     evaluators.process(inputs, broken)

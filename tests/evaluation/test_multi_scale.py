@@ -1,4 +1,4 @@
-"""TEST.AUG: the mean over resized and mirrored views, through a model that can be followed by hand."""
+"""TEST.AUG: the mean over resized and mirrored views, with a model simple enough for hand-made results."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from eco_m2f.evaluation.multi_scale import MultiScale
 
 
 class Columns(nn.Module):
-    """Scores: the red channel, resized to the output; and how far right a column lies, which mirroring turns over."""
+    """Scores: the red channel at output size, and the horizontal position of a column, which mirroring reverses."""
 
     def __init__(self):
         super().__init__()
@@ -35,7 +35,7 @@ def mapper(size: int) -> PanopticTestMapper:
 
 @pytest.fixture
 def x(tmp_path) -> dict:
-    """An image whose left half is red, as the loader maps it at test size."""
+    """An image with a red left half, as the test loader maps it."""
     pixels = np.zeros((20, 40, 3), np.uint8)
     pixels[:, :20, 0] = 200
     Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -60,7 +60,7 @@ def test_one_view_is_the_model_itself(x):
 
 
 def test_a_thin_image_keeps_a_pixel_at_every_size(tmp_path):
-    """As at test size: a side that is resized to less than half a pixel has one."""
+    """As in evaluation, a side of less than half a pixel becomes one pixel."""
     Image.new("RGB", (3000, 2)).save(tmp_path / "thin.png")
     options = ["MODEL.DEVICE", "cpu", "TEST.AUG.MIN_SIZES", (32,), "TEST.AUG.MAX_SIZE", 64, "TEST.AUG.FLIP", True]
     cfg = load_cfg(str(CONFIGS / PARENT), options)
@@ -81,8 +81,8 @@ def test_sizes_come_from_the_config():
 @pytest.mark.parametrize(
     "config, options, message",
     [
-        (DETR, (), "semantic segmentation alone"),
-        (PARENT, ("MODEL.MASK_FORMER.TEST.SEMANTIC_ON", False), "semantic segmentation alone"),
+        (DETR, (), "semantic segmentation only"),
+        (PARENT, ("MODEL.MASK_FORMER.TEST.SEMANTIC_ON", False), "semantic segmentation only"),
         (PARENT, ("TEST.AUG.MIN_SIZES", ()), "MIN_SIZES is empty"),
     ],
 )

@@ -1,4 +1,4 @@
-"""How many tokens went on and what it saved; mIoU on datasets of class maps."""
+"""The tokens kept and the GFLOPs saved; mIoU on datasets of class maps."""
 
 import json
 
@@ -16,7 +16,7 @@ INPUTS = [{"image_id": i, "image": torch.empty(3, 75, 78), "height": 90} for i i
 
 
 class CountCosts(TokenCosts):
-    """100 tokens an image; 10 GFLOPs without stopping, and what the numbers of those that go on cost."""
+    """Costs of an image of 100 tokens: 10 GFLOPs without stopping, less with fewer tokens."""
 
     size_divisibility = 8
 
@@ -68,7 +68,7 @@ def test_a_model_that_stops_no_tokens_gives_no_result():
 
 @pytest.fixture
 def semantic_set(tmp_path):
-    """A registered dataset of class maps alone."""
+    """A registered dataset with only class maps."""
     classes = np.array([[0, 0, 1, 255]], dtype=np.uint8)
     Image.fromarray(classes).save(tmp_path / "a.png")
     record = {"image_id": 0, "sem_seg_file_name": str(tmp_path / "a.png")}
@@ -80,7 +80,7 @@ def semantic_set(tmp_path):
 
 
 def test_class_maps_alone_get_miou(semantic_set, tmp_path):
-    """Of two pixels of sky one is taken for sea; the pixel of void counts nowhere."""
+    """One of two sky pixels is predicted as sea. The void pixel does not count."""
     scores = torch.tensor([[[1.0, 0, 0, 1]], [[0.0, 1, 1, 0]]])
     evaluator = evaluators_for("class_maps", str(tmp_path / "out"), costs=CountCosts())
     result = run(evaluator, [{**INPUTS[0], **semantic_set}], [{"sem_seg": scores, **outputs()[0]}])
@@ -92,5 +92,5 @@ def test_class_maps_alone_get_miou(semantic_set, tmp_path):
 
 
 def test_class_maps_alone_need_a_semantic_model(semantic_set):
-    with pytest.raises(ValueError, match="'class_maps' has class maps alone: set .*SEMANTIC_ON"):
+    with pytest.raises(ValueError, match="'class_maps' has only class maps: set .*SEMANTIC_ON"):
         evaluators_for("class_maps", semantic_on=False)

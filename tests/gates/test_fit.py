@@ -1,4 +1,4 @@
-"""That fitting a gate finds what it should, and refuses what has no end."""
+"""Fitting a gate: it finds the optimum, and refuses a loss without one."""
 
 import math
 
@@ -16,7 +16,7 @@ SOURCE = {"feature_source": "res5", "parent_sha256": "f" * 64}
 
 
 def make_data(n=500, channels=6, seed=0):
-    """Badly scaled, correlated features, from whose direction the best exit can be told, with noise."""
+    """Badly scaled, correlated features whose direction gives the best exit, with noise."""
     rng = np.random.default_rng(seed)
     z = rng.normal(size=(n, channels))
     best = 2 + np.clip(np.round(2 + 1.5 * z[:, 0]), 0, 4)
@@ -27,7 +27,7 @@ def make_data(n=500, channels=6, seed=0):
 
 @pytest.mark.parametrize("loss", sorted(GATE_LOSSES))
 def test_the_gradient_is_that_of_the_loss(loss):
-    """In float64 and in the whitened coordinates, against finite differences."""
+    """Against finite differences, in float64 and in the coordinates of `Scaling`."""
     features, quality = make_data(n=40, channels=4)
     features = torch.from_numpy(features).double()
     utilities = utility(quality, EXITS, 0.01)
@@ -91,7 +91,7 @@ def test_the_same_seed_gives_the_same_gate(optimizer):
 
 
 def test_gates_fitted_side_by_side_are_those_fitted_alone(monkeypatch):
-    """Gates of several widths and losses, in groups of two, that end after different numbers of evaluations."""
+    """Gates of several widths and losses, in groups of two, which end after different numbers of evaluations."""
     features, quality = make_data(n=400)
     budgets = [(0.0, 6, "hard_ce"), (0.001, 4, "soft_ce"), (3.0, 2, "u_ce"), (0.01, 5, "soft_mse"), (0.01, 6, "u_ce")]
     monkeypatch.setattr(gate_fit, "_SIDE_BY_SIDE", 2)
@@ -145,12 +145,12 @@ def test_low_utilities_are_fitted_or_refused_with_a_remedy(loss, optimizer):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_negative_utilities_of_some_images_alone_run_away_without_a_penalty(optimizer):
-    """The mean utilities are positive, but the features tell the images of negative ones from the others."""
+    """The mean utilities are positive, but the features separate the images with negative utilities."""
     z = np.tile([[1.0], [-1.0]], (150, 1)).astype(np.float32)
     quality = np.where(z > 0, [0.1, 0.1, 0.1, 0.1, 0.1], [0.9, 0.9, 0.9, 0.9, 0.9])
     steps = {"adam": AdamOptions(lr=1.0, iterations=100)}
     assert (utility(quality, EXITS, 0.05).mean(dim=0) > 0).all()
-    with pytest.raises(ValueError, match="the fit of beta 0.05, K 6, loss u_ce ran away: .*smaller beta or another"):
+    with pytest.raises(ValueError, match="the fit of beta 0.05, K 6, loss u_ce diverged: .*smaller beta or another"):
         fit_gate(z, quality, EXITS, 0.05, 6, "u_ce", optimizer=optimizer, l2=0.0, **steps, **SOURCE)
     sound = fit_gate(z, quality, EXITS, 0.05, 6, "u_ce", l2=1.0, **SOURCE)
     assert sound.fit["train_loss"] > -10
@@ -159,7 +159,7 @@ def test_negative_utilities_of_some_images_alone_run_away_without_a_penalty(opti
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_beta_beyond_numbers_is_refused_with_the_remedy(optimizer):
     features, quality = make_data(n=300)
-    with pytest.raises(ValueError, match="ran away: beta times .*; take a smaller beta"):
+    with pytest.raises(ValueError, match="diverged: beta times .* Take a smaller beta"):
         fit_gate(features, quality, EXITS, 1.7e308, 6, "soft_ce", optimizer=optimizer, **SOURCE)
 
 
@@ -167,14 +167,14 @@ def test_a_beta_beyond_numbers_is_refused_with_the_remedy(optimizer):
 def test_a_rate_at_which_adam_diverges_is_refused(loss):
     features, quality = make_data(n=300)
     wild = AdamOptions(lr=1e30, iterations=20)
-    with pytest.raises(ValueError, match="ran away.*lower Adam's rate|not finite.*lower the learning rate"):
+    with pytest.raises(ValueError, match="diverged.*Lower Adam's rate|not finite.*lower the learning rate"):
         fit_gate(features, quality, EXITS, 0.001, 6, loss, optimizer="adam", adam=wild, **SOURCE)
 
 
 @pytest.mark.parametrize("loss", sorted(GATE_LOSSES))
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_sound_fit_is_never_taken_for_one_that_ran_away(loss, optimizer):
-    """Noise without a signal; separable features with hardly a penalty."""
+    """Noise without a signal; separable features with almost no penalty."""
     rng = np.random.default_rng(0)
     noise = rng.normal(size=(100, 8)).astype(np.float32)
     flat = 0.5 + 1e-4 * rng.normal(size=(100, 5))

@@ -1,4 +1,4 @@
-"""Frontiers and the search for a budget, on a small derived dataset in which depth pays for some images."""
+"""Frontiers and the search for a budget, on a small derived dataset in which depth helps a part of the images."""
 
 import csv
 import math
@@ -62,7 +62,7 @@ def torch_features(dataset):
 
 
 def test_the_gate_beats_what_costs_the_same(train, val):
-    """Its utility lies between the best fixed exit's and the oracle's."""
+    """Its utility is between that of the best fixed exit and that of the oracle."""
     beta = 0.008
     row = GateFitter(train, val).fit(beta, 6)
     u = utility(val.quality, EXITS, beta)
@@ -130,7 +130,7 @@ def test_datasets_of_another_parent_are_refused(train, tmp_path):
 
 
 def test_qualities_that_differ_or_are_not_known_are_refused(train, tmp_path):
-    """Rows of mIoU are not fitted to measure PQ."""
+    """A gate fitted to mIoU is not evaluated by PQ."""
     miou = make_derived(tmp_path / "miou", 5, seed=2, measure="mIoU")
     for pair, first, second in (((train, miou), "PQ", "mIoU"), ((miou, train), "mIoU", "PQ")):
         with pytest.raises(ValueError, match=f"quality is {first} for training, {second} for validation: derive both"):
@@ -139,12 +139,12 @@ def test_qualities_that_differ_or_are_not_known_are_refused(train, tmp_path):
             list(frontier(*pair, [0.1], [6]))
     unknown = make_derived(tmp_path / "unknown", 5, seed=2, measure="sharpness")
     for refused in (lambda: GateFitter(unknown, unknown), lambda: fixed_rows(unknown)):
-        with pytest.raises(ValueError, match="quality 'sharpness' is not known, there are .*mIoU.*derive the dataset"):
+        with pytest.raises(ValueError, match="quality 'sharpness' is not one of .*mIoU.*derive the dataset"):
             refused()
 
 
 def test_rows_of_another_exact_quality_have_its_columns(tmp_path):
-    """Of n images each with q pixels found of 1, IoU is the share found: here iou is not read."""
+    """Each image finds a share q of its pixels, so the IoU is the mean share. `iou` is not read."""
     val = make_derived(tmp_path / "miou", 20, seed=2, measure="mIoU", pixels=1000)
     train = make_derived(tmp_path / "train", 60, seed=3, measure="mIoU", pixels=1000)
     choice = np.full(len(val), 4)

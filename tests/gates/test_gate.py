@@ -1,4 +1,4 @@
-"""A gate and its file: read as it was written, or refused."""
+"""A gate and its file, which is read unchanged or refused."""
 
 import json
 import math
@@ -57,7 +57,7 @@ def test_the_file_is_what_its_name_says(tmp_path):
 
 
 def test_numbers_that_are_no_numbers_survive(tmp_path):
-    """Where the quality is no PQ, a gate's results say NaN."""
+    """The results of a gate may hold NaN, if there are no statistics."""
     small_gate(results={"pq": math.nan}).save(tmp_path / "gate.pth")
     assert math.isnan(Gate.load(tmp_path / "gate.pth").results["pq"])
 
@@ -73,7 +73,7 @@ def content_of(gate: Gate) -> dict:
 
 
 def test_a_gate_of_the_older_format_is_still_read(tmp_path):
-    """It had no digest, but its archive has checksums."""
+    """It has no digest, but the archive has checksums."""
     path = tmp_path / "gate.pth"
     torch.save({"format": OLD_FORMAT, **content_of(small_gate())}, path)
     assert torch.equal(Gate.load(path).weight, small_gate().weight)
@@ -108,7 +108,7 @@ def test_fuzz_damage_to_the_older_format_shows_or_does_no_harm(tmp_path):
 
 @each_suffix
 def test_a_value_that_was_changed_shows(tmp_path, suffix):
-    """Every value in turn, the digest being left as it was."""
+    """Every value in turn, with the old digest."""
     gate, path = small_gate(fit={"seed": 3}), tmp_path / f"gate.{suffix}"
     gate.save(path)
     if suffix == "pth":
@@ -131,11 +131,11 @@ def test_a_value_that_was_changed_shows(tmp_path, suffix):
 @each_suffix
 @pytest.mark.parametrize("changes", [{"beta": 10**400}, {"exits": [2, 4, 10**30]}, {"weight": torch.zeros(3, 0)}])
 def test_numbers_beyond_all_bounds_are_refused_by_name(tmp_path, suffix, changes):
-    """Although the digest is right."""
+    """With a correct digest."""
     path = tmp_path / f"gate.{suffix}"
     write_gate(path, {**content_of(small_gate()), **changes})
-    told = f"cannot be used: .*{next(iter(changes))}|is no whole gate file .it holds an integer"
-    with pytest.raises(ValueError, match=f"gate.{suffix} ({told})"):
+    message = f"cannot be used: .*{next(iter(changes))}|is no whole gate file .it holds an integer"
+    with pytest.raises(ValueError, match=f"gate.{suffix} ({message})"):
         Gate.load(path)
 
 
@@ -166,7 +166,7 @@ TENSORS = {
 
 
 def test_a_tensor_that_no_gate_can_have_is_refused_by_name(tmp_path):
-    """Of the older format, which has no digest that would show a change."""
+    """In the older format, which has no digest to show a change."""
     path = tmp_path / "gate.pth"
     for name, others in TENSORS.items():
         for other in others:
@@ -188,7 +188,7 @@ WRONG = {
 
 @each_suffix
 def test_a_value_that_no_gate_can_have_is_refused_by_name(tmp_path, suffix):
-    """Also where the digest is right, as in a file that somebody made by hand."""
+    """Also with a correct digest, as in a hand-made file."""
     path = tmp_path / f"gate.{suffix}"
     for name, others in WRONG.items():
         for other in others:

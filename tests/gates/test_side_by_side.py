@@ -1,4 +1,4 @@
-"""Minimisations that go on side by side."""
+"""Minimisations side by side: errors end all of them."""
 
 import threading
 

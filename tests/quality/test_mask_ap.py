@@ -1,4 +1,4 @@
-"""AP of an image's masks against COCOeval's own summary of that image alone."""
+"""AP of an image's masks against COCOeval on that image alone."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ def case(tmp_path_factory):
 
 
 def summary_of(case: Case, x: dict, how: str) -> float:
-    """AP as COCOeval prints it, of one image."""
+    """AP of one image as COCOeval prints it."""
     truth = case.quality.truth
     image = {"id": x["image_id"], "height": x["height"], "width": x["width"]}
     packed = case.prepared(x, how)
@@ -54,7 +54,7 @@ def test_cityscapes_is_refused(case):
     kind = metadata.evaluator_type
     metadata.__dict__["evaluator_type"] = "cityscapes_panoptic_seg"
     try:
-        with pytest.raises(ValueError, match="evaluated by Cityscapes' own: choose PanopticQuality or MeanIoU"):
+        with pytest.raises(ValueError, match="evaluated by Cityscapes' own AP: choose PanopticQuality or MeanIoU"):
             MaskAP.of(case.dataset)
     finally:
         metadata.__dict__["evaluator_type"] = kind

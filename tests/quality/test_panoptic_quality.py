@@ -22,7 +22,7 @@ CATEGORIES = [{"id": c, "name": str(c), "isthing": int(c < 40), "color": [c, c, 
 
 
 def blocky_map(rng, height, width, ids, cell=6):
-    """A map of random rectangles-of-cells: few ids, connected enough that some segments match."""
+    """A map of random rectangles with few ids, large enough that segments match."""
     coarse = rng.choice(ids, size=(height // cell + 1, width // cell + 1))
     return np.kron(coarse, np.ones((cell, cell), dtype=np.int64))[:height, :width]
 
@@ -33,7 +33,7 @@ def segments_of(id_map, category_of, **extra):
 
 
 def make_case(seed):
-    """Ground truth with void, crowds, unknown ids and an odd size; a prediction that is a corrupted copy of it."""
+    """Ground truth with void, crowds, unknown ids and an odd size, and a corrupted copy as prediction."""
     rng = np.random.default_rng(seed)
     height, width = rng.integers(20, 60, size=2)
     big = seed % 2 == 1  # ids of a panoptic PNG, up to 2^24
@@ -95,7 +95,7 @@ def test_generated_set_equals_panopticapi(tmp_path):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_single_image_equals_panopticapi(tmp_path, seed):
-    """On a set of one image, the image's own PQ is the set's."""
+    """The PQ of an image is that of a dataset with only this image."""
     case = make_case(seed)
     gt, gt_segments, pred, pred_segments = case
     statistics = image_statistics(pred, pred_segments, gt, gt_segments)

@@ -1,4 +1,4 @@
-"""The contract of QUALITY_REGISTRY, for every member by existing."""
+"""The contract of QUALITY_REGISTRY, checked for every member."""
 
 import csv
 import json
@@ -24,7 +24,7 @@ HOWS = ("right", "noisy", "wrong", "nothing")
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
-    """key of a member -> its `Case`."""
+    """{key of a member: its `Case`}."""
     return cache(lambda key: Case(MEMBERS[key], tmp_path_factory.mktemp("quality")))
 
 
@@ -50,7 +50,7 @@ def test_the_annotation_itself_is_best_and_another_class_is_worst(case):
 
 
 def test_an_empty_prediction_is_no_better_than_one_of_another_class(case):
-    """But where class 0 occurs: a class map that nothing decides is of class 0."""
+    """Except with class 0: a class map without any score is class 0."""
     for x in case.shown:
         (nothing, _), (right, _) = case.compared(x, "nothing", "right")
         class_0 = "sem_seg_file_name" in case.kind.files and 0 in case.annotated(x)[0]
@@ -79,7 +79,7 @@ def test_another_process_finds_the_same(case):
 
 
 def test_the_dataset_has_what_an_evaluation_of_the_model_finds(case, tmp_path):
-    """The sum of the statistics, or else the mean over the images, is what the evaluator writes."""
+    """The evaluator writes the quality of the summed statistics, or else the mean over the images."""
     evaluators = evaluators_for(case.dataset, str(tmp_path))
     found = []
     for x, how in zip(case.inputs, ("noisy", "right", "noisy", "wrong")):
@@ -120,7 +120,7 @@ def test_step_b_a_gate_and_the_report(key, tmp_path):
 
 
 def check_whole_way(key, kind, base):
-    """What Step C foretold from rows is what the model finds, under the columns of the quality."""
+    """The frontier rows of Step C equal the evaluation of the model, in the quality's columns."""
     derived, run = whole_way(key, kind, base)
     assert derived.quality_kind is kind and derived.has_statistics == (kind.exact is not None)
     rows = list(csv.DictReader((run / "table.csv").open()))
@@ -138,7 +138,7 @@ def check_whole_way(key, kind, base):
 
 
 def test_names_that_are_not_known_are_refused_with_those_that_are():
-    with pytest.raises(ValueError, match="'IoU' is not known, there are AP, PQ, mIoU, mask_AP: import"):
+    with pytest.raises(ValueError, match="'IoU' is not one of AP, PQ, mIoU, mask_AP: import"):
         quality_named("IoU")
     with pytest.raises(ValueError, match="MODEL.ECO.QUALITY IoU is not known: for .* MaskAP, MeanIoU, PanopticQuality"):
         quality_of_model("IoU", SimpleNamespace(annotation="panoptic"))
@@ -149,7 +149,7 @@ def test_the_name_of_pq_is_not_written():
 
 
 def test_predictions_are_on_the_host_and_small(case):
-    """Less than a byte a pixel for each class, which is what a map of scores would take."""
+    """Less than a byte per pixel and class, the size of a map of scores."""
     x = case.shown[0]
     size = len(pickle.dumps(case.prepared(x, "right")))
     assert size < x["height"] * x["width"] * (1 + len(case.quality.categories)) and torch.is_tensor(x["image"])

@@ -1,4 +1,4 @@
-"""mIoU of an image against a loop over classes, and on a dataset of class maps alone."""
+"""mIoU of an image against a loop over classes, and on a dataset with only class maps."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def maps(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def by_loop(pairs) -> float:
-    """Mean IoU over the classes that occur in the ground truth of these images."""
+    """mIoU over the classes in the ground truth of these images."""
     truth, predicted = (np.concatenate([pair[i].ravel() for pair in pairs]) for i in (0, 1))
     truth, predicted = truth[truth != 255], predicted[truth != 255]
     ious = [((truth == c) & (predicted == c)).sum() / ((truth == c) | (predicted == c)).sum() for c in np.unique(truth)]
@@ -53,7 +53,7 @@ def test_without_a_labelled_pixel_an_image_has_0_and_a_dataset_none():
 
 
 def test_other_sizes_are_refused():
-    with pytest.raises(ValueError, match=r"\(3, 2\), its ground truth \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"\(3, 2\), but its ground truth is \(2, 3\)"):
         pixel_statistics(np.zeros((2, 3), int), np.zeros((3, 2), int), IDS)
 
 
@@ -75,7 +75,7 @@ def test_a_dataset_of_class_maps_alone(tmp_path):
 
 @pytest.mark.slow
 def test_step_b_on_class_maps_alone(tmp_path):
-    """As ADE20K's semantic split is registered: images and class maps, without ids and JSON."""
+    """Registered as ADE20K's semantic split: images and class maps, without ids and JSON."""
     case = Case(MeanIoU, tmp_path)
     records = []
     for x in case.inputs:

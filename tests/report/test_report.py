@@ -1,4 +1,4 @@
-"""The table and what is picked for the pictures; tests/tools/test_recipe.py has the whole on a real run."""
+"""The table and the choice of pictures. tests/tools/test_recipe.py has the report of a real run."""
 
 import json
 
@@ -80,7 +80,7 @@ def test_examples_are_spread_over_the_exits(derived):
 
 
 def test_pictures_have_the_datasets_colours_and_turned_photos(tmp_path):
-    """No category declares a colour, and the photo lies on its side: 4 wide and 6 high once it is turned."""
+    """No category has a colour, and the photo is rotated by EXIF: 4 wide and 6 high when upright."""
     pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -1,4 +1,4 @@
-"""What the tests of bad input share: a data set with which nothing is wrong, and what is made of it."""
+"""Fixtures of the tests of bad input: a good dataset, its checkpoint and its derived dataset."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from eco_m2f.engine.setup import build_model, load_cfg
 
 @pytest.fixture(scope="session")
 def good(tmp_path_factory) -> Tiny:
-    """A data set with which nothing is wrong; with model.pth, a checkpoint for it."""
+    """A dataset without errors, with model.pth, a checkpoint for it."""
     made = Tiny(tmp_path_factory.mktemp("good"), num_train=2, num_val=1)
     model = fill(build_model(load_cfg(made.config())))
     torch.save({"model": model.state_dict()}, made.base / "model.pth")
@@ -20,7 +20,7 @@ def good(tmp_path_factory) -> Tiny:
 
 @pytest.fixture
 def spoilt(good, tmp_path) -> Tiny:
-    """A copy of the good data set, under another name, for a test to spoil."""
+    """A copy of the good dataset under another name, for a test to damage."""
     copy = Tiny(tmp_path / "spoilt", num_train=2, num_val=1)
     return copy
 

@@ -1,4 +1,4 @@
-"""tools/analyze_model.py: what it prints and writes, and how its mistakes end."""
+"""tools/analyze_model.py: its output, its files and its error messages."""
 
 import importlib.util
 import json
@@ -139,7 +139,7 @@ def thresholds(tmp_path):
 
 
 def test_shares_of_tokens(tmp_path, capsys, thresholds):
-    """Given ones, and measured ones; the layers by hand, the rest as without stopping."""
+    """Given shares and shares from a table. The layers are counted by hand, the rest as without stopping."""
     out = tmp_path / "out.json"
     arguments = ["--size", 90, 96, "--kept", 0.5, 0.5, 0, "--thresholds-csv", thresholds, "--json", out]
     assert start(*arguments, config=DOVIT) == 0
@@ -162,7 +162,7 @@ def test_shares_of_tokens(tmp_path, capsys, thresholds):
 
 
 def test_what_is_told_of_an_image_is_what_the_evaluation_tells(tmp_path):
-    """The counts of tokens that an image really kept, as shares."""
+    """The tokens that an image really kept, as shares."""
     dovit = fill(build_model(load_cfg(str(DOVIT), ["MODEL.DEVICE", "cpu", "MODEL.DOVIT.THRESHOLD", 0.5]))).eval()
     torch.manual_seed(0)
     with torch.no_grad():
@@ -190,12 +190,12 @@ def test_mean_over_a_csv_with_shares(tmp_path, sizes):
 
 @pytest.mark.parametrize("kept", [[0.5, 0.5], [0.5, 0.6, 0.1], [1.2, 0.5, 0.1], [0.5, 0.4, -0.1], ["nan", 0.5, 0.1]])
 def test_shares_that_are_none(capsys, kept):
-    told = message(capsys, start("--size", 64, 64, "--kept", *kept, config=DOVIT))
-    assert "must be 3 numbers (one per decision point) from 1 down to 0" in told
+    printed = message(capsys, start("--size", 64, 64, "--kept", *kept, config=DOVIT))
+    assert "must be 3 numbers (one per decision point) from 1 down to 0" in printed
 
 
 @pytest.mark.parametrize(
-    "text, told",
+    "text, expected",
     [
         ("a,b\n1,2\n", "is no table of tools/sweep_thresholds.py"),
         (THRESHOLDS.replace("0.9,75.0", "0.9,many"), "is no table of tools/sweep_thresholds.py"),
@@ -205,14 +205,14 @@ def test_shares_that_are_none(capsys, kept):
         ),
     ],
 )
-def test_a_table_without_shares(capsys, thresholds, text, told):
+def test_a_table_without_shares(capsys, thresholds, text, expected):
     thresholds.write_text(text)
-    assert told in message(capsys, start("--size", 64, 64, "--thresholds-csv", thresholds, config=DOVIT))
+    assert expected in message(capsys, start("--size", 64, 64, "--thresholds-csv", thresholds, config=DOVIT))
 
 
 def test_shares_of_a_model_that_stops_no_tokens(capsys):
-    told = message(capsys, start("--size", 64, 64, "--kept", 0.5, 0.5, 0.5))
-    assert "--kept and --thresholds-csv are of a DoViT: this is a EcoMaskFormer" in told
+    printed = message(capsys, start("--size", 64, 64, "--kept", 0.5, 0.5, 0.5))
+    assert "--kept and --thresholds-csv are of a DoViT: this is a EcoMaskFormer" in printed
 
 
 def test_neither_size_nor_csv(capsys):
@@ -227,8 +227,8 @@ def test_a_size_that_is_none(capsys, size):
 def test_a_csv_without_its_columns(capsys, tmp_path):
     path = tmp_path / "sizes.csv"
     path.write_text("image_id,height\n1,5\n")
-    told = message(capsys, start("--sizes-csv", path))
-    assert str(path) in told and "lacks the columns ['width']" in told and "['image_id', 'height']" in told
+    printed = message(capsys, start("--sizes-csv", path))
+    assert str(path) in printed and "lacks the columns ['width']" in printed and "['image_id', 'height']" in printed
 
 
 def test_a_csv_that_is_not_there(capsys, tmp_path):
@@ -236,16 +236,16 @@ def test_a_csv_that_is_not_there(capsys, tmp_path):
 
 
 def test_a_config_without_exits(capsys):
-    told = message(capsys, start("--size", 64, 64, "MODEL.META_ARCHITECTURE", "SemanticSegmentor", *SEMANTIC))
-    assert "SemanticSegmentor has no postprocessor, so no exits" in told and "EcoMaskFormer" in told
+    printed = message(capsys, start("--size", 64, 64, "MODEL.META_ARCHITECTURE", "SemanticSegmentor", *SEMANTIC))
+    assert "SemanticSegmentor has no postprocessor, so no exits" in printed and "EcoMaskFormer" in printed
 
 
 SEMANTIC = ["MODEL.SEM_SEG_HEAD.NAME", "SemSegFPNHead", "MODEL.SEM_SEG_HEAD.NORM", "BN", *MINI]
 
 
 def test_a_config_with_no_exit_in_its_list(capsys):
-    told = message(capsys, start("--size", 64, 64, "MODEL.ECO.EXITS", "[]"))
-    assert "exits must be positive layer numbers" in told and "[]" in told
+    printed = message(capsys, start("--size", 64, 64, "MODEL.ECO.EXITS", "[]"))
+    assert "exits must be positive layer numbers" in printed and "[]" in printed
 
 
 def test_an_unknown_key_and_a_missing_config(capsys):

@@ -1,4 +1,4 @@
-"""What the other tools cannot use ends in one message that names it and what to do."""
+"""Bad arguments of the other tools end in one message with the cause and the remedy."""
 
 import shutil
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def files(good, derived) -> dict:
-    """What the arguments of the table below name."""
+    """The files that the arguments in the table below name."""
     base = good.base
     (base / "empty").mkdir()
     torch.save({"model": {"fc.weight": torch.zeros(2)}}, base / "other.pth")
@@ -98,7 +98,7 @@ def test_what_the_other_tools_cannot_use(tools, files, tmp_path, line, parts):
         ("benchmarks/op --device tpu", "invalid choice: 'tpu'"),
         ("benchmarks/op --rounds 0", "0 must be at least 1"),
         ("benchmarks/op --shapes vgg", "invalid choice: 'vgg'"),
-        ("sweep_thresholds --config-file c.yaml --thresholds 1.5", "1.5 is not above 0 and at most 1"),
+        ("sweep_thresholds --config-file c.yaml --thresholds 1.5", "1.5 must be above 0 and at most 1"),
         ("sweep_thresholds --config-file c.yaml --thresholds many", "'many'"),
         ("report", "folder"),
         ("convert_detr a.pth", "target"),

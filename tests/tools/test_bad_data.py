@@ -1,4 +1,4 @@
-"""Every bad image and annotation ends in one message that names it and what to do."""
+"""Every bad image or annotation ends in one message with the cause and the remedy."""
 
 import json
 
@@ -41,7 +41,7 @@ def crowds(content: dict) -> None:
 
 @pytest.mark.parametrize("change", [empty, crowds])
 def test_images_without_anything_to_find_are_trained_on_evaluated_and_derived(tools, spoilt, change):
-    """They teach that there is nothing; the quality of an image without segments is that of a dataset without any."""
+    """They train the model to find nothing. An image without segments has the quality of a dataset without any."""
     for split in ("train", "val"):
         spoil_json(spoilt, split, change)
         if change is empty:

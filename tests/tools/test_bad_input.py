@@ -1,4 +1,4 @@
-"""A bad config or checkpoint ends in one message that names it and what to do, with status 1 and without a trace."""
+"""A bad config or checkpoint ends in one message with the cause and the remedy, with status 1 and without a trace."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What Steps B and C cannot use ends in one message that names it and what to do."""
+"""Bad input of Steps B and C ends in one message with the cause and the remedy."""
 
 import shutil
 

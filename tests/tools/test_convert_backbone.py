@@ -25,7 +25,7 @@ FULL_R50 += ["MODEL.RESNETS.WIDTH_PER_GROUP", 64]
 
 
 def convert(tmp_path, content: dict) -> str:
-    """Converts a file of that content to weights.pkl; returns what is said of it."""
+    """Converts a file of this content to weights.pkl. Returns the printed text."""
     torch.save(content, tmp_path / "source.pth")
     line = convert_backbone.convert(tmp_path / "source.pth", tmp_path / "weights.pkl")
     assert line.startswith(f"{tmp_path / 'weights.pkl'}: ")
@@ -33,7 +33,7 @@ def convert(tmp_path, content: dict) -> str:
 
 
 def loaded(tmp_path, config: str, *opts) -> torch.nn.Module:
-    """A small model with the converted weights in its backbone, and its other weights as they were built."""
+    """A small model with the converted weights in its backbone. Its other weights are unchanged."""
     torch.manual_seed(1)
     model = build(config, *opts)
     heads = {name: v.clone() for name, v in model.state_dict().items() if not name.startswith("backbone.")}
@@ -45,7 +45,7 @@ def loaded(tmp_path, config: str, *opts) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def swin() -> dict:
-    """Small Swin weights in the original names: of the norms at the end, one of the last width; masks; a classifier."""
+    """Small Swin weights with the original names: only the last of the output norms, masks, and a classifier."""
     backbone = fill(build(SWIN, *MINI_SWIN)).backbone
     weights = {k: v for k, v in backbone.state_dict().items() if not re.match(r"norm\d\.", k)}
     weights |= {"norm.weight": torch.zeros(96), "norm.bias": torch.zeros(96)}
@@ -53,7 +53,7 @@ def swin() -> dict:
 
 
 def assert_swin(model, swin: dict) -> None:
-    """Every tensor that the backbone has, its own norms aside, is the file's; those are as they were built."""
+    """All tensors of the backbone are the file's, except its own norms, which are unchanged."""
     state = model.backbone.state_dict()
     norms = {name for name in state if re.match(r"norm\d\.", name)}
     assert len(norms) == 8 and len(state) > 100
@@ -71,7 +71,7 @@ def test_swin(tmp_path, swin, caplog):
 
 
 def moby(swin: dict) -> dict:
-    """What MoBY's training saves: the online and the target encoder, the heads on them, the queue, and the options."""
+    """A checkpoint of MoBY's training: the online and target encoders, their heads, the queue and the options."""
     weights = {f"encoder.{k}": v for k, v in swin.items()} | {f"encoder_k.{k}": v + 1 for k, v in swin.items()}
     weights |= {f"{name}.linear_hidden.0.weight": torch.zeros(4, 96) for name in ("projector", "projector_k")}
     weights |= {"predictor.linear_out.weight": torch.zeros(4, 4), "queue1": torch.zeros(4, 9), "queue2": torch.ones(4)}
@@ -89,7 +89,7 @@ def test_of_moby_the_online_encoder_is_taken(tmp_path, swin):
 
 
 def test_a_block_that_is_not_whole_is_told(tmp_path, swin):
-    """As of a Swin whose MLP has batch norms before it."""
+    """Weights as of a Swin with batch norms before its MLP."""
     weights = {k: v for k, v in moby(swin)["model"].items() if ".norm2." not in k}
     with pytest.raises(
         CheckpointError, match=r"lacks 16 tensors of its blocks, such as layers.0.blocks.0.norm2.weight"
@@ -108,7 +108,7 @@ def resnet() -> torch.nn.Module:
 
 @torch.no_grad()
 def assert_resnet(model, resnet: torch.nn.Module) -> None:
-    """Each of the four maps is torchvision's."""
+    """All four maps equal torchvision's."""
     x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
     found = model.backbone.double()(x)
     x = resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(x))))

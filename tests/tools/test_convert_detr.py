@@ -42,7 +42,7 @@ def source(tmp_path_factory):
 
 @torch.no_grad()
 def test_the_converted_model_computes_what_the_published_one_does(source, tmp_path, capsys):
-    """Backbone: torchvision's own; classes: COCO's 80 of the 91 numbers, and "no object"."""
+    """The backbone equals torchvision's. The classes are COCO's 80 of the 91 numbers, and "no object"."""
     path, backbone, head = source
     convert_detr.main(convert_detr.build_parser().parse_args([str(path), str(tmp_path / "detr.pth")]))
     assert "80 classes" in capsys.readouterr().out

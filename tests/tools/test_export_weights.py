@@ -1,4 +1,4 @@
-"""tools/export_weights.py: what it writes is loaded as the checkpoint was."""
+"""tools/export_weights.py: its file loads like the checkpoint."""
 
 import export_weights
 import pytest

@@ -1,4 +1,4 @@
-"""Every tool has one shape: it says what it does, and its work is a function of the arguments that `run` calls."""
+"""Every tool has the same shape: --help explains it, and `run` calls its main function."""
 
 import ast
 import re
@@ -14,7 +14,7 @@ TOOLS += sorted((ROOT / "datasets").glob("*.py"))
 BEFORE_INSTALLATION = {"setup_env", "install_detectron2"}  # there is no eco_m2f yet whose `run` they could call
 
 
-def summary(path) -> str:
+def first_line(path) -> str:
     """The first line of the docstring."""
     return ast.get_docstring(ast.parse(path.read_text())).splitlines()[0]
 
@@ -27,12 +27,12 @@ def test_help_explains(path, monkeypatch, capsys):
     assert end.value.code in (0, None)
     printed = capsys.readouterr().out
     assert "usage:" in printed
-    assert summary(path)[:40] in " ".join(printed.split()), "the help does not begin with what the tool does"
+    assert first_line(path)[:40] in " ".join(printed.split()), "the help does not begin with what the tool does"
 
 
 @pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.stem)
 def test_first_line_is_one_sentence_with_a_verb(path):
-    assert re.fullmatch(r"[A-Z][a-z]+s .*[^.]\.", summary(path)), summary(path)
+    assert re.fullmatch(r"[A-Z][a-z]+s .*[^.]\.", first_line(path)), first_line(path)
 
 
 @pytest.mark.parametrize("path", [p for p in TOOLS if p.stem not in BEFORE_INSTALLATION], ids=lambda path: path.stem)

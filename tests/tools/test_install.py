@@ -1,4 +1,4 @@
-"""Setting up from nothing: what is installed, what is kept, and what an interrupted run leaves behind."""
+"""Installation from nothing: installed packages, kept packages, and an interrupted run."""
 
 import hashlib
 import importlib.util
@@ -21,7 +21,7 @@ def load_tool(name: str):
 
 @pytest.fixture
 def env(tmp_path, monkeypatch):
-    """setup_env over an empty folder, recording its commands instead of running them."""
+    """setup_env on an empty folder. Its commands are recorded instead of run."""
     module = load_tool("setup_env")
     venv = tmp_path / ".venv"
     for name, value in {"VENV": venv, "PYTHON": venv / "bin/python", "UNFINISHED": venv / ".unfinished"}.items():
@@ -42,7 +42,7 @@ def env(tmp_path, monkeypatch):
 
 @pytest.fixture
 def d2(monkeypatch):
-    """install_detectron2, recording its pip calls; nothing imports until something was installed."""
+    """install_detectron2 with recorded pip calls. Imports fail until something is installed."""
     module = load_tool("install_detectron2")
     module.calls = []
     monkeypatch.setattr(module, "pip", lambda *arguments: module.calls.append(arguments))

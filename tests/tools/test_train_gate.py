@@ -28,7 +28,7 @@ tool = load_tool()
 
 @pytest.fixture(scope="module")
 def derived(tmp_path_factory):
-    """{"train", "val"}: directories; the first feature says how much an image gains from depth."""
+    """{"train", "val"}: folders. The first feature is how much an image gains from depth."""
     folders = {}
     for seed, (split, n) in enumerate([("train", 150), ("val", 60)]):
         rng = np.random.default_rng(seed)
@@ -75,7 +75,7 @@ def test_one_beta_is_one_gate(derived, tmp_path, capsys):
     assert (gate.beta, gate.exits, gate.loss, gate.parent_sha256) == (0.01, (2, 4), "soft_ce", "a" * 64)
     assert gate.results["num_images"] == 60 and gate.results["measured_on"] == "toy_val"
     printed = capsys.readouterr().out
-    assert "150 images to fit on, 60 to measure on" in printed and f"PQ {gate.results['pq']:.2f}" in printed
+    assert "150 images to fit on, 60 to evaluate on" in printed and f"PQ {gate.results['pq']:.2f}" in printed
 
 
 def test_several_budgets_are_several_gates_and_a_frontier(derived, tmp_path):
@@ -119,7 +119,7 @@ MODEL:
 
 @pytest.fixture
 def config(tmp_path):
-    """Its options, as the command line has them; and a way to add to it."""
+    """make(*lines): writes a config with these lines in MODEL.ECO. Returns the options that name it."""
 
     def make(*lines: str) -> tuple[str, str]:
         base = Path(__file__).resolve().parents[2] / "configs" / "toy" / "eco_maskformer2_toy.yaml"
@@ -182,7 +182,7 @@ def test_a_search_with_a_loss_that_has_no_minimum_at_every_beta_keeps_to_those_t
 
 def test_without_val_a_tenth_is_held_out(derived, tmp_path, capsys):
     run(derived, tmp_path, "--beta", "0.01", val=False)
-    assert "135 images to fit on, 15 to measure on" in capsys.readouterr().out
+    assert "135 images to fit on, 15 to evaluate on" in capsys.readouterr().out
     assert Gate.load(tmp_path / "gate.pth").results["num_images"] == 15
 
 
@@ -214,4 +214,4 @@ def test_help_explains(capsys):
     with pytest.raises(SystemExit):
         tool.build_parser().parse_args(["--help"])
     printed = capsys.readouterr().out
-    assert "--target-gflops" in printed and "No images and no parent are needed" in printed
+    assert "--target-gflops" in printed and "Images and parent are not needed" in printed

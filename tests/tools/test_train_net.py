@@ -15,7 +15,7 @@ def tiny(tmp_path_factory) -> Tiny:
 
 
 def train_net(tiny: Tiny, output, *arguments, kind: str = "eco_maskformer2", run=here):
-    """Runs the tool; it must end well. Returns what it printed."""
+    """Runs the tool, which must succeed. Returns its output."""
     result = run("train_net", "--config-file", tiny.config(kind), *arguments, "OUTPUT_DIR", output)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
@@ -23,7 +23,7 @@ def train_net(tiny: Tiny, output, *arguments, kind: str = "eco_maskformer2", run
 
 @pytest.fixture(scope="module")
 def parent(tiny):
-    """The output folder of a parent trained for 4 iterations, and what was printed."""
+    """The output folder of a parent trained for 4 iterations, and the printed text."""
     output = tiny.base / "parent"
     return output, train_net(tiny, output, kind="maskformer2")
 
@@ -49,7 +49,7 @@ def test_resuming_goes_on_to_a_later_end(tiny, parent):
 
 
 def test_step_a_from_the_parent_in_two_processes_then_evaluation(tiny, parent):
-    """Mixed precision, accumulation, and a data set from the command line, all at once."""
+    """Mixed precision, accumulation, and a dataset from the command line, all at once."""
     output, weights = tiny.base / "eco", parent[0] / "model_0000001.pth"
     options = ["MODEL.WEIGHTS", weights, "SOLVER.MAX_ITER", 2, "MODEL.ECO.EXITS_PER_STEP", 1]
     amp = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16", "SOLVER.IMS_PER_BATCH", 4]

@@ -1,4 +1,4 @@
-"""Runs tools on bad input, and looks at how they end."""
+"""Runs tools on bad input and checks how they end."""
 
 from tiny import Tiny, call
 
@@ -6,7 +6,7 @@ CHANNELS = 128  # of res5 in the tiny model
 
 
 class Tools:
-    """Runs a tool in this process, and looks at how it ends."""
+    """Runs a tool in this process and checks how it ends."""
 
     def __init__(self, good: Tiny, output, capfd):
         self.good, self.output, self.capfd = good, output, capfd
@@ -31,7 +31,7 @@ class Tools:
         return ["OUTPUT_DIR", self.output]
 
     def message(self, status: int) -> str:
-        """The message of a run that must have ended in one."""
+        """The message of a run, which must have ended with one."""
         out, err = self.capfd.readouterr()
         assert status == 1
         assert "Traceback" not in out + err

@@ -1,4 +1,4 @@
-"""Running a benchmark within the test's process, and reading what it wrote."""
+"""Runs a benchmark in the test's process, and reads its CSV."""
 
 import csv
 from pathlib import Path

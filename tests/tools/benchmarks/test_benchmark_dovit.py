@@ -1,4 +1,4 @@
-"""tools/benchmarks/dovit.py stops the share of tokens that it is told. No time is asserted."""
+"""tools/benchmarks/dovit.py stops the given share of tokens. No time is asserted."""
 
 import dovit as tool
 import pytest

@@ -1,4 +1,4 @@
-"""tools/benchmarks/op.py: all contestants are the same function, and the CSV can be read. No time is asserted."""
+"""tools/benchmarks/op.py: all implementations compute the same, and the CSV can be read. No time is asserted."""
 
 import math
 
@@ -65,7 +65,7 @@ def test_compulsory_bytes_by_hand():
 
 
 def test_ratio_is_the_median_of_the_rounds_quotients():
-    """So that a round in which the machine was busy for both does not count more."""
+    """A round on a busy machine, slow for both, does not count more."""
     ours = {"forward": [(1.0, 1.0), (10.0, 10.0), (2.0, 2.0)]}
     theirs = {"forward": [(3.0, 3.0), (20.0, 20.0), (8.0, 8.0)]}
     row = tool.columns(theirs, ours, {"forward": 4.0})

@@ -1,4 +1,4 @@
-"""tools/benchmarks/step_a.py, step_b.py and step_c.py run what the steps run. No time is asserted."""
+"""tools/benchmarks/step_a.py, step_b.py and step_c.py run the code of the steps. No time is asserted."""
 
 from concurrent.futures import ThreadPoolExecutor
 
