@@ -156,7 +156,7 @@ def test_resuming_from_a_broken_checkpoint(tools):
     (tools.output / "last_checkpoint").write_text("model_0000001.pth")
     (tools.output / "model_0000001.pth").write_bytes(b"PK\x03\x04 cut off")
     message = tools.message(tools.train(flags=["--resume"]))
-    assert_names(message, "model_0000001.pth", "truncated", "start anew")
+    assert_names(message, "model_0000001.pth", "truncated", "start again")
 
 
 @pytest.mark.parametrize(
