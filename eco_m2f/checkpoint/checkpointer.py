@@ -108,7 +108,7 @@ class Checkpointer(DetectionCheckpointer):
         file = f"{name}.pth"
         if os.path.basename(file) != file:
             raise ValueError(
-                f"checkpoint name {name!r} contains a folder. Give only a name; it goes to {self.save_dir}"
+                f"checkpoint name {name!r} contains a folder: use a bare name, the folder is {self.save_dir}"
             )
         data = {"model": self.model.state_dict()}
         data |= {key: item.state_dict() for key, item in self.checkpointables.items()}

@@ -47,10 +47,10 @@ def _whole_numbers(values: Any, what: str) -> tuple[int, ...]:
 
 
 def _encoded(text: Any = "", encoding: str = "latin1") -> bytes:
-    """Bytes in the spelling of protocol 2. Other codecs could expand a small file without limit."""
+    """Bytes as protocol 2 writes them, as latin1. Other codecs could expand a small file without limit."""
     if isinstance(text, bytes | bytearray):
         return bytes(text)
-    _need(isinstance(text, str) and encoding in ("latin1", "latin-1"), "bytes in it are not spelled as latin1")
+    _need(isinstance(text, str) and encoding in ("latin1", "latin-1"), "bytes in it are not written as latin1")
     return text.encode("latin1")
 
 
@@ -71,7 +71,10 @@ def _counter(counts: Any) -> Counter:
 
 
 def _complex(real: Any = 0.0, imaginary: Any = 0.0) -> complex:
-    _need(all(isinstance(part, int | float) for part in (real, imaginary)), "a complex number in it has odd parts")
+    _need(
+        all(isinstance(part, int | float) for part in (real, imaginary)),
+        "a complex number in it has parts that are no numbers",
+    )
     return complex(real, imaginary)
 
 
@@ -83,7 +86,7 @@ def _device(*parts: Any) -> str:
 
 def _settings(*arguments: Any) -> Unbuilt:
     """The argparse options of a run, as a dict."""
-    _need(not arguments, "options in it are not spelled as a dict")
+    _need(not arguments, "options in it are no dict")
     return Unbuilt(lambda state: dict(state) if isinstance(state, dict) else {})
 
 

@@ -144,8 +144,8 @@ def _fill(storage: Storage, stream: Any) -> None:
 def storage_from_bytes(data: object) -> Storage:
     """Replaces torch.storage._load_from_bytes: a pickle holds a tensor's numbers as a whole file of torch.save."""
     if not isinstance(data, bytes | bytearray):
-        raise ValueError("a storage in it is not spelled as bytes")
+        raise ValueError("a storage in it is not written as bytes")
     storage = read_legacy(io.BytesIO(data), len(data))
     if not isinstance(storage, Storage):
-        raise ValueError("a storage in it is spelled as something else")
+        raise ValueError("the bytes of a storage in it hold something else")
     return storage

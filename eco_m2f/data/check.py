@@ -319,7 +319,7 @@ def _mostly_void(share: float) -> Finding:
 def _panoptic_files(
     content: PanopticContent, meta, most: int | None = None, instances: InstanceContent | None = None
 ) -> Iterator[ImageFiles]:
-    """The files of every annotated image whose entries are valid; with `most`, of so many, evenly spread."""
+    """The files of the annotated images with valid entries. most: take at most so many images, evenly spread."""
     things = {c.id for c in content.categories if c.isthing}
     objects: dict = {} if instances is None else {image.id: [] for image in instances.images}
     for o in () if instances is None else instances.annotations:

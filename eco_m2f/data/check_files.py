@@ -43,7 +43,7 @@ class Checked:
 
 
 def check_files(files: ImageFiles) -> Checked:
-    """Checks the files of one image. Any error becomes a finding, so that the check of other images goes on."""
+    """Checks the files of one image. Any error becomes a finding, so the check of other images continues."""
     try:
         return _check_files(files)
     except Exception as error:

@@ -116,7 +116,7 @@ def _checked(image: Image.Image) -> Image.Image:
 
 
 def _check_samples(image: Image.Image) -> None:
-    """Raises ValueError for a TIFF whose values mean something else, which Pillow ignores: signed, or 0 is white."""
+    """Raises ValueError for a TIFF with signed values or with 0 as white, because Pillow ignores both."""
     tags = image.tag_v2
     few_bits = max(np.atleast_1d(tags.get(BITS, 1))) <= 16  # for more bits there is no rule anyway
     if few_bits and SIGNED in np.atleast_1d(tags.get(SAMPLE_FORMAT, 1)):

@@ -219,7 +219,7 @@ def test_a_resumed_run_never_starts_from_a_damaged_checkpoint(tmp_path, model, r
         Checkpointer(Tree(SHAPES), str(tmp_path), trainer=Optimizer()).resume_or_load("", resume=True)
 
 
-def test_damage_to_the_very_end_of_an_archive_is_told_too(tmp_path, model):
+def test_damage_to_the_very_end_of_an_archive_is_found_too(tmp_path, model):
     for name in ("model_1", "model_2"):
         Checkpointer(model, str(tmp_path), trainer=Run()).save(name)
     path = tmp_path / "model_2.pth"
@@ -230,14 +230,14 @@ def test_damage_to_the_very_end_of_an_archive_is_told_too(tmp_path, model):
         Checkpointer(model, str(tmp_path), trainer=Run()).resume_or_load("", resume=True)
 
 
-def test_a_last_checkpoint_that_is_no_text_is_told(tmp_path, model):
+def test_a_last_checkpoint_that_is_no_text_is_reported(tmp_path, model):
     Checkpointer(model, str(tmp_path)).save("a")
     (tmp_path / "last_checkpoint").write_bytes(b"\xff\xfe")
     with pytest.raises(CheckpointError, match="last_checkpoint holds no file name"):
         Checkpointer(model, str(tmp_path)).resume_or_load("", resume=True)
 
 
-def test_the_state_of_another_run_is_told_with_its_file(tmp_path, model):
+def test_the_state_of_another_run_is_refused_with_its_file(tmp_path, model):
     class Other(Run):
         def state_dict(self):
             return {"step": 1}

@@ -119,7 +119,7 @@ def test_long_lists_are_cut(weights):
     assert "It has none of Mask2Former's names" in str(error.value)
 
 
-def test_another_architecture_is_told_as_such(weights):
+def test_another_architecture_is_recognised(weights):
     deeper = weights | {
         f"sem_seg_head.pixel_decoder.transformer.encoder.layers.{i}.linear1.weight": torch.zeros(C, C) for i in (2, 3)
     }
@@ -131,7 +131,7 @@ def test_another_architecture_is_told_as_such(weights):
         check_fits(swin, weights, "m.pth")
 
 
-def test_another_class_count_is_told_with_the_remedy(weights):
+def test_another_class_count_is_named_with_the_remedy(weights):
     of_classes = [k for k in weights if "class_embed" in k or "empty_weight" in k]
     other = weights | {k: torch.zeros(8, *weights[k].shape[1:]) for k in of_classes}
     with pytest.raises(CheckpointError) as error:
@@ -148,7 +148,7 @@ def test_tensors_of_odd_shape_do_not_hide_the_reason(weights):
         check_fits(odd, weights, "m.pth")
 
 
-def test_official_architectures_are_told_apart(shared):
+def test_official_architectures_are_distinguished(shared):
     official = json.loads((shared / "oracle" / "state_dicts.json").read_text())
     states = {n: {k: torch.empty(s, device="meta") for k, s in d.items()} for n, d in official.items()}
     for name, state in states.items():

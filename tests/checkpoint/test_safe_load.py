@@ -106,7 +106,7 @@ def test_an_archive_that_is_whole_passes(saved):
     check_archive(saved)
 
 
-def test_a_flipped_bit_is_told_with_its_record(saved):
+def test_a_flipped_bit_is_reported_with_its_record(saved):
     content = bytearray(saved.read_bytes())
     content[content.index(struct.pack("<f", 40.0))] ^= 1
     saved.write_bytes(content)
@@ -115,7 +115,7 @@ def test_a_flipped_bit_is_told_with_its_record(saved):
             read(saved)
 
 
-def test_an_archive_without_its_end_is_told_as_such(saved):
+def test_an_archive_without_its_end_is_recognised(saved):
     saved.write_bytes(saved.read_bytes()[:-30])
     with pytest.raises(CheckpointError, match=r"m\.pth .*the end is missing\): it may be truncated"):
         read_checkpoint(saved)
@@ -271,7 +271,7 @@ def test_a_pickles_storage_is_a_storage(tmp_path):
             return torch.storage._load_from_bytes, (buffer.getvalue(),)
 
     (tmp_path / "m.pkl").write_bytes(pickle.dumps({"model": {"a": Attack()}}))
-    with pytest.raises(CheckpointError, match=r"m\.pkl .*spelled as something else"):
+    with pytest.raises(CheckpointError, match=r"m\.pkl .*hold something else"):
         read_checkpoint(tmp_path / "m.pkl")
 
 

@@ -84,7 +84,7 @@ def test_each_fault_is_found(tree, found, kind):
     assert len(found()[kind]) == 1
 
 
-def test_a_segment_that_lacks_something_is_told_with_its_annotation(tree, found):
+def test_a_segment_that_lacks_something_is_named_with_its_annotation(tree, found):
     _segments(tree)[0].pop("category_id")
     (printed,) = found()["incomplete annotation entry"]
     assert "1.png" in printed and "lacks category_id of a segment" in printed
@@ -225,7 +225,7 @@ def test_a_set_without_images_is_a_finding(tree, found):
     assert list(found()) == ["no image"]
 
 
-def test_data_mostly_void_are_told_and_what_that_means(tree, found):
+def test_data_mostly_void_is_reported_with_what_that_means(tree, found):
     ids = np.zeros((40, 100), np.int32)
     ids[:5, :8] = 300
     tree.add(3, ids, {300: 7})

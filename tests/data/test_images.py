@@ -270,7 +270,7 @@ def test_images_from_memory(case):
 
 
 @pytest.mark.parametrize("kind", ["array", "file", "PIL"])
-def test_a_nearly_black_image_from_memory_is_told(tmp_path, caplog, monkeypatch, kind):
+def test_a_nearly_black_image_from_memory_causes_a_warning(tmp_path, caplog, monkeypatch, kind):
     monkeypatch.setattr(images, "_warned", set())
     values = GREY.astype(np.uint16) * 16
     path = save(grey16(values), tmp_path / "a.png")

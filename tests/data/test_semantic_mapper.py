@@ -108,7 +108,7 @@ def spoil_mode(record):
         (lambda r: r.update(sem_seg_file_name="/none.png"), "/none.png: semantic PNG not found"),
     ],
 )
-def test_spoiled_maps_are_told(png_record, semantic_cfg, spoil, message):
+def test_spoiled_maps_are_reported(png_record, semantic_cfg, spoil, message):
     spoil(png_record)
     with pytest.raises(DataError, match=message):
         build_train_mapper(semantic_cfg)(png_record)

@@ -91,7 +91,7 @@ def test_every_class_occurs_and_color_tells_it_in_easy_scenes_only():
     names = {c["id"]: c["name"] for c in CATEGORIES}
     seen = set()
 
-    def told_by_color(difficulty: float) -> float:
+    def named_by_color(difficulty: float) -> float:
         label, offset = [], []
         for i in range(60):
             scene = draw_scene(64, 0, "train", i, difficulty)
@@ -107,8 +107,8 @@ def test_every_class_occurs_and_color_tells_it_in_easy_scenes_only():
         nearest = np.linalg.norm(offset[:, None] - means, axis=2).argmin(1)
         return float(np.mean(np.array(THINGS)[nearest] == label))
 
-    assert told_by_color(0.0) > 0.9
-    assert told_by_color(1.0) < 0.75
+    assert named_by_color(0.0) > 0.9
+    assert named_by_color(1.0) < 0.75
     assert seen == {*THINGS, *STUFF}
 
 

@@ -258,7 +258,7 @@ def test_leftovers_of_a_killed_process_are_removed_from_own_shards_alone(tmp_pat
 
 def test_rows_that_do_not_fit_are_refused(tmp_path):
     writer = write(tmp_path, shards=[])
-    with pytest.raises(ValueError, match="shard 4 has 3 images, 5 rows"):
+    with pytest.raises(ValueError, match="shard 4 has 3 images, but 5 rows"):
         writer.write(4, ROWS[:5])
     with pytest.raises(ValueError, match="no shard 5"):
         writer.indices(5)
@@ -284,7 +284,7 @@ def test_an_image_twice_is_refused(tmp_path):
         DerivedDataset.load(tmp_path)
 
 
-def test_no_dataset_and_another_format_are_told_apart(tmp_path):
+def test_no_dataset_and_another_format_are_distinguished(tmp_path):
     with pytest.raises(FileNotFoundError, match="no manifest.json in"):
         DerivedDataset.load(tmp_path)
     (tmp_path / MANIFEST).write_text('{"format": "other.v9"}')
