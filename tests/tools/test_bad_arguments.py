@@ -50,7 +50,7 @@ BAD = [
     ("sweep_thresholds --config-file none.yaml --thresholds 0.5 --output OUT", "'none.yaml'", "configs/"),
     ("sweep_thresholds {parent_config} --thresholds 0.5 --output OUT MODEL.WEIGHTS {model}", "only a DoViT"),
     ("benchmarks/op --device cuda", "--device cuda", "take --device cpu"),
-    ("benchmarks/op --output {other}/op.csv", "{other}/op.csv cannot be written", "name another"),
+    ("benchmarks/op --output {other}/op.csv", "{other}/op.csv cannot be written", "choose another file"),
     ("benchmarks/step_c --output {base}", "{base} cannot be written", "folder"),
     ("benchmarks/op --contestants mmcv --output OUT", "no contestant ['mmcv']"),
     ("benchmarks/model --config-file none.yaml --output OUT", "'none.yaml'", "configs/"),
