@@ -1,4 +1,4 @@
-# Everything runs in .venv, which each command completes by itself first. Own environment: make test PY=/path/to/python
+# Each command first completes .venv and runs in it. To use your own environment: make test PY=/path/to/python
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ifdef PY
 ENV :=
@@ -15,20 +15,20 @@ export MPLBACKEND ?= Agg
 .PHONY: help env recipe test lint format clean distclean
 .DEFAULT_GOAL := help
 
-help:  ## this list
+help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-env:  ## complete .venv: pinned packages, detectron2, this package with its extension
+env:  ## complete .venv: the pinned packages, detectron2, and this package with its extension
 	@$(PYTHON) tools/setup_env.py
 
 recipe: $(ENV)  ## train, derive, fit and evaluate: MODEL=maskformer2|detr, DATA=toy|nuclei, NUCLEI_RAW=<folder>, OUTPUT=<folder>, ARGS=...
 	$(PY) tools/recipe.py --model $(MODEL) --data $(DATA) $(if $(NUCLEI_RAW),--nuclei-raw "$(NUCLEI_RAW)") --output "$(OUTPUT)" $(ARGS)
 
 test: export OMP_NUM_THREADS ?= 1
-test: $(ENV)  ## all tests, the style checks among them, in a process per core: ARGS="-k word" to choose
+test: $(ENV)  ## run all tests and style checks, with a process per core; choose with ARGS="-k word"
 	$(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
-lint: $(ENV)  ## the style checks alone
+lint: $(ENV)  ## run only the style checks
 	$(PY) -m pytest -q tests/test_style.py
 
 format: $(ENV)  ## let ruff and clang-format rewrite the sources
@@ -36,7 +36,7 @@ format: $(ENV)  ## let ruff and clang-format rewrite the sources
 	$(PY) -m ruff format .
 	find eco_m2f -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' | xargs -r $(dir $(PY))clang-format -i
 
-clean:  ## remove what was built, the caches and output/
+clean:  ## remove built files, caches and output/
 	rm -rf build output .pytest_cache .ruff_cache *.egg-info .venv/.stamp-project
 	find eco_m2f tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 	find eco_m2f -name '*.so' -delete

@@ -1,9 +1,9 @@
 """Installs eco_m2f and compiles the kernels of its deformable attention.
 
-The environment variable ECO_M2F_BUILD says what to compile:
-    auto (default)  the CPU kernels, and the CUDA kernels where PyTorch has CUDA and nvcc is found
-    cpu | cuda      as named (cuda includes cpu); an error where it cannot be done
-    none            nothing: the package then runs on the PyTorch reference of the op
+The environment variable ECO_M2F_BUILD chooses what to compile:
+    auto (default)  the CPU kernels, and the CUDA kernels if PyTorch has CUDA and nvcc is found
+    cpu | cuda      these kernels (cuda includes cpu), or an error if that is impossible
+    none            nothing; the package then uses the op's PyTorch reference
 TORCH_CUDA_ARCH_LIST overrides the GPU architectures (default: 8.0 8.6 9.0+PTX).
 """
 
@@ -26,7 +26,7 @@ def version() -> str:
 
 
 def set_cuda_home() -> None:
-    """Sets CUDA_HOME, unless it is set, to the toolkit of the nvcc on PATH, which may be a wrapper: ask it."""
+    """Sets CUDA_HOME, unless it is set, to the toolkit of the nvcc on PATH. nvcc may be a wrapper, so this asks it."""
     nvcc = shutil.which("nvcc")
     if nvcc is None or "CUDA_HOME" in os.environ or "CUDA_PATH" in os.environ:
         return
@@ -37,7 +37,7 @@ def set_cuda_home() -> None:
 
 
 def missing_for_cuda() -> str:
-    """What stands in the way of compiling for CUDA, in words; empty where nothing does."""
+    """Why it is impossible to compile for CUDA; "" if it is possible."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
@@ -50,11 +50,11 @@ def missing_for_cuda() -> str:
 
 
 def wants_cuda(mode: str) -> bool:
-    """Whether to compile for CUDA, and says so; raises where that was asked for and cannot be done."""
+    """Whether to compile for CUDA; also prints it. Raises SystemExit if CUDA is required and impossible."""
     missing = missing_for_cuda() if mode in ("auto", "cuda") else f"ECO_M2F_BUILD={mode}"
     if missing and mode == "cuda":
         raise SystemExit(
-            f"ECO_M2F_BUILD=cuda cannot be done: {missing}. Install a PyTorch with CUDA and a CUDA toolkit of its "
+            f"ECO_M2F_BUILD=cuda is impossible: {missing}. Install a PyTorch with CUDA and a CUDA toolkit of its "
             "major version, or build with ECO_M2F_BUILD=cpu."
         )
     print(f"eco_m2f: building the CPU kernels {'alone: ' + missing if missing else 'and the CUDA kernels'}", flush=True)
@@ -64,13 +64,13 @@ def wants_cuda(mode: str) -> bool:
 def extensions() -> list:
     mode = os.environ.get("ECO_M2F_BUILD", "auto")
     if mode not in ("auto", "cpu", "cuda", "none"):
-        raise SystemExit(f"ECO_M2F_BUILD is {mode!r}, expected auto, cpu, cuda or none")
+        raise SystemExit(f"ECO_M2F_BUILD is {mode!r}: set it to auto, cpu, cuda or none")
     if mode == "none":
         return []
     set_cuda_home()  # before PyTorch guesses it
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    # No contraction into fused multiply-adds: all backends must compute the same pixel coordinate.
+    # Without fused multiply-adds, so that all backends compute the same pixel coordinate.
     flags = {"cxx": ["-O3", "-std=c++17", "-ffp-contract=off", "-fopenmp", "-fvisibility=hidden", "-g0"]}
     sources = sorted(str(path) for path in SOURCES.glob("cpu/*.cpp"))
     if not wants_cuda(mode):
@@ -102,7 +102,7 @@ setup(
     ext_modules=extensions(),
     cmdclass=build_commands(),
     zip_safe=False,
-    # detectron2 and panopticapi are needed too, but are not on the package index under these names (see the README).
+    # detectron2 and panopticapi are also needed, but the package index has them under other names (see the README).
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",

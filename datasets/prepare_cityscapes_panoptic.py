@@ -1,12 +1,12 @@
-"""Makes Cityscapes' panoptic PNGs and JSON, and its labelTrainIds PNGs, from gtFine; needs no other package.
+"""Makes Cityscapes' panoptic PNGs and JSON, and its labelTrainIds PNGs, from gtFine, without cityscapesscripts.
 
 datasets/prepare_cityscapes_panoptic.py [CITYSCAPES] [--splits train val]     ($DETECTRON2_DATASETS/cityscapes)
 
-The result has the layout of cityscapesscripts' createPanopticImgs and createTrainIdLabelImgs, which detectron2 reads:
+The result has the layout that detectron2 reads, as of cityscapesscripts' createPanopticImgs and createTrainIdLabelImgs:
 gtFine/cityscapes_panoptic_<split>/*_gtFine_panoptic.png, gtFine/cityscapes_panoptic_<split>.json and
-gtFine/<split>/<city>/*_gtFine_labelTrainIds.png. The rules, of https://www.cityscapes-dataset.com: a pixel of
-*_instanceIds.png is label * 1000 + instance, or the bare label where no single instance could be told; only the 19
-evaluated labels become segments; a thing without an instance number is a crowd.
+gtFine/<split>/<city>/*_gtFine_labelTrainIds.png. It follows the rules of https://www.cityscapes-dataset.com. A pixel of
+*_instanceIds.png is label * 1000 + instance, or only the label if the instances cannot be separated. Only the 19
+evaluated labels become segments. A thing without an instance number is a crowd.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from eco_m2f.data.writing import describe_segments, whole_folder, write_json, wr
 from eco_m2f.engine.command_line import run
 
 SUFFIX = "_gtFine_instanceIds.png"
-INSTANCES = 1000  # instanceIds at or above this carry an instance number
+INSTANCES = 1000  # instanceIds from here on contain an instance number
 IGNORED = 255  # trainId of labels that are not evaluated
 CATEGORIES = [{key: c[key] for key in ("id", "name", "isthing", "color")} for c in CITYSCAPES_CATEGORIES]
 THINGS = {c["id"] for c in CATEGORIES if c["isthing"]}
@@ -34,7 +34,7 @@ EVALUATED = {c["id"] for c in CATEGORIES}
 
 
 def prepare(cityscapes: Path, split: str, workers: int = 1, overwrite: bool = False) -> bool:
-    """Writes one split; returns False, doing nothing, if its JSON is there. Raises DataError if gtFine is not."""
+    """Writes one split. Returns False if its JSON already exists. Raises DataError if files are missing."""
     gt, images = cityscapes / "gtFine", cityscapes / "leftImg8bit" / split
     target = gt / f"cityscapes_panoptic_{split}.json"
     if target.is_file() and not overwrite:
@@ -45,7 +45,7 @@ def prepare(cityscapes: Path, split: str, workers: int = 1, overwrite: bool = Fa
     missing = [p for p in map(partial(_image_of, images), sources) if not p.is_file()]
     if missing:
         raise DataError(f"{missing[0]} is missing ({len(missing)} in all); unpack leftImg8bit_trainvaltest.zip")
-    target.unlink(missing_ok=True)  # the JSON stands for a finished split
+    target.unlink(missing_ok=True)  # the JSON marks a finished split
     with whole_folder(gt / f"cityscapes_panoptic_{split}") as draft:
         entries = list(each(partial(convert, output=draft), sources, workers, title=f"cityscapes {split}"))
     made_from = {"cityscapes": split}
@@ -54,7 +54,7 @@ def prepare(cityscapes: Path, split: str, workers: int = 1, overwrite: bool = Fa
 
 
 def convert(source: Path, output: Path) -> tuple[dict, dict]:
-    """Writes the panoptic PNG of an *_instanceIds.png and, beside that, labelTrainIds; returns the JSON entries."""
+    """Writes the panoptic PNG of an *_instanceIds.png, and labelTrainIds next to it. Returns the JSON entries."""
     instance_ids = _read(source)
     labels = np.where(instance_ids >= INSTANCES, instance_ids // INSTANCES, instance_ids)
     ids = np.where(np.isin(labels, list(EVALUATED)), instance_ids, VOID)
@@ -78,7 +78,7 @@ def _read(source: Path) -> np.ndarray:
 
 
 def _write_train_ids(path: Path, labels: np.ndarray) -> None:
-    """The semantic map of training ids 0..18, void 255; a map that cityscapesscripts made already is kept."""
+    """Writes the semantic map of training ids 0..18, void 255. It keeps an existing map of cityscapesscripts."""
     if path.is_file():
         return
     table = np.full(INSTANCES, IGNORED, dtype=np.uint8)
@@ -97,9 +97,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = datasets_root() / "cityscapes"
     parser.add_argument("cityscapes", type=Path, nargs="?", default=default, help="folder with gtFine and leftImg8bit")
-    parser.add_argument("--splits", nargs="+", choices=("train", "val"), default=["train", "val"])
-    parser.add_argument("--workers", type=int, default=4, help="processes")
-    parser.add_argument("--overwrite", action="store_true", help="make splits again whose JSON is there")
+    parser.add_argument("--splits", nargs="+", choices=("train", "val"), default=["train", "val"], help="to convert")
+    parser.add_argument("--workers", type=int, default=4, help="number of processes")
+    parser.add_argument("--overwrite", action="store_true", help="also convert splits whose JSON already exists")
     return parser
 
 

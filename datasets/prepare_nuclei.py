@@ -1,10 +1,10 @@
-"""Turns the 2018 Data Science Bowl's nuclei (CC0) into COCO panoptic format: thing nucleus, stuff background.
+"""Converts the 2018 Data Science Bowl's nuclei (CC0) to COCO panoptic format: thing nucleus, stuff background.
 
 datasets/prepare_nuclei.py RAW [OUT]       (OUT: $DETECTRON2_DATASETS/nuclei by default)
 
 RAW holds index.csv (image_id,width,height,num_nuclei), images/<image_id>.png (RGB) and instance_ids/<image_id>.png
-(16 bit: 0 background, k the k-th nucleus). Of the 664 images 530 become train, 67 val and 67 test, always the same:
-the image sizes, which tell the microscopes apart, are spread evenly over the splits.
+(16 bit: 0 background, k the k-th nucleus). Of the 664 images 530 become train, 67 val and 67 test, always the same.
+Each microscope has its own image size, so the sizes are spread evenly over the splits.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from eco_m2f.data.writing import already_made, describe_segments, whole_folder, 
 from eco_m2f.engine.command_line import run
 
 SPLITS = ("train", "val", "test")
-HELD_OUT = 67 / 664  # the part of all images that val gets, and test again
+HELD_OUT = 67 / 664  # the share of all images that val and test each get
 NUCLEUS, BACKGROUND = (category["id"] for category in NUCLEI_CATEGORIES)
-BACKGROUND_SEGMENT = 1 << 16  # beyond any 16-bit nucleus
+BACKGROUND_SEGMENT = 1 << 16  # above any 16-bit nucleus id
 
 
 def prepare(raw: Path, output: Path, seed: int = 0, overwrite: bool = False) -> bool:
-    """Writes the dataset; returns False, doing nothing, if it is there already. Raises DataError on a bad RAW."""
+    """Writes the dataset. Returns False if it already exists. Raises DataError for a bad RAW."""
     rows = read_index(raw)
     digest = hashlib.sha256((raw / "index.csv").read_bytes()).hexdigest()
     made_from = {"nuclei": {"index_sha256": digest, "images": len(rows), "seed": seed}}
@@ -53,7 +53,7 @@ def prepare(raw: Path, output: Path, seed: int = 0, overwrite: bool = False) -> 
 
 
 def read_index(raw: Path) -> list[dict]:
-    """The rows of index.csv sorted by image_id, once every file they name exists. Raises DataError."""
+    """The rows of index.csv, sorted by image_id. Raises DataError if a file that they name is missing."""
     index = raw / "index.csv"
     if not index.is_file():
         raise DataError(f"{index} not found: RAW must hold index.csv, images/ and instance_ids/")
@@ -75,7 +75,7 @@ def read_index(raw: Path) -> list[dict]:
 
 
 def split_rows(rows: list[dict], seed: int) -> dict[str, list[dict]]:
-    """Splits rows into train, val and test: shuffled within each image size, then taken at even distances."""
+    """Splits rows into train, val and test. It shuffles within each image size, then takes rows at even distances."""
     rows = sorted(rows, key=lambda row: row["image_id"])
     random.Random(seed).shuffle(rows)
     rows.sort(key=lambda row: (int(row["width"]), int(row["height"])))  # stable: keeps the shuffle within a size
@@ -114,14 +114,14 @@ def _read_nuclei(raw: Path, row: dict) -> np.ndarray:
         raise DataError(f"{path}: expected one 16-bit channel, got {nuclei.dtype} {list(nuclei.shape)}")
     if mode != "RGB":
         raise DataError(f"{image_path}: expected an RGB image, got mode {mode}; convert it")
-    told = (int(row["width"]), int(row["height"]))
-    if not size == nuclei.shape[::-1] == told:
+    listed = (int(row["width"]), int(row["height"]))
+    if not size == nuclei.shape[::-1] == listed:
         raise DataError(
-            f"{path}: sizes differ: image {size}, instance ids {nuclei.shape[::-1]}, index.csv {told} (width, height)"
+            f"{path}: sizes differ: image {size}, instance ids {nuclei.shape[::-1]}, index.csv {listed} (width, height)"
         )
     count = len(np.setdiff1d(nuclei, [0]))
     if count != int(row["num_nuclei"]):
-        raise DataError(f"{path}: {count} nuclei drawn, index.csv says {row['num_nuclei']}; correct either")
+        raise DataError(f"{path}: {count} nuclei drawn, index.csv says {row['num_nuclei']}; correct one of them")
     return nuclei.astype(np.int32)
 
 
@@ -129,8 +129,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("raw", type=Path, help="the folder with index.csv, images/ and instance_ids/")
     parser.add_argument("output", type=Path, nargs="?", default=datasets_root() / "nuclei", help="folder to write")
-    parser.add_argument("--seed", type=int, default=0, help="of the split (0 is the published one)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a dataset made from other input")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split (0: the published split)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a dataset that was made from other input")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what identifies them."""
+"""Writes files whole or not at all, opens them safely, and computes their digests."""
 
 import contextlib
 import csv
@@ -15,16 +15,16 @@ from typing import IO, BinaryIO
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
-    """Open a file that takes its name only once the block is through and its bytes are on the disk.
+    """Opens a file for writing. It gets its name when the block has ended and its bytes are on the disk.
 
-    Until then an older file of that name stays as it was; when the block raises, it stays for good.
+    Until then, and if the block raises, an older file of that name is unchanged.
 
     Raises:
-        OSError: the folder is missing, the disk is full, and the like.
+        OSError: the folder is missing, the disk is full, and so on.
     """
     path = Path(path)
-    # In the same folder, for only within one file system is the renaming atomic. The suffix keeps a leftover of a
-    # killed process from being taken for a result, and the lock a file in use from being taken for a leftover.
+    # It is in the same folder, because renaming is atomic only within a file system. The suffix shows that a leftover
+    # of a killed process is no result. The lock shows that a file in use is no leftover.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(unfinished, mode) as file:
@@ -40,7 +40,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Brings the names in a folder to the disk, so that a renaming outlives a power cut too."""
+    """Writes the names in a folder to the disk, so that a renaming survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -52,10 +52,10 @@ def _sync_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: str | os.PathLike, name: str = "*") -> None:
-    """Removes the unfinished files of `atomic_write` that a killed process left in a folder; those in use stay.
+    """Removes the unfinished files of `atomic_write` that killed processes left in a folder. Files in use stay.
 
-    name: of the file that was to be written; by default any. A process number would not tell which are in use: it may
-    be another machine's, or have been given anew.
+    name: the final name of the file; by default any. The lock shows which files are in use. A process number would
+    not, because it may belong to another machine or a new process.
     """
     for path in Path(folder).glob(f".{name}.*.tmp"):
         if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and path.is_file():
@@ -65,17 +65,17 @@ def remove_leftovers(folder: str | os.PathLike, name: str = "*") -> None:
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """Opens a file to read its bytes. Raises OSError where it is none: a pipe never ends, nor does /dev/zero."""
+    """Opens a file to read its bytes. Raises OSError if it is no regular file: a pipe or /dev/zero never ends."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError("it is not a regular file")
     return open(path, "rb")
 
 
 def prepare_output(path: str | os.PathLike) -> None:
-    """Makes the folder of a file that will be written; called early, a wrong path shows before the work.
+    """Makes the folder of a file that will be written. Called early, it finds a wrong path before the work.
 
     Raises:
-        ValueError: the folder cannot be made or written to, or the path is a folder itself.
+        ValueError: the folder cannot be made or written to, or the path itself is a folder.
     """
     path = Path(path)
     try:
@@ -83,11 +83,11 @@ def prepare_output(path: str | os.PathLike) -> None:
         if path.is_dir() or not os.access(path.parent, os.W_OK):
             raise PermissionError("it is a folder" if path.is_dir() else "its folder is write-protected")
     except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error}): name another file") from error
+        raise ValueError(f"{path} cannot be written ({error}): choose another file") from error
 
 
 def write_csv(path: str | os.PathLike, rows: Sequence[Mapping], columns: Sequence[str] | None = None) -> None:
-    """Writes rows with a header, whole or not at all, and makes the folder; columns: by default the first row's.
+    """Makes the folder and writes rows with a header, whole or not at all. columns: by default the first row's.
 
     Raises:
         ValueError: a row has another column.

@@ -1,4 +1,4 @@
-"""Packages that only some parts need: imported where they are used, and named with the way to get them."""
+"""Imports packages that only some parts need. If one is missing, the error says how to install it."""
 
 import importlib
 from types import ModuleType
@@ -12,10 +12,10 @@ HOW_TO_INSTALL = {
 
 
 def require(module: str, purpose: str) -> ModuleType:
-    """Import a package that is not needed by everything, such as require("cv2", "INPUT.COLOR_AUG_SSD").
+    """Imports an optional package, for example require("cv2", "INPUT.COLOR_AUG_SSD").
 
     Raises:
-        ImportError: it is missing; says what needs it, how to install it, and the first cause.
+        ImportError: it is missing. The message says what needs it, how to install it, and the first cause.
     """
     try:
         return importlib.import_module(module)

@@ -1,6 +1,6 @@
-"""Lists what is wrong with a panoptic dataset, or one of boxes (COCO's detection format).
+"""Lists what is wrong with a panoptic dataset, or with a dataset of boxes (COCO's detection format).
 
-The exit status is 0 where nothing was found, 1 where something was, and 2 where the command cannot be understood.
+The exit status is 0 if nothing was found, 1 if something was found, and 2 if the command is wrong.
 
 tools/check_dataset.py toy_panoptic_train
 tools/check_dataset.py --config-file configs/toy/maskformer2_toy.yaml --sample 50
@@ -26,14 +26,14 @@ from eco_m2f.engine.command_line import run
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="registered datasets (default: those of --config-file and --custom)")
-    parser.add_argument("--config-file", help="take datasets, DATASETS.CUSTOM and the number of classes from here")
+    parser.add_argument("--config-file", help="use the datasets, DATASETS.CUSTOM and number of classes of this config")
     parser.add_argument("--custom", action="append", default=[], help="a DATASETS.CUSTOM entry; may be repeated")
-    parser.add_argument("--train", help="the training set, whose categories all must have (default: the config's)")
-    parser.add_argument("--num-classes", type=int, help="what the model has (default: that of --config-file)")
-    parser.add_argument("--sample", type=int, help="look into the files of this many images only (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--train", help="training set; all others must have its categories (default: the config's)")
+    parser.add_argument("--num-classes", type=int, help="the model's number of classes (default: the config's)")
+    parser.add_argument("--sample", type=int, help="check the files of only this many images (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of --sample")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that read files")
-    parser.add_argument("--lines", type=int, default=10, help="findings shown per kind")
+    parser.add_argument("--lines", type=int, default=10, help="number of findings to show per kind")
     return parser
 
 
@@ -57,10 +57,10 @@ def _check(args: argparse.Namespace) -> dict[str, list[Finding]]:
     custom, results = _register(args.custom, args.train)
     names, num_classes, reference = [*args.names, *custom], args.num_classes, args.train
     if args.config_file:
-        from eco_m2f.engine.setup import load_cfg  # only here: it pulls in the models
+        from eco_m2f.engine.setup import load_cfg  # here, because it imports the models
 
         cfg = load_cfg(args.config_file)
-        register_from_config(cfg.DATASETS.CUSTOM, cfg.DATASETS.TRAIN)  # all of them, or a message about what is missing
+        register_from_config(cfg.DATASETS.CUSTOM, cfg.DATASETS.TRAIN)  # all, or an error
         names = names or [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
         num_classes = num_classes or cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
         reference = reference or next(iter(cfg.DATASETS.TRAIN), None)
@@ -75,7 +75,7 @@ def _check(args: argparse.Namespace) -> dict[str, list[Finding]]:
 
 
 def _register(specs: list[str], training: str | None) -> tuple[list[str], dict[str, list[Finding]]]:
-    """The names of --custom entries that can be registered; and the findings on those whose JSON does not allow it."""
+    """The names of the --custom entries that could be registered, and the findings on those with a faulty JSON."""
     try:
         return register_from_config(specs, [training] if training else []), {}
     except DataError:

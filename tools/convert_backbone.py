@@ -4,9 +4,9 @@
     python tools/convert_backbone.py moby_swin_t_300ep_pretrained.pth moby_swin_t_300ep_pretrained.pkl
     python tools/convert_backbone.py dino_resnet50_pretrain.pth dino_resnet50_pretrain.pkl
 
-The names in the file tell what it is: original Swin weights; MoBY's, of which the online encoder is taken;
-torchvision's ResNet with bottlenecks, as DINO's is published; or a full checkpoint of DINO, of which the teacher is
-taken. All of them were trained on RGB images, normalised as in the configs.
+The names in the file identify it. It may hold original Swin weights, MoBY's Swin, torchvision's ResNet with
+bottlenecks, DINO's ResNet, or a full checkpoint of DINO. Of MoBY the online encoder is used, of DINO the teacher. All
+were trained on RGB images, normalised as in the configs.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from eco_m2f.engine.command_line import converter_parser, run
 
 
 def convert(source: Path, target: Path) -> str:
-    """Write the file and return a line that tells what is in it."""
+    """Writes the file and returns a line that describes it."""
     check_target(target)
     found = read_backbone(source)
     write_backbone(target, found.weights)

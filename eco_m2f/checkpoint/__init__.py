@@ -1,1 +1,1 @@
-"""Weights: read safely, named, compared with the model, saved whole."""
+"""Reads weights safely, renames them, compares them with the model, and saves them whole."""

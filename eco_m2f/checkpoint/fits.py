@@ -1,4 +1,4 @@
-"""Whether weights fit a model, and what differs where they do not."""
+"""Checks whether weights fit a model, and describes the differences."""
 
 import re
 from collections.abc import Mapping
@@ -7,17 +7,15 @@ import torch
 
 from .safe_load import CheckpointError
 
-EXIT_POLICY = "exit_policy."  # a gate is a file of its own, so a parent may lack it
-
-
+EXIT_POLICY = "exit_policy."  # a parent may lack it, because a gate has its own file
 SHOWN = 5  # names listed in a message before "..."
 
 
 def check_fits(weights: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor], source: str) -> None:
-    """Every key and shape of the two state dicts must agree, those of the exit policy aside.
+    """Compares the keys and shapes of two state dicts, except those of the exit policy.
 
     Raises:
-        CheckpointError: says what the checkpoint looks like instead, or lists the first keys that do not fit.
+        CheckpointError: they differ. The message describes the checkpoint's model and lists the first such keys.
     """
     missing = [k for k in model if k not in weights and not is_optional(k)]
     unexpected = [k for k in weights if k not in model and not is_optional(k)]
@@ -33,20 +31,20 @@ def check_fits(weights: Mapping[str, torch.Tensor], model: Mapping[str, torch.Te
 
 
 def check_values(weights: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor], source: str) -> None:
-    """What the model will take must be dense, of its kind of number (any float for a float), and finite once it is.
+    """Checks the tensors that will be loaded. They must be dense, of the model's kind of number, and finite there.
 
     Raises:
-        CheckpointError: lists the first keys of which this is not so.
+        CheckpointError: lists the first keys with faults.
     """
     taken = (k for k in model if k in weights and weights[k].shape == model[k].shape)
     faults = [f"{k}: {fault}" for k in taken if (fault := _fault(weights[k], model[k].dtype))]
     if faults:
-        lines = [f"{source} holds values that no training leaves; take an earlier or another checkpoint."]
+        lines = [f"{source} holds invalid values; use an earlier or another checkpoint."]
         raise CheckpointError("\n  ".join([*lines, *listing("not as in the model", faults)]))
 
 
 def _fault(value: torch.Tensor, wanted: torch.dtype) -> str:
-    """What keeps a tensor from being loaded as one of that type; "" where nothing does."""
+    """Why a tensor cannot be loaded as one of type `wanted`; "" if it can."""
     if value.is_meta or value.is_quantized or value.layout != torch.strided:
         return "it is a " + ("meta" if value.is_meta else "quantized" if value.is_quantized else "sparse") + " tensor"
     if _kind(value.dtype) != _kind(wanted):
@@ -54,7 +52,7 @@ def _fault(value: torch.Tensor, wanted: torch.dtype) -> str:
     try:
         taken = value.to(wanted)
     except NotImplementedError:  # such as two numbers in a byte
-        return f"{value.dtype} in the checkpoint, of which PyTorch makes no {wanted}"
+        return f"{value.dtype} in the checkpoint, but PyTorch cannot convert it to {wanted}"
     broken = value.numel() - int(torch.isfinite(taken).sum())
     return f"{broken} of {value.numel()} values are NaN or infinite" if broken else ""
 
@@ -66,7 +64,7 @@ def _kind(dtype: torch.dtype) -> str:
 
 
 def is_optional(key: str) -> bool:
-    """BatchNorm's step counter is optional too: no result depends on it, and a frozen BatchNorm has none."""
+    """Whether a key may be missing: the exit policy's, and BatchNorm's step counter, which affects no result."""
     return key.startswith(EXIT_POLICY) or key.endswith(".num_batches_tracked")
 
 
@@ -84,7 +82,7 @@ def listing(title: str, names: list[str]) -> list[str]:
 
 
 def architecture(state_dict: Mapping[str, torch.Tensor]) -> dict[str, object]:
-    """What the names and shapes of a state dict tell of the model; what they do not tell is left out."""
+    """Facts about a model that follow from the names and shapes of its state dict."""
     facts = {
         "backbone": _backbone(state_dict),
         "backbone width": _size(state_dict, r"backbone\.(stem\.conv1|patch_embed\.proj)\.weight", 0),
@@ -107,27 +105,27 @@ def _backbone(state_dict: Mapping[str, torch.Tensor]) -> str:
 
 
 def _size(state_dict: Mapping[str, torch.Tensor], name: str, axis: int) -> int:
-    """Size along an axis of the first tensor whose name ends in the pattern; 0 where there is none."""
+    """Size along an axis of the first tensor whose name ends in the pattern; 0 if there is none."""
     shapes = (v.shape for k, v in state_dict.items() if re.search(rf"(^|\.){name}$", k))
     return next((shape[axis] for shape in shapes if len(shape) > axis), 0)
 
 
 def _distinct(state_dict: Mapping[str, torch.Tensor], prefix: str) -> int:
-    """How many different prefixes of that pattern the names have."""
+    """The number of different matches of the pattern in the names."""
     return len({match[0] for key in state_dict if (match := re.search(rf"(^|\.){prefix}", key))})
 
 
 def _differences(found: dict[str, object], wanted: dict[str, object]) -> list[str]:
     lines = []
     if not found:
-        lines.append("None of its names is Mask2Former's; convert it first, or check MODEL.WEIGHTS.")
+        lines.append("It has none of Mask2Former's names. Convert it first, or check MODEL.WEIGHTS.")
     other = [
         f"{found[n]} vs {wanted[n]} {n}" for n in found if n in wanted and found[n] != wanted[n] and n != "classes"
     ]
     if other:
         lines.append(
             f"It looks like another architecture (checkpoint vs model): {', '.join(other)}. "
-            "Use the config it was trained with."
+            "Use the config that it was trained with."
         )
     classes, model_classes = found.get("classes"), wanted.get("classes")
     if classes and model_classes and classes != model_classes:

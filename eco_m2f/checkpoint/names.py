@@ -1,4 +1,4 @@
-"""Current names of parameters that older checkpoints name otherwise."""
+"""Renames the parameters of older checkpoints to their current names."""
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -11,15 +11,14 @@ T = TypeVar("T")  # a tensor, an array or a shape
 
 
 def upgrade_keys(state_dict: Mapping[str, T]) -> dict[str, T]:
-    """A state dict under Mask2Former's current names, from any of the styles in which it was published.
+    """A state dict under Mask2Former's current names, from any style in which it was published.
 
-    `module.` of a distributed run goes; under `sem_seg_head.`, what is neither in `pixel_decoder.` nor in
-    `predictor.` is put in `pixel_decoder.`; `static_query` becomes `query_feat`. The names alone decide, not a version
-    number, so that current names come out as they went in. The argument is left as it was; a state dict's `_metadata`
-    is dropped.
+    It removes `module.` of a distributed run. Under `sem_seg_head.`, names outside `pixel_decoder.` and `predictor.`
+    move into `pixel_decoder.`. `static_query` becomes `query_feat`. Only the names decide, not a version number, so
+    current names do not change. The argument does not change; a state dict's `_metadata` is dropped.
 
     Raises:
-        CheckpointError: two keys become the same one.
+        CheckpointError: two keys get the same name.
     """
     distributed = bool(state_dict) and all(key.startswith("module.") for key in state_dict)
     upgraded: dict[str, T] = {}

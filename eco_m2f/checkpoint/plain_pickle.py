@@ -1,8 +1,8 @@
-"""Reads a pickle into plain data: numbers, strings, containers, arrays and tensors. Nothing that it names is called.
+"""Reads a pickle as plain data: numbers, strings, containers, arrays and tensors. It calls nothing that the file names.
 
-Python's unpickler imports and calls what a file names. This one runs the opcodes itself: a name in the file chooses one
-of the makers in `plain_values.py`, and every other name is refused. Memory and time are bounded by the file's size, for
-a few bytes can also ask for gigabytes, or for a key whose hash never ends.
+Python's unpickler imports and calls what a file names. This one runs the opcodes itself. A name in the file chooses one
+of the makers in `plain_values.py`; every other name is refused. The file's size limits memory and time, because a few
+bytes can ask for gigabytes, or for a key whose hash never ends.
 """
 
 import pickletools
@@ -10,11 +10,11 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
-MAX_OPCODES = 2**20  # the checkpoint of a training with a thousand tensors has some 10^5
-MAX_DEPTH = 64  # of containers in containers
+MAX_OPCODES = 2**20  # a training checkpoint with a thousand tensors has about 10^5
+MAX_DEPTH = 64  # of nested containers
 MAX_BITS = 256  # of an integer
-MAX_KEY_BITS = 60  # of an integer that is a key: beyond, hashes can be made to collide
-ITEM_BYTES = 64  # what an item of a container is counted as
+MAX_KEY_BITS = 60  # of an integer key; with more, hashes can be made to collide
+ITEM_BYTES = 64  # counted for an item of a container
 KEY_TYPES = (str, bytes, int, float, bool, type(None))
 DICTS = (dict, OrderedDict, Counter)
 
@@ -28,7 +28,7 @@ class RefusedName(ValueError):
 
 
 class Budget:
-    """How many bytes a file may have made: a multiple of its size, for one string may serve several arrays."""
+    """The number of bytes that a file may make: a multiple of its size, because several arrays may use one string."""
 
     FACTOR, MINIMUM = 16, 2**20
 
@@ -36,13 +36,13 @@ class Budget:
         self.left = self.FACTOR * size + self.MINIMUM
 
     def spend(self, size: int) -> None:
-        """Raises ValueError where the budget does not suffice."""
+        """Raises ValueError if the budget is exceeded."""
         self.left -= size
         if self.left < 0:
             raise ValueError("it asks for far more memory than its own size")
 
     def spend_on(self, value: object) -> None:
-        """For a copy of a value: of its bytes or items, and, of a tuple, of those of its members too."""
+        """Counts a copy of a value: its bytes or items. For a tuple, the members' bytes or items count too."""
         if isinstance(value, str | bytes | bytearray):
             self.spend(len(value))
         elif isinstance(value, list | tuple | dict | set | frozenset):
@@ -54,14 +54,14 @@ class Budget:
 
 
 class Maker:
-    """What a name in the file stands for: a function of this package that makes plain data from plain data."""
+    """A function of this package that makes plain data from plain data, in place of a name in the file."""
 
     def __init__(self, make: Callable[..., object]):
         self.make = make
 
 
 class Unbuilt:
-    """A value whose content comes later, by BUILD; it then takes the places that were kept for it in the memo."""
+    """A value whose content comes later, by BUILD. The value then replaces it at its places in the memo."""
 
     def __init__(self, build: Callable[[Any], object]):
         self.build = build
@@ -69,12 +69,12 @@ class Unbuilt:
 
 
 class PlainUnpickler:
-    """One pickle of a stream, which is left behind the pickle's end.
+    """Reads one pickle of a stream, and leaves the stream at the pickle's end.
 
     Args:
-        stream: a buffer in memory or a mapped file, so that a declared length beyond its end costs nothing.
-        names: what (module, name) stands for: a Maker, or a constant.
-        persistent_load: makes the value of a persistent id; without it such an id is refused.
+        stream: a buffer in memory or a mapped file. There a declared length beyond the end costs nothing.
+        names: (module, name) -> a Maker or a constant.
+        persistent_load: makes the value of a persistent id. Without it such ids are refused.
     """
 
     def __init__(
@@ -90,14 +90,14 @@ class PlainUnpickler:
         self.memo: dict[int, Any] = {}
 
     def load(self) -> object:
-        """The value. Raises RefusedName, or another ValueError, LookupError or TypeError for what is malformed."""
+        """The value. Raises RefusedName; for a malformed pickle, ValueError, LookupError or TypeError."""
         for count, (opcode, argument, _) in enumerate(pickletools.genops(self.stream)):
             if opcode.name == "STOP":
                 break
             if count >= MAX_OPCODES:
                 raise ValueError(f"it has more than {MAX_OPCODES} pickle opcodes")
             if opcode.name not in OPERATIONS:
-                raise ValueError(f"the pickle opcode {opcode.name} is not taken")
+                raise ValueError(f"the pickle opcode {opcode.name} is not allowed")
             OPERATIONS[opcode.name](self, argument)
         value = self.stack.pop()
         check_tree(value)
@@ -167,7 +167,7 @@ class PlainUnpickler:
             raise ValueError("it calls something that is no function")
         self.budget.spend_on(arguments)
         value = maker.make(*arguments)
-        self.budget.spend(getattr(value, "nbytes", 0))  # a view too: who uses it may copy it
+        self.budget.spend(getattr(value, "nbytes", 0))  # views count too, because they may be copied later
         self.push(value)
 
     def build(self, _: object) -> None:
@@ -179,7 +179,7 @@ class PlainUnpickler:
                 if self.memo[place] is target:
                     self.memo[place] = value
             target = value
-        elif type(target) is not OrderedDict:  # its attributes, such as a state dict's _metadata, are left out
+        elif type(target) is not OrderedDict:  # an OrderedDict's attributes, such as _metadata, are ignored
             raise ValueError(f"it changes the state of a {type(target).__name__}")
         self.push(target)
 
@@ -190,14 +190,14 @@ class PlainUnpickler:
 
 
 def pairs(items: list) -> list[tuple]:
-    """Keys and values in turn -> pairs. Raises ValueError for a key that may not be one."""
+    """[key, value, key, value, ...] -> pairs. Raises ValueError for a key that is not allowed."""
     if len(items) % 2:
         raise ValueError("a dict in it has a key without a value")
     return [(check_key(key), value) for key, value in zip(items[::2], items[1::2])]
 
 
 def check_key(key: Any) -> Any:
-    """The key itself, if its hash is quick and cannot be made to collide. Raises ValueError."""
+    """Returns the key. Raises ValueError unless its hash is fast and cannot be made to collide."""
     if type(key) not in KEY_TYPES:
         raise ValueError(f"a dict or set in it has a {type(key).__name__} as key")
     if type(key) is int and key.bit_length() > MAX_KEY_BITS:
@@ -206,9 +206,9 @@ def check_key(key: Any) -> Any:
 
 
 def check_tree(value: object) -> None:
-    """The value must be no deeper or larger than a checkpoint is, each use of a shared part counted.
+    """Raises ValueError if a value is deeper or larger than a checkpoint can be, so that it can be copied and printed.
 
-    Then a consumer may copy, print and compare it. Raises ValueError.
+    Each use of a shared part counts.
     """
     remaining, rest = MAX_OPCODES, [(value, 0)]
     while rest:

@@ -1,7 +1,7 @@
-"""What the names in a weights file stand for: makers of containers, arrays and tensors, and of nothing else.
+"""The makers for the names in a weights file. They make only containers, arrays and tensors.
 
-Arrays hold bool, int, float or complex numbers, and lie within their buffer: shape, strides and offset are compared
-with its length before anything is made of them.
+Arrays hold bool, int, float or complex numbers. Their shape, strides and offset are checked against the length of the
+buffer before an array is made.
 """
 
 import math
@@ -17,7 +17,7 @@ from .plain_pickle import Maker, RefusedName, Unbuilt, check_key, pairs
 
 MAX_DIMENSIONS = 32
 NUMBERS = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16"}
-DTYPES = {  # torch's types, by the names of their storages
+DTYPES = {  # torch's types by the names of their storages
     "Double": torch.float64,
     "Float": torch.float32,
     "Half": torch.float16,
@@ -31,7 +31,7 @@ DTYPES = {  # torch's types, by the names of their storages
     "ComplexDouble": torch.complex128,
     "ComplexFloat": torch.complex64,
 }
-NDARRAY = object()  # numpy's class of arrays, which is named, but not called
+NDARRAY = object()  # stands for numpy.ndarray, which is never called
 
 
 def _need(condition: object, message: str) -> None:
@@ -40,17 +40,17 @@ def _need(condition: object, message: str) -> None:
 
 
 def _whole_numbers(values: Any, what: str) -> tuple[int, ...]:
-    """Sizes, strides or axes. Raises ValueError for anything but a short tuple of ints that are not negative."""
+    """Sizes, strides or axes. Raises ValueError unless they are a short tuple of ints >= 0."""
     good = isinstance(values, tuple | list) and len(values) <= MAX_DIMENSIONS
     _need(good and all(type(v) is int and 0 <= v < 2**62 for v in values), f"an array's {what} is no list of sizes")
     return tuple(values)
 
 
 def _encoded(text: Any = "", encoding: str = "latin1") -> bytes:
-    """Bytes as protocol 2 spells them. Other codecs could expand a small file without bound."""
+    """Bytes as protocol 2 writes them, as latin1. Other codecs could expand a small file without limit."""
     if isinstance(text, bytes | bytearray):
         return bytes(text)
-    _need(isinstance(text, str) and encoding in ("latin1", "latin-1"), "bytes in it are not spelled as latin1")
+    _need(isinstance(text, str) and encoding in ("latin1", "latin-1"), "bytes in it are not written as latin1")
     return text.encode("latin1")
 
 
@@ -71,19 +71,22 @@ def _counter(counts: Any) -> Counter:
 
 
 def _complex(real: Any = 0.0, imaginary: Any = 0.0) -> complex:
-    _need(all(isinstance(part, int | float) for part in (real, imaginary)), "a complex number in it has odd parts")
+    _need(
+        all(isinstance(part, int | float) for part in (real, imaginary)),
+        "a complex number in it has parts that are no numbers",
+    )
     return complex(real, imaginary)
 
 
 def _device(*parts: Any) -> str:
-    """A torch.device as its name; tensors are read into the computer's own memory anyway."""
+    """The name of a torch.device. Tensors are read into CPU memory anyway."""
     _need(len(parts) <= 2 and all(isinstance(part, str | int) for part in parts), "a device in it has no name")
     return ":".join(map(str, parts))
 
 
 def _settings(*arguments: Any) -> Unbuilt:
-    """The options of a run, argparse's, as a dict."""
-    _need(not arguments, "options in it are not spelled as a dict")
+    """The argparse options of a run, as a dict."""
+    _need(not arguments, "options in it are no dict")
     return Unbuilt(lambda state: dict(state) if isinstance(state, dict) else {})
 
 
@@ -93,7 +96,7 @@ def _dtype(code: Any, *_: object) -> Unbuilt:
         raise RefusedName(f"numpy.dtype({code[:20] if isinstance(code, str) else type(code).__name__})")
 
     def build(state: Any) -> np.dtype:
-        """State: version, byte order, and what records, texts and dates have beside."""
+        """state: version, byte order, then entries that only records, texts and dates have."""
         good = isinstance(state, tuple) and len(state) >= 5 and state[1] in ("<", ">", "|", "=")
         _need(good and not any(state[2:5]), "a numpy dtype in it has fields")
         return np.dtype(match[1]).newbyteorder(state[1])
@@ -102,18 +105,18 @@ def _dtype(code: Any, *_: object) -> Unbuilt:
 
 
 def _array(data: Any, dtype: Any, shape: Any, order: str = "C") -> np.ndarray:
-    """An array in the machine's byte order, over a copy of the data. Raises ValueError where it is not as long."""
+    """An array in the machine's byte order, over a copy of the data. Raises ValueError for another length."""
     _need(isinstance(dtype, np.dtype), "an array in it has no dtype")
     sizes, content = _whole_numbers(shape, "shape"), bytearray(_encoded(data))
     fits = math.prod(sizes) * dtype.itemsize == len(content)
     _need(fits, f"an array of shape {sizes} and type {dtype} has {len(content)} bytes")
-    logical = dtype.kind == "b"  # any byte but 0 and 1 would be no bool
+    logical = dtype.kind == "b"  # only the bytes 0 and 1 are bools
     array = np.ndarray(sizes, np.dtype("u1") if logical else dtype, content, order="F" if order == "F" else "C")
     return array != 0 if logical else array.astype(dtype.newbyteorder("="), copy=False)
 
 
 def _reconstruct(kind: object, *_: object) -> Unbuilt:
-    """numpy's array before its state: version, shape, dtype, whether in Fortran's order, data."""
+    """An array of numpy. Its state follows: version, shape, dtype, whether it is in Fortran order, data."""
     _need(kind is NDARRAY, "an array in it is of a class of its own")
 
     def build(state: Any) -> np.ndarray:
@@ -124,7 +127,7 @@ def _reconstruct(kind: object, *_: object) -> Unbuilt:
 
 
 def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> np.ndarray:
-    """numpy's array of protocol 5; order "K" is C's with its axes in another order."""
+    """An array of numpy in protocol 5. Order "K" means C order with permuted axes."""
     _need(order in ("C", "F", "K"), "an array in it has an unknown order")
     array = _array(data, dtype, shape, order)
     return array if axes is None else array.transpose(_whole_numbers(axes, "order of axes"))
@@ -135,10 +138,10 @@ def _scalar(dtype: Any, data: Any) -> Any:
 
 
 class Storage:
-    """The numbers of tensors; they may be filled in after tensors were made of it.
+    """The numbers of tensors. `fill` may follow after tensors were made from it.
 
     Raises:
-        ValueError: the length is no multiple of an element's.
+        ValueError: the length is no multiple of an element's size.
     """
 
     def __init__(self, dtype: Any, content: bytearray):
@@ -157,13 +160,13 @@ class Storage:
 
 
 def storage_size(dtype: Any, count: Any) -> int:
-    """Bytes of a storage of so many numbers. Raises ValueError."""
+    """The size in bytes of a storage of `count` numbers. Raises ValueError."""
     _need(isinstance(dtype, torch.dtype) and type(count) is int and count >= 0, "a storage in it has no type or length")
     return count * dtype.itemsize
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: object) -> torch.Tensor:
-    """A dense tensor within its storage, and no larger; whether it needed a gradient, and its hooks, are left out."""
+    """A dense tensor within its storage, and no larger. Its requires_grad and its hooks are ignored."""
     _need(isinstance(storage, Storage), "a tensor in it has no storage")
     sizes, strides = _whole_numbers(size, "shape"), _whole_numbers(stride, "stride")
     (start,) = _whole_numbers([offset], "offset")

@@ -1,4 +1,4 @@
-"""Backbones as others publish them, under this project's names, and the file that carries them into a model."""
+"""Reads published backbones, renames their tensors, and writes them as a file for MODEL.WEIGHTS."""
 
 import os
 import pickle
@@ -13,8 +13,8 @@ from torch import Tensor
 from ..files import atomic_write, prepare_output
 from .safe_load import SHA256, STATE_DICTS, CheckpointError, read_checkpoint, weights_sha256, write_weights
 
-SWIN = "layers.0.blocks.0.attn.relative_position_bias_table"  # a tensor by which a Swin is known,
-RESNET = "layer1.0.conv3.weight"  # and a ResNet with bottlenecks
+SWIN = "layers.0.blocks.0.attn.relative_position_bias_table"  # a tensor that only a Swin has
+RESNET = "layer1.0.conv3.weight"  # a tensor that only a ResNet with bottlenecks has
 SWIN_BLOCK = [
     f"{name}.{kind}"
     for name in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
@@ -27,7 +27,7 @@ RESNET_BLOCK = [f"conv{i}.{name}" for i in (1, 2, 3) for name in ("weight", *(f"
 
 @dataclass(frozen=True)
 class PublishedBackbone:
-    """`weights`: tensors by their names in the backbone; `left_out`: how many others the file held, by first word."""
+    """weights: tensors by their names in the backbone. left_out: the number of other tensors, by first word."""
 
     layout: str
     weights: dict[str, Tensor]
@@ -35,14 +35,14 @@ class PublishedBackbone:
 
 
 def read_backbone(path: str | os.PathLike) -> PublishedBackbone:
-    """The backbone in a published checkpoint, which is known by its names.
+    """The backbone in a published checkpoint. Its tensors' names identify it.
 
-    Original Swin weights; MoBY's, of which the online encoder is taken, as its authors fine-tune it; torchvision's
-    ResNets with bottlenecks, and DINO's, which has these names; of a full checkpoint of DINO the teacher, which is what
-    its authors publish alone.
+    It reads original Swin weights, MoBY's Swin, torchvision's ResNets with bottlenecks, and DINO's, which have the same
+    names. Of MoBY it takes the online encoder, which its authors fine-tune. Of a full DINO checkpoint it takes the
+    teacher, which its authors also publish alone.
 
     Raises:
-        FileNotFoundError, CheckpointError: no such file; it holds something else, or a block that is not whole.
+        FileNotFoundError, CheckpointError: there is no such file, it holds something else, or a block is incomplete.
     """
     weights = read_checkpoint(path, keys=(*STATE_DICTS, "teacher"))["model"]
     if all(name.startswith("module.") for name in weights):
@@ -51,7 +51,7 @@ def read_backbone(path: str | os.PathLike) -> PublishedBackbone:
     if layout is None:
         known = ", ".join(f"{known.name} has {known.prefix}{known.probe}" for known in LAYOUTS)
         names = ", ".join(sorted(weights)[:3])
-        raise CheckpointError(f"{path} holds no backbone that is known ({known}): it holds {names}, ...")
+        raise CheckpointError(f"{path} holds no known backbone ({known}): it holds {names}, ...")
     taken: dict[str, Tensor] = {}
     left_out: Counter[str] = Counter()
     for name, value in weights.items():
@@ -65,7 +65,7 @@ def read_backbone(path: str | os.PathLike) -> PublishedBackbone:
 
 
 def check_target(path: str | os.PathLike, suffixes: Sequence[str] = (".pkl", ".safetensors")) -> None:
-    """Makes the folder of a file of weights, before the work. By default the file is of a backbone.
+    """Checks the path of a weights file and makes its folder, before the work. suffixes: by default a backbone's.
 
     Raises:
         CheckpointError: the path has none of these suffixes.
@@ -73,12 +73,12 @@ def check_target(path: str | os.PathLike, suffixes: Sequence[str] = (".pkl", ".s
     """
     if Path(path).suffix not in suffixes:
         wanted = " or ".join(suffixes)
-        raise CheckpointError(f"{path} must end in {wanted}, for that is how it is recognised when it is loaded")
+        raise CheckpointError(f"{path} must end in {wanted}, because the loader goes by the suffix")
     prepare_output(path)
 
 
 def write_backbone(path: str | os.PathLike, weights: Mapping[str, Tensor]) -> None:
-    """Writes a file for MODEL.WEIGHTS whose tensors are to be matched with a model's backbone by their names.
+    """Writes a file for MODEL.WEIGHTS. Loading matches its tensors with a model's backbone by their names.
 
     Raises:
         CheckpointError: see `check_target`.
@@ -94,21 +94,21 @@ def write_backbone(path: str | os.PathLike, weights: Mapping[str, Tensor]) -> No
 
 
 def swin_name(name: str) -> str | None:
-    """The same name, or None for what the backbone has no use for.
+    """The same name, or None if the backbone does not use the tensor.
 
-    That is the classifier and the norm before it, the backbone having one for each map, and the masks of a fixed size.
+    It does not use the classifier, the norm before it (the backbone has one norm per map), and masks of a fixed size.
     """
     used = name.startswith(("patch_embed.", "layers.", "absolute_pos_embed")) and not name.endswith(".attn_mask")
     return name if used else None
 
 
 def resnet_name(name: str) -> str | None:
-    """torchvision's name of a tensor of a ResNet -> detectron2's; None for the classifier and counters of steps.
+    """torchvision's name of a ResNet's tensor -> detectron2's. None for the classifier and step counters.
 
     Example: `layer1.0.bn2.weight` -> `res2.0.conv2.norm.weight`.
 
     Raises:
-        CheckpointError: no such name in a ResNet with bottlenecks.
+        CheckpointError: a ResNet with bottlenecks has no such name.
     """
     if name.startswith("fc.") or name.endswith(".num_batches_tracked"):
         return None
@@ -117,7 +117,7 @@ def resnet_name(name: str) -> str | None:
         return f"stem.conv1.{'norm.' if stem[1] == 'bn' else ''}{stem[2]}"
     block = re.fullmatch(r"layer([1-4])\.(\d+)\.(?:(conv|bn)([1-3])|downsample\.([01]))\.(\w+)", name)
     if block is None:
-        raise CheckpointError(f"{name} is no name of a ResNet with bottlenecks: only these are converted")
+        raise CheckpointError(f"{name} is no name of a ResNet with bottlenecks. Only these can be converted")
     stage, number, kind, index, shortcut, tensor = block.groups()
     part = f"conv{index}" if kind else "shortcut"
     norm = "norm." if kind == "bn" or shortcut == "1" else ""
@@ -126,7 +126,7 @@ def resnet_name(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a checkpoint names a backbone: a prefix, a tensor that tells it, and a block's tensors once renamed."""
+    """A naming of a backbone: its prefix, a tensor that identifies it, and the renamed tensors of a block."""
 
     name: str
     prefix: str
@@ -144,7 +144,7 @@ LAYOUTS = (
 
 
 def _check_blocks(weights: Mapping[str, Tensor], wanted: list[str], path: str | os.PathLike) -> None:
-    """Every block must have these tensors."""
+    """Raises CheckpointError unless every block has the wanted tensors."""
     blocks = defaultdict(set)
     for name in weights:
         if match := re.fullmatch(r"(layers\.\d+\.blocks\.\d+|res\d\.\d+)\.(.+)", name):

@@ -1,8 +1,8 @@
 """Reads weights from .pth, .pkl and .safetensors files without running code from them.
 
-.pth and .pkl files are pickles at heart, and opening a pickle may call anything. `plain_pickle.py` reads them into
-plain data instead, within bounds that the file's size sets. What tells a file's damage is compared: the CRC-32 of each
-record of an archive, and the sha256 beside the weights in what `write_weights` and `write_backbone` have written.
+.pth and .pkl files contain pickles, and opening a pickle may call anything. `plain_pickle.py` reads them as plain data
+instead, within limits set by the file's size. Checksums show damage: the CRC-32 of each record of an archive, and the
+sha256 of the weights in files of `write_weights` and `write_backbone`.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ from .plain_pickle import Budget, Maker, PlainUnpickler, RefusedName
 from .plain_values import NAMES
 from .torch_files import check_checksums, read_archive, read_legacy, storage_from_bytes
 
-# Where a state dict is found in a checkpoint, the first that is there: of detectron2 and most others, of Lightning and
-# OpenMMLab, of hand-written loops, and, where there is no other, the moving average of the weights.
+# The keys of a state dict in a checkpoint, in the order of preference: detectron2 and most others, Lightning and
+# OpenMMLab, hand-written loops, and last the moving average of the weights.
 STATE_DICTS = ("model", "state_dict", "model_state_dict", "model_state", "model_ema")
 SHA256 = "weights_sha256"
-# How parameters begin in frameworks whose checkpoints cannot be loaded.
+# Parameter names begin like this in frameworks whose checkpoints cannot be loaded.
 FOREIGN = {
     "mmdetection": ("panoptic_head.", "bbox_head.", "rpn_head.", "roi_head."),
     "mmsegmentation": ("decode_head.", "auxiliary_head."),
@@ -39,44 +39,44 @@ FOREIGN = {
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used: which file, why, and what to do about it."""
+    """A checkpoint that cannot be used. The message says which file, why, and what to do."""
 
 
 def read_checkpoint(path: str | os.PathLike, keys: Sequence[str] = STATE_DICTS) -> dict:
-    """Read the weights in a .pth, .pkl or .safetensors file without running code from it.
+    """Reads the weights in a .pth, .pkl or .safetensors file without running code from it.
 
     Args:
-        keys: where its state dict may be, the first that is there being taken; without any the file is a state dict.
+        keys: of the state dict; the first that exists is used. If none does, the file itself is a state dict.
 
     Returns:
-        a dict with the state dict under "model", and whatever else the file holds.
+        a dict with the state dict under "model", and the rest of the file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: the file is damaged, holds no state dict, or wants anything but plain data.
+        CheckpointError: the file is damaged, holds no state dict, or holds more than plain data.
     """
     path = Path(path)
     return _with_model(read_plain(path), path, keys)
 
 
 def read_plain(path: str | os.PathLike) -> object:
-    """What a .pth, .pkl or .safetensors file holds, as numbers, strings, containers, arrays and tensors on the CPU.
+    """The content of a .pth, .pkl or .safetensors file: numbers, strings, containers, arrays and tensors on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: the file is damaged, or wants anything but plain data.
+        CheckpointError: the file is damaged, or holds more than plain data.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}: check MODEL.WEIGHTS, or train or download it first")
+        raise FileNotFoundError(f"no checkpoint at {path}: check MODEL.WEIGHTS, or first train or download it")
     with explained(path):
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
-        if zipfile.is_zipfile(path):  # also under the name of a pickle
+        if zipfile.is_zipfile(path):  # whatever its suffix
             return read_archive(path)
         with _mapped(path) as (stream, size):
             if stream[:4] == b"PK\x03\x04":
-                raise ValueError("it begins as an archive, but the end is missing")
+                raise ValueError("it begins like an archive, but the end is missing")
             if path.suffix != ".pkl":
                 return read_legacy(stream, size)
             names = {**NAMES, ("torch.storage", "_load_from_bytes"): Maker(storage_from_bytes)}
@@ -84,10 +84,10 @@ def read_plain(path: str | os.PathLike) -> object:
 
 
 def check_archive(path: str | os.PathLike) -> None:
-    """Compares every record of a .pth file with its CRC-32, some 200 MB in a fifth of a second.
+    """Compares every record of a .pth file with its CRC-32. 200 MB take about a fifth of a second.
 
     Raises:
-        CheckpointError: it is no archive of torch.save, is cut short, or a record is damaged; it names the file.
+        CheckpointError: it is no archive of torch.save, or is truncated or damaged. The message names the file.
     """
     with explained(Path(path)):
         check_checksums(path)
@@ -95,18 +95,18 @@ def check_archive(path: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turns whatever a malformed file raises within the block into a CheckpointError that names it."""
+    """Turns any error that a malformed file raises in the block into a CheckpointError that names the file."""
     try:
         yield
     except CheckpointError:
         raise
     except RefusedName as error:
         raise CheckpointError(_refused(path, error.name)) from error
-    except Exception as error:  # bytes that are not trusted may make a parser raise anything
+    except Exception as error:  # untrusted bytes can make a parser raise anything
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) cannot be read ({reason}): it may be truncated, damaged or no "
-            "checkpoint at all. Compare its size and sha256 with its source's, and save or fetch it again"
+            "checkpoint at all. Compare its size and sha256 with the source's, or save or download it again"
         ) from error
 
 
@@ -114,14 +114,14 @@ def _refused(path: Path, name: str) -> str:
     if name.partition(".")[0] in ("mmengine", "mmcv", "mmdet"):
         return _foreign(path, "OpenMMLab", name)
     return (
-        f"{path} was refused, for it names {name}, and only arrays, numbers and containers are taken: more "
-        'could run code. Where you trust its source, save its state dict alone: torch.save({"model": ...}, path)'
+        f"{path} was refused: it names {name}. Only arrays, numbers and containers are allowed, because anything "
+        'else could run code. If you trust its source, save only its state dict: torch.save({"model": ...}, path)'
     )
 
 
 @contextlib.contextmanager
 def _mapped(path: Path) -> Iterator[tuple[mmap.mmap, int]]:
-    """The file's bytes, of which those that are read are copied, and their number."""
+    """The file's bytes as a mapping, and their number."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         yield content, len(content)
 
@@ -133,13 +133,13 @@ def _read_safetensors(path: Path) -> dict:
         weights = {name: file.get_tensor(name) for name in file.keys()}
     content: dict[str, Any] = {"model": weights}
     content |= {key: notes[key] for key in ("__author__", SHA256) if key in notes}
-    if "classes" in notes:  # what they are is checked by who takes them
+    if "classes" in notes:  # the Checkpointer checks them
         content["classes"] = json.loads(notes["classes"])
     return content | ({"matching_heuristics": True} if notes.get("matching_heuristics") == "True" else {})
 
 
 def _check_names_once(path: Path) -> None:
-    """Raises ValueError where the header names a tensor twice, of which the reader would take one."""
+    """Raises ValueError if the header names a tensor twice. The reader would silently take one of them."""
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = file.read(min(length, path.stat().st_size))
@@ -153,9 +153,9 @@ def _check_names_once(path: Path) -> None:
 
 
 def _with_model(data: object, path: Path, keys: Sequence[str]) -> dict:
-    """The file's content with its state dict under "model"; a bare one is wrapped. Values must be arrays."""
+    """The file's content with its state dict under "model". Raises CheckpointError unless its values are arrays."""
     if not isinstance(data, Mapping) or not data:
-        raise CheckpointError(f"{path} holds a {type(data).__name__} where a dict of weights was expected")
+        raise CheckpointError(f"{path} holds a {type(data).__name__}, but a dict of weights was expected")
     key = next((key for key in keys if key in data), None)
     data = _wrap_bare(dict(data), path) if key is None else {**data, "model": data[key]}
     if not isinstance(data["model"], Mapping) or not data["model"]:
@@ -164,7 +164,7 @@ def _with_model(data: object, path: Path, keys: Sequence[str]) -> dict:
     data["model"] = {name: _tensor(name, value, path) for name, value in data["model"].items()}
     stated = data.pop(SHA256, None)
     if stated is not None and (not isinstance(stated, str) or stated != weights_sha256(data["model"])):
-        raise CheckpointError(f"{path} is damaged: its weights do not have the sha256 that it states. Make it again")
+        raise CheckpointError(f"{path} is damaged: its weights do not have the stated sha256. Make it again")
     return data
 
 
@@ -175,7 +175,7 @@ def _tensor(name: object, value: object, path: Path) -> torch.Tensor:
 
 
 def _wrap_bare(data: dict, path: Path) -> dict:
-    """A bare state dict; as a pickle, that is how Caffe2 models were published, under names of their own."""
+    """Wraps a bare state dict. A .pkl is a Caffe2 model, which has its own names."""
     if path.suffix != ".pkl":
         return {"model": data}
     blobs = data.get("blobs", data)
@@ -186,11 +186,11 @@ def _wrap_bare(data: dict, path: Path) -> dict:
 
 
 def _check_origin(data: Mapping, path: Path) -> None:
-    """Raises CheckpointError for the weights of a framework whose names are known not to be these."""
+    """Raises CheckpointError for the weights of a framework that is known to use other names."""
     names = [name for name in data["model"] if isinstance(name, str)]
     notes = data.get("meta")
     if isinstance(notes, Mapping) and "mmdet_version" in notes:
-        raise CheckpointError(_foreign(path, "mmdetection", "its meta tells mmdet_version"))
+        raise CheckpointError(_foreign(path, "mmdetection", "its meta has mmdet_version"))
     for framework, prefixes in FOREIGN.items():
         found = next((name for name in names if name.removeprefix("module.").startswith(prefixes)), None)
         if found is not None:
@@ -199,13 +199,13 @@ def _check_origin(data: Mapping, path: Path) -> None:
 
 def _foreign(path: Path, framework: str, sign: str) -> str:
     return (
-        f"{path} is a checkpoint of {framework} ({sign}): its parameters have other names and in part another layout, "
-        "so it cannot be loaded. Take the weights that Mask2Former's or DETR's authors publish, or train the parent"
+        f"{path} is a checkpoint of {framework} ({sign}). Its parameters have other names and partly another layout, "
+        "so it cannot be loaded. Use the weights that Mask2Former's or DETR's authors publish, or train the parent"
     )
 
 
 def weights_sha256(weights: Mapping[str, torch.Tensor]) -> str:
-    """The sha256 of names, types, shapes and values, whatever their order and the file around them."""
+    """The sha256 of names, types, shapes and values. Order and file format do not matter."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         value = weights[name].detach().cpu().contiguous()
@@ -215,13 +215,13 @@ def weights_sha256(weights: Mapping[str, torch.Tensor]) -> str:
 
 
 def write_weights(path: str | os.PathLike, weights: Mapping[str, torch.Tensor], **notes: str) -> None:
-    """Writes weights alone as .safetensors, with their sha256, whole or not at all.
+    """Writes weights as .safetensors with their sha256, whole or not at all.
 
     Args:
-        notes: strings kept beside them; of these `read_checkpoint` returns `__author__`, `matching_heuristics`
-            and `classes` (as JSON).
+        notes: strings to store with them. `read_checkpoint` returns `__author__`, `matching_heuristics` and `classes`
+            (written as JSON).
     """
-    # Copies, for weights that share memory are refused by safetensors.
+    # Copies, because safetensors refuses weights that share memory.
     tensors = {
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in weights.items()
     }

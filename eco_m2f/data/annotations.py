@@ -1,10 +1,10 @@
-"""The one reader of a dataset's JSON: training, Step B, evaluation and the checker all see what it returns.
+"""The only reader of a dataset's JSON. Training, Step B, evaluation and the checker all use it.
 
-    content = read("annotations/panoptic_val.json", PANOPTIC)    # right in every field, or a DataError
-    content, findings = examine(path, PANOPTIC)                  # what is right, and all that is wrong
+    content = read("annotations/panoptic_val.json", PANOPTIC)    # every field is valid, or a DataError
+    content, findings = examine(path, PANOPTIC)                  # the valid entries, and everything that is wrong
 
-What the schema (`schema.py`) says of single fields is checked first, then what entries must not contradict: ids that
-are there twice, images without an entry, categories that nobody declares, files outside their folder.
+It checks each field against the schema (`schema.py`). Then it checks what the schema cannot: duplicate ids, images
+without an entry, undeclared categories, files outside their folder.
 """
 
 import os
@@ -36,12 +36,12 @@ from .schema import (
 SECTIONS = ("images", "annotations", "categories")
 BOM = b"\xef\xbb\xbf"
 CITYSCAPES = "cityscapes_panoptic_seg"  # detectron2's evaluator_type
-ADVICE = "tools/check_dataset.py lists all that is wrong"
+ADVICE = "tools/check_dataset.py lists everything that is wrong"
 
 
 @dataclass(frozen=True, order=True)
 class Finding:
-    """One thing wrong: its kind (a short constant phrase), the file or id it concerns, and what to do."""
+    """One fault: its kind (a short constant phrase), the file or id it concerns, and the remedy."""
 
     kind: str
     where: str
@@ -54,8 +54,8 @@ class Finding:
 def read(json_file: str | Path, kind: Kind, outside: bool = False) -> Any:
     """The file's content, an instance of `kind.content`.
 
-    outside: let file names leave the folder of the images, or of the PNGs. Raises DataError naming file, entry, field,
-    value and remedy of the first thing that is wrong.
+    outside: let file names leave the folder of the images or of the PNGs.
+    Raises DataError, which names the file, entry, field, value and remedy of the first fault.
     """
     content, findings = examine(json_file, kind, outside)
     if findings:
@@ -65,9 +65,9 @@ def read(json_file: str | Path, kind: Kind, outside: bool = False) -> Any:
 
 
 def examine(json_file: str | Path, kind: Kind, outside: bool = False) -> tuple[Any, list[Finding]]:
-    """The right entries of a file, and what is wrong with the others; see `read`.
+    """The valid entries of a file, and what is wrong with the others. Arguments as of `read`.
 
-    Raises DataError where the file is missing, no JSON, or of another format.
+    Raises DataError if the file is missing, no JSON, or in another format.
     """
     data = _bytes(json_file, kind)
     try:
@@ -80,7 +80,7 @@ def examine(json_file: str | Path, kind: Kind, outside: bool = False) -> tuple[A
 
 
 def read_categories(json_file: str | Path, kind: Kind) -> list[Category]:
-    """The categories alone, checked; faster, and the rest of the file may be wrong. Raises DataError."""
+    """The checked categories alone. This is faster, and other sections may be wrong. Raises DataError."""
     data = _bytes(json_file, kind)
     rest = [(section, msgspec.Raw) for section in ("images", "annotations")]
     layout = msgspec.defstruct("Categories", [*rest, ("categories", list[kind.category])])
@@ -100,26 +100,26 @@ def read_categories(json_file: str | Path, kind: Kind) -> list[Category]:
 
 
 def kind_of(metadata) -> Kind:
-    """Whether a registered dataset has a panoptic or a detection JSON."""
+    """The kind of a registered dataset's JSON: panoptic or detection."""
     return PANOPTIC if getattr(metadata, "panoptic_json", None) else DETECTION
 
 
 def read_registered(metadata) -> Any:
-    """`read` for the main JSON of a registered dataset."""
+    """Reads the main JSON of a registered dataset, see `read`."""
     kind = kind_of(metadata)
     json_file = metadata.panoptic_json if kind is PANOPTIC else metadata.json_file
     return read(json_file, kind, getattr(metadata, "outside", False))
 
 
 def image_file(metadata, image) -> str:
-    """The path of an image of a registered dataset. Cityscapes keeps images in a folder per city, named by their id."""
+    """The path of a registered dataset's image. Cityscapes has a folder per city; its images are named by id."""
     if getattr(metadata, "evaluator_type", None) == CITYSCAPES:
         return os.path.join(metadata.image_root, str(image.id).split("_")[0], f"{image.id}_leftImg8bit.png")
     return os.path.join(metadata.image_root, image.file_name)
 
 
 def class_map_file(metadata, image, annotation: PanopticAnnotation) -> str | None:
-    """The path of an image's class map, where the dataset has one."""
+    """The path of an image's class map; None if the dataset has none."""
     if getattr(metadata, "evaluator_type", None) == CITYSCAPES:
         return os.path.join(metadata.gt_dir, str(image.id).split("_")[0], f"{image.id}_gtFine_labelTrainIds.png")
     root = getattr(metadata, "sem_seg_root", None)
@@ -127,7 +127,7 @@ def class_map_file(metadata, image, annotation: PanopticAnnotation) -> str | Non
 
 
 def leaves_folder(file_name: str) -> bool:
-    """Whether a path that should lie below a folder does not: absolute, with a drive, or through `..`."""
+    """Whether a path leaves its folder: it is absolute, has a drive, or contains `..`."""
     parts = file_name.replace("\\", "/").split("/")
     return ".." in parts or not parts[0] or parts[0] == "~" or (len(parts[0]) == 2 and parts[0][1] == ":")
 
@@ -138,7 +138,7 @@ def _bytes(json_file: str | Path, kind: Kind) -> bytes:
             return file.read().removeprefix(BOM)
     except FileNotFoundError as error:
         raise DataError(
-            f"{json_file}: {kind.name} JSON not found; datasets/README.md tells where each dataset's files belong "
+            f"{json_file}: {kind.name} JSON not found; datasets/README.md shows where each dataset's files belong "
             "(the root is $DETECTRON2_DATASETS, ./datasets if unset)"
         ) from error
     except (OSError, ValueError) as error:
@@ -154,15 +154,15 @@ def _parsed(json_file: str | Path, data: bytes) -> Any:
 
 def _no_json(json_file: str | Path, error: Exception) -> str:
     return (
-        f"{json_file}: not a readable JSON file ({error}); it must be UTF-8 and whole, and JSON knows no NaN and no "
-        "Infinity: restore it, or write it anew"
+        f"{json_file}: not a readable JSON file ({error}). It must be UTF-8 and complete, without NaN and Infinity. "
+        "Restore it, or write it again"
     )
 
 
 def _entry_by_entry(raw: Any, kind: Kind, json_file: str | Path) -> tuple[Any, list[Finding], set]:
-    """What is right in a file that is not right as a whole, the findings, and (list, id) of the entries left out.
+    """The valid entries of a faulty file, the findings, and (list, id as text) of each entry left out.
 
-    Raises DataError where it is of another format.
+    Raises DataError if the file is in another format.
     """
     _raise_unless_of_kind(raw, kind, json_file)
     kept: dict[str, list] = {}
@@ -179,7 +179,7 @@ def _entry_by_entry(raw: Any, kind: Kind, json_file: str | Path) -> tuple[Any, l
 
 
 def _whole(value: Any) -> Any:
-    """The value with 96 for 96.0, as whole numbers come out of tables, wherever it is exact."""
+    """The value with 96 for 96.0, where that is exact. Tables export whole numbers that way."""
     if isinstance(value, float):
         return int(value) if value.is_integer() and abs(value) < 1 << 53 else value
     if isinstance(value, list):
@@ -188,43 +188,43 @@ def _whole(value: Any) -> Any:
 
 
 def _raise_unless_of_kind(raw: Any, kind: Kind, json_file: str | Path) -> None:
-    told = f"{json_file}: not in COCO {kind.name} format"
+    wrong_kind = f"{json_file}: not in COCO {kind.name} format"
     if not isinstance(raw, dict):
-        raise DataError(f"{told}, it holds a {_type(raw)}, not an object")
+        raise DataError(f"{wrong_kind}, it holds a {_type(raw)}, not an object")
     if missing := [key for key in SECTIONS if key not in raw]:
-        raise DataError(f"{told}, it lacks {missing}; {REMEDY}")
+        raise DataError(f"{wrong_kind}, it lacks {missing}; {REMEDY}")
     if wrong := [key for key in SECTIONS if not isinstance(raw[key], list)]:
-        raise DataError(f"{told}, its {wrong[0]!r} must be a list, not {_type(raw[wrong[0]])}; {REMEDY}")
+        raise DataError(f"{wrong_kind}, its {wrong[0]!r} must be a list, not {_type(raw[wrong[0]])}; {REMEDY}")
     entries = [a for a in raw["annotations"] if isinstance(a, dict)]
     panoptic = any("segments_info" in a for a in entries)
     if kind is PANOPTIC and not panoptic and any("bbox" in a or "segmentation" in a for a in entries):
         raise DataError(
-            f"{told}: it is a detection or instance JSON, each annotation one object. For DETR give it as boxes=; "
-            "beside a panoptic JSON, as instances=. json= is the panoptic JSON, with segments_info and PNGs"
+            f"{wrong_kind}: it is a detection or instance JSON, each annotation one object. For DETR, give it as "
+            "boxes=; next to a panoptic JSON, as instances=. json= is the panoptic JSON, with segments_info and PNGs"
         )
     if kind is not PANOPTIC and panoptic:
         key = "boxes" if kind is DETECTION else "instances"
-        raise DataError(f"{told}: it is a panoptic JSON, with segments_info. Give it as json=, not as {key}=")
+        raise DataError(f"{wrong_kind}: it is a panoptic JSON, with segments_info. Give it as json=, not as {key}=")
 
 
 def _explained(error: msgspec.ValidationError, section: str, i: int, entry: Any) -> Finding:
-    """The finding on an entry that is not as the schema says; msgspec tells the reason and the path of the field."""
+    """The finding on an entry that violates the schema. msgspec gives the reason and the path of the field."""
     reason, _, path = str(error).partition(" - at `$")
     path = path.rstrip("`").lstrip(".")
     singular = {"images": "image", "annotations": "annotation", "categories": "category"}[section]
     name = f"{section}[{i}]{_identity(entry)}"
     if absent := re.fullmatch(r"Object missing required field `(\w+)`", reason):
         field = absent[1]
-        told = f"{name} lacks {field}{_of_segment(entry, path)}"
-        return Finding(f"incomplete {singular} entry", told, _remedy(field, path))
+        where = f"{name} lacks {field}{_of_segment(entry, path)}"
+        return Finding(f"incomplete {singular} entry", where, _remedy(field, path))
     field = (re.findall(r"\w*[a-z_]\w*", path) or [""])[-1]
-    told = f"{name}: {path or 'it'} is {_value(entry, path)}; {reason[:1].lower()}{reason[1:]}"
+    where = f"{name}: {path or 'it'} is {_value(entry, path)}; {reason[:1].lower()}{reason[1:]}"
     remedy = _remedy(field, path if re.search("[<>]=", reason) else "")
-    return Finding(f"malformed {singular} entry", told, remedy)
+    return Finding(f"malformed {singular} entry", where, remedy)
 
 
 def _identity(entry: Any) -> str:
-    """What tells an entry from others, for a message."""
+    """The ids and names of an entry, for a message."""
     keys = ("id", "image_id", "file_name", "name")
     known = [f"{key} {_short(entry[key])}" for key in keys if key in entry] if isinstance(entry, dict) else []
     return f" ({', '.join(known)})" if known else ""
@@ -235,13 +235,13 @@ def _of_segment(entry: Any, path: str) -> str:
 
 
 def _remedy(field: str, path: str) -> str:
-    """What to write; path: of the field in its entry where its value is out of range or missing."""
+    """What to write. path: of the field in its entry, if its value is out of range or missing; else ""."""
     inner = field == "id" and path.startswith("segments_info")
     return REMEDIES.get("id of a segment" if inner else field, REMEDY)
 
 
 def _value(entry: Any, path: str) -> str:
-    """The value at a path as msgspec writes it, such as segments_info[2].id; shortened."""
+    """The value at a path of msgspec, such as segments_info[2].id; shortened."""
     for name, index in re.findall(r"([A-Za-z_]\w*)|\[(\d+)\]", path):
         try:
             entry = entry[name] if name else entry[int(index)]
@@ -260,7 +260,7 @@ def _type(value: Any) -> str:
 
 
 def _contradictions(content: Content, kind: Kind, outside: bool, lost: set) -> Iterator[Finding]:
-    """lost: (list, id as text) of entries that are there, but wrong by themselves."""
+    """Where entries contradict each other. lost: (list, id as text) of the malformed entries, which are left out."""
     images, annotations = [image.id for image in content.images], content.annotations
     if not images and not lost:
         yield Finding("no image", "`images` is empty", "list the images, with their annotation")
@@ -268,8 +268,8 @@ def _contradictions(content: Content, kind: Kind, outside: bool, lost: set) -> I
     yield from repeated([c.name for c in content.categories], "duplicate category name", "give each its own name")
     texts = sum(isinstance(i, str) for i in images)
     if 0 < texts < len(images):
-        told = f"{texts} of {len(images)} are texts, such as {next(i for i in images if isinstance(i, str))!r}"
-        yield Finding("image ids of two types", told, "write all of them as numbers, or all as texts")
+        where = f"{texts} of {len(images)} are texts, such as {next(i for i in images if isinstance(i, str))!r}"
+        yield Finding("image ids of two types", where, "write all of them as numbers, or all as texts")
     yield from repeated(images, "duplicate image id", "keep one of the `images` entries, or give each image its own id")
     for i in sorted({a.image_id for a in annotations} - set(images), key=str):
         if ("images", str(i)) not in lost:
@@ -284,7 +284,7 @@ def _contradictions(content: Content, kind: Kind, outside: bool, lost: set) -> I
 
 
 def _used(content: Content, kind: Kind) -> set[int]:
-    """The categories that annotations have."""
+    """The category ids that occur in annotations."""
     annotations = content.annotations
     return {o.category_id for a in annotations for o in (a.segments_info if kind is PANOPTIC else (a,))}
 
@@ -298,12 +298,12 @@ def _check_categories(categories: list[Category], lost: bool = False) -> Iterato
 def _check_names(content: Content, kind: Kind) -> Iterator[Finding]:
     entries = [*content.images, *(content.annotations if kind is PANOPTIC else ())]
     for name in sorted({e.file_name for e in entries if leaves_folder(e.file_name) or "\0" in e.file_name}):
-        told = f"file_name {_short(name)} is absolute, leads through .., or is no name of a file"
+        where = f"file_name {_short(name)} is absolute, contains .., or is no valid file name"
         remedy = (
-            "name files by their paths below the folder that is registered, or allow it there (DATASETS.CUSTOM: "
+            "write paths relative to the registered folder, or allow it for this dataset (DATASETS.CUSTOM: "
             "outside=allowed)"
         )
-        yield Finding("file outside its folder", told, remedy)
+        yield Finding("file outside its folder", where, remedy)
 
 
 def _check_segments(content: PanopticContent, known: set[int]) -> Iterator[Finding]:
@@ -319,28 +319,28 @@ def _check_segments(content: PanopticContent, known: set[int]) -> Iterator[Findi
             yield from repeated(ids, "duplicate segment id", remedy, f"{annotation.file_name}: ")
         for s in segments:
             if s.category_id not in known:
-                told = f"{annotation.file_name}: segment {s.id} has category_id {s.category_id}"
-                yield Finding("unknown category", told, "declare it in `categories`, or correct it")
+                where = f"{annotation.file_name}: segment {s.id} has category_id {s.category_id}"
+                yield Finding("unknown category", where, "add it to `categories`, or correct it")
 
 
 def _check_objects(content: DetectionContent, known: set[int]) -> Iterator[Finding]:
     boxes = [o.bbox for o in content.annotations if hasattr(o, "bbox")]
     if all(0 <= min(x, y) and max(x + w, y + h) <= 1 for x, y, w, h in boxes) and any(v % 1 for b in boxes for v in b):
-        told = f"every bbox lies in [0, 1], such as {list(boxes[0])}"
+        where = f"every bbox lies in [0, 1], such as {list(boxes[0])}"
         remedy = "boxes are in pixels: multiply x and width by the image's width, y and height by its height"
-        yield Finding("boxes in shares of the image", told, remedy)
+        yield Finding("boxes in shares of the image", where, remedy)
     for i, o in enumerate(content.annotations):
         if o.category_id not in known:
-            yield Finding("unknown category", f"{_object(i, o)}: {o.category_id}", "declare it in `categories`")
+            yield Finding("unknown category", f"{_object(i, o)}: {o.category_id}", "add it to `categories`")
         if o.ignore:
             yield Finding("object to be ignored", f"{_object(i, o)} has ignore 1", REMEDIES["ignore"])
         if isinstance(getattr(o, "segmentation", None), list) and not any(map(is_polygon, o.segmentation)):
-            told = f"{_object(i, o)} has no polygon of three points or more: {_short(o.segmentation)}"
-            yield Finding("object without a mask", told, REMEDIES["segmentation"])
+            where = f"{_object(i, o)} has no polygon of three points or more: {_short(o.segmentation)}"
+            yield Finding("object without a mask", where, REMEDIES["segmentation"])
 
 
 def is_polygon(points: list[float]) -> bool:
-    """Whether x1, y1, x2, y2, ... are three points or more."""
+    """Whether [x1, y1, x2, y2, ...] has at least three points."""
     return len(points) >= 6 and len(points) % 2 == 0
 
 
@@ -349,5 +349,5 @@ def _object(i: int, o) -> str:
 
 
 def repeated(values: Iterable, kind: str, remedy: str, prefix: str = "") -> list[Finding]:
-    """A finding for each value that is there more than once."""
+    """A finding for each value that occurs more than once."""
     return [Finding(kind, f"{prefix}{v} ({n} times)", remedy) for v, n in Counter(values).items() if n > 1]

@@ -1,4 +1,4 @@
-"""How the images of an optimizer step are split over processes and passes."""
+"""Splits the images of an optimizer step over processes and passes."""
 
 from dataclasses import dataclass
 from math import isqrt
@@ -6,7 +6,7 @@ from math import isqrt
 
 @dataclass(frozen=True)
 class Passes:
-    """Every one of `processes` runs `count` passes a step, each over `images` images; the gradient is their mean."""
+    """Each of `processes` runs `count` passes a step over `images` images each. The gradient is the mean of all."""
 
     processes: int
     images: int
@@ -21,13 +21,13 @@ class Passes:
 
 
 def split_batch(batch: int, images_per_gpu: int, processes: int) -> Passes:
-    """The passes of a step, which together see `batch` images with any number of processes.
+    """The passes of a step. Together they see `batch` images, with any number of processes.
 
     Args:
-        batch: SOLVER.IMS_PER_BATCH, images of a whole step.
-        images_per_gpu: SOLVER.IMS_PER_GPU, images that a process takes at once at most; 0: its whole share.
+        batch: SOLVER.IMS_PER_BATCH, the images of a whole step.
+        images_per_gpu: SOLVER.IMS_PER_GPU, the most images in one pass; 0: all images of a process at once.
 
-    Raises ValueError, with keys and values that fit, where images would be left over.
+    Raises ValueError if images would be left over. The message names keys and values that fit.
     """
     if batch < 1 or batch % processes:
         raise ValueError(_unequal_shares(batch, processes))
@@ -53,7 +53,7 @@ def _unequal_shares(batch: int, processes: int) -> str:
 
 
 def _nearest_divisors(number: int, to: int) -> list[int]:
-    """The divisors of a number next to another: the one below it and the one above it, where there are such."""
+    """The divisors of `number` nearest to `to`, below and above it, if there are any."""
     small = [n for n in range(1, isqrt(max(number, 0)) + 1) if number % n == 0]
     divisors = sorted({*small, *(number // n for n in small)})
     below, above = [n for n in divisors if n < to], [n for n in divisors if n > to]

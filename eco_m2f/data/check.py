@@ -1,8 +1,8 @@
-"""Finds what is wrong with a registered panoptic dataset, or one of boxes, before a training run does.
+"""Finds faults of a registered dataset, panoptic or of boxes, before a training run meets them.
 
-Works on any dataset whose metadata names a panoptic_json (COCO, Cityscapes, and all that this project registers), and
-on any in COCO's detection format. `check_dataset` looks at everything; `check_at_start`, which every tool calls, at
-what takes seconds.
+It works on any dataset whose metadata names a panoptic_json: COCO, Cityscapes, and all that this project registers. It
+also works on any dataset in COCO's detection format. `check_dataset` checks everything. Every tool calls
+`check_at_start`, which makes only the checks that take seconds.
 """
 
 import math
@@ -45,8 +45,8 @@ from .schema import (
 )
 
 BOX_SLACK = 1.0  # pixels that a box may lie outside its image
-MOSTLY = 0.5  # the share of void pixels from which on PQ says little
-LOOKED_AT = 3  # images whose files are looked for when a tool starts
+MOSTLY = 0.5  # with a larger share of void pixels PQ means little
+IMAGES_AT_START = 3  # images whose files are checked when a tool starts
 
 
 def check_class_count(
@@ -55,7 +55,8 @@ def check_class_count(
     """Raises ValueError unless MODEL.SEM_SEG_HEAD.NUM_CLASSES is the dataset's number of categories.
 
     annotation: what the model needs. "panoptic": things and stuff count; "boxes": COCO's detection format.
-    reference: the training set; where the categories differ from its, the message tells that: no number will do.
+    reference: the training set. If its categories differ from the dataset's, the message shows them instead of a
+    number, because no number would help.
     """
     if annotation == "boxes":
         count = len(box_metadata(dataset_name).thing_classes)
@@ -74,10 +75,13 @@ def check_class_count(
 
 
 def check_at_start(names: Sequence[str], reference: str | None = None, evaluated: Sequence[str] = ()) -> None:
-    """What every tool checks of its datasets before it begins: JSON, categories, and that files are where they belong.
+    """The checks that every tool makes before it starts: JSON, categories, and whether some files are in place.
 
-    Args: reference: the dataset that the model is or was trained on, whose categories the others must have; evaluated:
-    those whose instance JSON, if they have one, will be read. Raises ValueError, of a file DataError, which names it.
+    Args:
+        reference: the model's training set. The other datasets must have its categories.
+        evaluated: the datasets whose instance JSON, if any, will be read.
+
+    Raises ValueError, or DataError for a fault in a file, which it names.
     """
     for name in dict.fromkeys(names):
         meta = MetadataCatalog.get(name)
@@ -90,14 +94,14 @@ def check_at_start(names: Sequence[str], reference: str | None = None, evaluated
         json_file = meta.panoptic_json if panoptic else meta.json_file
         check_same_categories(registered, listed, f"dataset {name!r} as it is registered", str(json_file))
         if not panoptic:
-            _check_some_files(_box_files(content.images, meta, LOOKED_AT))
+            _check_some_files(_box_files(content.images, meta, IMAGES_AT_START))
             continue
         instances = None
         if name in evaluated and getattr(meta, "json_file", None):
             instances = read(meta.json_file, INSTANCES, may_lie_outside(meta))
             for finding in _check_instances(content, instances, meta, False):
                 raise DataError(f"{meta.json_file}: {finding}")
-        _check_some_files(_panoptic_files(content, meta, LOOKED_AT, instances), getattr(meta, "json_file", None))
+        _check_some_files(_panoptic_files(content, meta, IMAGES_AT_START, instances), getattr(meta, "json_file", None))
 
 
 def check_dataset(
@@ -109,11 +113,15 @@ def check_dataset(
     reference: str | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[Finding]:
-    """Lists what is wrong with a dataset, sorted; an empty list means nothing was found.
+    """Everything that is wrong with a dataset, sorted. [] means that nothing was found.
 
-    Args: num_classes: the model's, compared if given; sample: look into the files of that many images drawn with
-    `seed` (None: all; the JSON is always checked whole); workers: processes that read files; reference: the training
-    set, whose categories this one must have; tell: gets what is worth knowing and not wrong, line by line.
+    Args:
+        num_classes: the model's number of classes, compared if given.
+        sample: check the files of so many images, drawn with `seed`; None: of all. The JSON is always checked whole.
+        workers: processes that read files.
+        reference: the training set. This dataset must have its categories.
+        tell: called with each line of information that is no fault.
+
     Raises ValueError if the name is not registered, or has neither panoptic annotation nor boxes.
     """
     boxes = has_boxes(name)
@@ -124,7 +132,7 @@ def check_dataset(
     if content is None:
         return [*findings, *found]
     instances, more = (None, []) if boxes else _read_instances(meta)
-    instances = None if more else instances  # what it lacks may be among what is wrong
+    instances = None if more else instances  # an incomplete one would cause false findings
     findings += found + more
     if boxes:
         findings += check_box_json(content, meta, not found)
@@ -140,7 +148,7 @@ def check_dataset(
         pixels, void = pixels + checked.pixels, void + checked.void
     if pixels:
         tell(
-            f"{name}: {void / pixels:.0%} of the pixels are void, where a prediction counts neither as right nor wrong"
+            f"{name}: {void / pixels:.0%} of the pixels are void. A prediction there counts neither as right nor wrong"
         )
     if void > MOSTLY * pixels:
         findings.append(_mostly_void(void / pixels))
@@ -148,20 +156,20 @@ def check_dataset(
 
 
 def examine_file(json_file: str | Path, kind: Kind, outside: bool = False) -> tuple[Any, list[Finding]]:
-    """As `examine`; a file that cannot be used at all is a finding too, and there is None for its content."""
+    """Like `examine`, but an unusable file is a finding too, and its content is None."""
     try:
         return examine(json_file, kind, outside)
     except DataError as error:
-        return None, [Finding("unusable JSON", str(error), "datasets/README.md tells the format")]
+        return None, [Finding("unusable JSON", str(error), "datasets/README.md shows the format")]
 
 
 def check_json(
     content: PanopticContent, meta, whole: bool = True, instances: InstanceContent | None = None
 ) -> Iterator[Finding]:
-    """What a panoptic JSON reveals beside plain mistakes: other categories, and images without a usable mask.
+    """Faults of a panoptic JSON whose entries are valid: other categories, images without a usable mask.
 
-    whole: whether the content is the whole file; else what it lacks may be among what is wrong; instances: the instance
-    JSON, if there is one.
+    whole: whether no entry was left out as faulty. If not, missing entries are no findings.
+    instances: the instance JSON, if there is one.
     """
     yield from _check_categories(content, meta, {s.category_id for a in content.annotations for s in a.segments_info})
     yield from _check_images(content.images)
@@ -171,35 +179,35 @@ def check_json(
         yield Finding("image without annotation", f"image id {i}", "annotate it, or remove it from `images`")
     for a in content.annotations:
         if a.segments_info and all(s.iscrowd for s in a.segments_info):
-            remedy = "nothing can be learned from it: remove it from a training set"
+            remedy = "a model learns nothing from it: remove it from a training set"
             yield Finding("crowd-only annotation", a.file_name, remedy)
     if instances is not None:
         yield from _check_instances(content, instances, meta, counts=True)
 
 
 def _read_instances(meta) -> tuple[InstanceContent | None, list[Finding]]:
-    """The instance JSON of a panoptic dataset, if it has one, and what is wrong in it by itself."""
-    # COCO's own is a download of its own, which only AP needs
+    """The instance JSON of a panoptic dataset, if it has one, and its own faults."""
+    # COCO's instance JSON is a separate download. Only AP needs it, so it may be missing.
     if not getattr(meta, "json_file", None) or not (Path(meta.json_file).is_file() or meta.evaluator_type == OWN):
         return None, []
     return examine_file(meta.json_file, INSTANCES, may_lie_outside(meta))
 
 
 def check_box_json(content: DetectionContent, meta, whole: bool = True) -> Iterator[Finding]:
-    """The same for a detection JSON. Images without boxes are no finding: COCO has a thousand."""
+    """Like `check_json`, for a detection JSON. Images without boxes are no finding: COCO has a thousand."""
     yield from _check_categories(content, meta, {o.category_id for o in content.annotations})
     yield from _check_images(content.images)
     if whole and content.images and not content.annotations:
-        yield Finding("no object", f"{meta.json_file}: `annotations` is empty", "annotate some image")
+        yield Finding("no object", f"{meta.json_file}: `annotations` is empty", "annotate at least one image")
     ids = [o.id for o in content.annotations if o.id is not None]
-    yield from repeated(ids, "duplicate annotation id", "number the annotations anew; here their ids are not used")
+    yield from repeated(ids, "duplicate annotation id", "number the annotations again; their ids are not used here")
     by_id = {image.id: image for image in content.images}
     for i, o in enumerate(content.annotations):
         yield from _check_box(f"annotations[{i}] of image {o.image_id!r}", o, by_id.get(o.image_id))
 
 
 def summary(findings: Iterable[Finding], limit: int = 10) -> str:
-    """Findings as text: per kind how many, then the first `limit` of it."""
+    """Findings as text: each kind with its number, then its first `limit` findings."""
     findings = list(findings)
     lines = []
     for kind, count in sorted(Counter(f.kind for f in findings).items()):
@@ -229,7 +237,7 @@ def _check_reference(reference: str | None, name: str, meta) -> Iterator[Finding
 
 
 def check_same_as_training(reference: str, name: str, meta) -> None:
-    """Raises ValueError unless a dataset has the classes of the training set `reference`, numbered alike."""
+    """Raises ValueError unless a dataset has the classes of the training set `reference`, in the same order."""
     ours, theirs = registered_categories(meta), registered_categories(MetadataCatalog.get(reference))
     if is_semantic(name) or is_semantic(reference):
         ours, theirs = by_position(ours), by_position(theirs)
@@ -238,19 +246,19 @@ def check_same_as_training(reference: str, name: str, meta) -> None:
 
 
 def _check_categories(content: Content, meta, used: set[int]) -> Iterator[Finding]:
-    """Against those registered; and categories that nothing has and that only group others."""
+    """Compares categories with the registered ones, and finds unused ones that only group others."""
     listed, registered = [c.as_dict() for c in content.categories], registered_categories(meta)
     for c in listed:
         if not any(same_categories([c], [r]) for r in registered if r["id"] == c["id"]):
-            told = f"category {c['id']} ({c['name']}) of the JSON"
-            yield Finding("category not registered as such", told, "register the dataset from this JSON")
+            where = f"category {c['id']} ({c['name']}) of the JSON"
+            yield Finding("category not registered like this", where, "register the dataset from this JSON")
     for i in sorted({r["id"] for r in registered} - {c["id"] for c in listed}):
         yield Finding("category missing in JSON", f"category {i}", "add it to the JSON's categories")
     for c in content.categories:
         if c.id not in used and any(c.name == o.supercategory for o in content.categories if o is not c):
-            told = f"category {c.id} ({c.name}) has no annotation and is the supercategory of others"
+            where = f"category {c.id} ({c.name}) has no annotation and is the supercategory of others"
             remedy = "delete it from `categories` and lower MODEL.SEM_SEG_HEAD.NUM_CLASSES by one, in all splits"
-            yield Finding("category that only groups others", told, remedy)
+            yield Finding("category that only groups others", where, remedy)
 
 
 def _check_images(images: Sequence[Image]) -> Iterator[Finding]:
@@ -259,22 +267,22 @@ def _check_images(images: Sequence[Image]) -> Iterator[Finding]:
 
 
 def _check_box(name: str, o: Object, image: Image | None) -> Iterator[Finding]:
-    """image: the entry of its image, if there is one."""
+    """Faults of one box. image: the entry of its image, if there is one."""
     x, y, width, height = o.bbox
-    told = f"{name}: {[x, y, width, height]}"
+    where = f"{name}: {[x, y, width, height]}"
     if width <= 0 or height <= 0:
-        yield Finding("empty box", told, "width and height must be above 0: correct or delete it")
+        yield Finding("empty box", where, "width and height must be above 0: correct or delete it")
     right, bottom = (image and image.width) or math.inf, (image and image.height) or math.inf
     if min(x, y) < -BOX_SLACK or x + width > right + BOX_SLACK or y + height > bottom + BOX_SLACK:
-        told = f"{told} in an image of {right:g}x{bottom:g} pixels"
-        yield Finding("box outside its image", told, "boxes are [x, y, width, height] in pixels: correct it")
+        where = f"{where} in an image of {right:g}x{bottom:g} pixels"
+        yield Finding("box outside its image", where, "boxes are [x, y, width, height] in pixels: correct it")
     if o.area is not None and o.area != o.as_dict()["area"]:
-        told = f"{name}: {o.area:g}, in a box of {width * height:g} pixels"
-        yield Finding("area off", told, "correct the area or leave it out; here the box's is used")
+        where = f"{name}: {o.area:g}, in a box of {width * height:g} pixels"
+        yield Finding("area off", where, "correct the area or leave it out; the box's area is used")
 
 
 def _check_instances(content: PanopticContent, instances: InstanceContent, meta, counts: bool) -> Iterator[Finding]:
-    """The instance JSON beside a panoptic one. counts: compare how many objects of each category there are."""
+    """Compares an instance JSON with the panoptic one. counts: also the number of objects of each category."""
     things = [c.as_dict() for c in content.categories if c.isthing]
     try:
         listed = [c.as_dict() for c in instances.categories]
@@ -284,8 +292,8 @@ def _check_instances(content: PanopticContent, instances: InstanceContent, meta,
         return
     missing = sorted({a.image_id for a in content.annotations} - {i.id for i in instances.images}, key=str)
     if missing:
-        told = f"{len(missing)} annotated images are not in {meta.json_file}, such as {missing[0]!r}"
-        yield Finding("image missing in the instance JSON", told, "add them to its `images`, with their objects")
+        where = f"{len(missing)} annotated images are not in {meta.json_file}, such as {missing[0]!r}"
+        yield Finding("image missing in the instance JSON", where, "add them to its `images`, with their objects")
     if not counts:
         return
     drawn = Counter(s.category_id for a in content.annotations for s in a.segments_info)
@@ -293,25 +301,25 @@ def _check_instances(content: PanopticContent, instances: InstanceContent, meta,
     for c in things:
         a, b = drawn[c["id"]], given[c["id"]]
         if abs(a - b) > max(a, b) / 2:
-            told = (
+            where = (
                 f"category {c['id']} ({c['name']}): {b} objects in {meta.json_file}, {a} segments in the panoptic JSON"
             )
-            yield Finding("instances contradict panoptic JSON", told, "make both from the same annotation")
+            yield Finding("instances contradict panoptic JSON", where, "make both from the same annotation")
 
 
 def _mostly_void(share: float) -> Finding:
     return Finding(
         "mostly void",
         f"{share:.0%} of the pixels belong to no segment",
-        "PQ ignores predictions that lie mostly on void: false objects there cost nothing, and PQ 100 says little. "
-        "Where these pixels show background, add it as a category with isthing 0, and its segments",
+        "PQ ignores predictions that lie mostly on void, so false objects there cost nothing and PQ means little. If "
+        "these pixels show background, add a category with isthing 0 and its segments",
     )
 
 
 def _panoptic_files(
     content: PanopticContent, meta, most: int | None = None, instances: InstanceContent | None = None
 ) -> Iterator[ImageFiles]:
-    """What there is to look at of every annotated image whose entries are right; of `most` of them, evenly spread."""
+    """The files of the annotated images with valid entries. most: take at most so many images, evenly spread."""
     things = {c.id for c in content.categories if c.isthing}
     objects: dict = {} if instances is None else {image.id: [] for image in instances.images}
     for o in () if instances is None else instances.annotations:
@@ -355,7 +363,10 @@ def _size(image: Image) -> tuple[int, int] | None:
 
 
 def _check_some_files(files: Iterable[ImageFiles], instances: str | None = None) -> None:
-    """Raises DataError where a file is missing, or class map or `instances` JSON contradict the panoptic PNG."""
+    """Raises DataError if a file is missing, or if a class map or `instances` contradicts the panoptic PNG.
+
+    instances: path of the instance JSON.
+    """
     for one in files:
         found = list(missing_files(one))
         if not found and one.class_map is not None:

@@ -1,4 +1,4 @@
-"""What the files of one image reveal: the image, its panoptic PNG and its class map, against what the JSON says."""
+"""Checks the files of one image against the JSON: the image, its panoptic PNG and its class map."""
 
 import os
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ from .masks import run_lengths
 from .panoptic_map import NOT_ITS_IDS, RENUMBER, VOID, DataError, read_classes, read_ids
 from .schema import MaskedObject
 
-STRAY = 0.01  # the share of labelled pixels from which on a class map contradicts its panoptic PNG
-UNCOVERED = 0.5  # the share of the things' pixels, outside the objects of an instance JSON, that contradicts it
+STRAY = 0.01  # a class map contradicts its panoptic PNG in more than this share of the labelled pixels
+UNCOVERED = 0.5  # an instance JSON contradicts it if its objects leave out more than this share of the things' pixels
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """One image's files and what the JSON says of them. It can be pickled."""
+    """One image's files and what the JSON says about them. It can be pickled."""
 
     image: str
     panoptic: str | None = None
@@ -35,7 +35,7 @@ class ImageFiles:
 
 @dataclass(frozen=True)
 class Checked:
-    """What came out: the findings, and how many pixels the panoptic PNG has, in all and void."""
+    """The findings on one image, and the number of pixels of its panoptic PNG: all, and void."""
 
     findings: list[Finding]
     pixels: int = 0
@@ -43,20 +43,20 @@ class Checked:
 
 
 def check_files(files: ImageFiles) -> Checked:
-    """Looks into the files of one image. Whatever goes wrong is a finding: no file ends the check of the others."""
+    """Checks the files of one image. Any error becomes a finding, so the check of other images continues."""
     try:
         return _check_files(files)
     except Exception as error:
-        told = f"{files.image} ({type(error).__name__}: {error})"
-        return Checked([Finding("image that cannot be checked", told, "restore its files, or make them anew")])
+        where = f"{files.image} ({type(error).__name__}: {error})"
+        return Checked([Finding("image that cannot be checked", where, "restore its files, or make them again")])
 
 
 def missing_files(files: ImageFiles) -> Iterator[Finding]:
-    """Those that are not there."""
+    """A finding for each file that does not exist."""
     remedies = {
         "image": "restore it, or remove it from the JSON",
-        "panoptic PNG": "restore it; datasets/README.md tells how it is made",
-        "semantic PNG": "restore it; datasets/README.md tells how it is made",
+        "panoptic PNG": "restore it; datasets/README.md shows how to make it",
+        "semantic PNG": "restore it; datasets/README.md shows how to make it",
     }
     for kind, path in zip(remedies, (files.image, files.panoptic, files.class_map)):
         if path is not None and not os.path.isfile(path):  # also for a name too long for the file system
@@ -64,43 +64,43 @@ def missing_files(files: ImageFiles) -> Iterator[Finding]:
 
 
 def compare_class_map(files: ImageFiles, ids: np.ndarray) -> Iterator[Finding]:
-    """The class map against the classes of the panoptic PNG, whose segment ids are given."""
+    """Compares the class map with the classes of the panoptic PNG. ids: segment ids, [H, W]."""
     try:
         classes = read_classes(files.class_map)
     except DataError as error:
         yield Finding("unreadable semantic PNG", str(error), "restore it, or make it again")
         return
     if classes.shape != ids.shape:
-        told = f"{files.class_map} is {by(classes.shape)} pixels, the panoptic PNG {by(ids.shape)}"
-        yield Finding("class map of another size", told, "make it again from the panoptic PNG")
+        where = f"{files.class_map} is {by(classes.shape)} pixels, the panoptic PNG {by(ids.shape)}"
+        yield Finding("class map of another size", where, "make it again from the panoptic PNG")
         return
     used = np.unique(classes)
     if unknown := [int(c) for c in used if c >= files.num_classes and c != files.ignore]:
-        told = f"{files.class_map}: class {unknown[0]}, where there are {files.num_classes} and {files.ignore} for void"
-        yield Finding("unknown class in a class map", told, "classes are contiguous, in the order of the categories")
+        where = f"{files.class_map}: class {unknown[0]}, but there are {files.num_classes}, and {files.ignore} for void"
+        yield Finding("unknown class in a class map", where, "classes are contiguous, in the order of the categories")
     expected = _classes_of(ids, files)
     labelled = (classes != files.ignore) & (expected != files.ignore)
     if not labelled.any() and (expected != files.ignore).any():
-        told = f"{files.class_map}: it labels no pixel that {files.panoptic} labels"
-        yield Finding("class map contradicts panoptic PNG", told, "make it again from the panoptic PNG")
+        where = f"{files.class_map}: it labels no pixel that {files.panoptic} labels"
+        yield Finding("class map contradicts panoptic PNG", where, "make it again from the panoptic PNG")
     share = float((classes != expected)[labelled].mean()) if labelled.any() else 0.0
     if share > STRAY:
-        told = f"{files.class_map}: {share:.0%} of the labelled pixels have another class than in {files.panoptic}"
-        yield Finding("class map contradicts panoptic PNG", told, "make it again from the panoptic PNG")
+        where = f"{files.class_map}: {share:.0%} of the labelled pixels have another class than in {files.panoptic}"
+        yield Finding("class map contradicts panoptic PNG", where, "make it again from the panoptic PNG")
 
 
 def compare_objects(files: ImageFiles, ids: np.ndarray) -> Iterator[Finding]:
-    """The masks of the instance JSON against the things of the panoptic PNG, whose segment ids are given.
+    """Compares the masks of the instance JSON with the things of the panoptic PNG. ids: segment ids, [H, W].
 
-    Objects may overlap, hence be larger than their segments; but the segments of a category must lie in its objects.
+    Objects may overlap, so they may be larger than their segments. But a category's segments must lie in its objects.
     """
     covered: dict[int, np.ndarray] = {}
     for o in files.objects or ():
         try:
             mask = rle.decode(run_lengths(o.segmentation, ids.shape)).astype(bool)
         except ValueError as error:
-            told = f"{files.image}: an object of category {o.category_id} in the instance JSON has {error}"
-            yield Finding("unusable mask in the instance JSON", told, "correct it there")
+            where = f"{files.image}: an object of category {o.category_id} in the instance JSON has {error}"
+            yield Finding("unusable mask in the instance JSON", where, "correct it there")
             return
         covered[o.category_id] = covered.get(o.category_id, False) | mask
     segments_of: dict[int, list[int]] = {}
@@ -110,12 +110,12 @@ def compare_objects(files: ImageFiles, ids: np.ndarray) -> Iterator[Finding]:
     pixels = sum(int(mask.sum()) for mask in drawn.values())
     outside = sum(int((mask & ~covered[c]).sum() if c in covered else mask.sum()) for c, mask in drawn.items())
     if outside > UNCOVERED * pixels:
-        told = f"{files.image}: {outside / pixels:.0%} of the pixels of its things lie in no object of their category"
-        yield Finding("instances contradict panoptic PNG", told, "make both from the same annotation")
+        where = f"{files.image}: {outside / pixels:.0%} of the pixels of its things lie in no object of their category"
+        yield Finding("instances contradict panoptic PNG", where, "make both from the same annotation")
 
 
 def by(size: tuple[int, ...]) -> str:
-    """A (height, width) as people write it."""
+    """(height, width) as "WIDTHxHEIGHT"."""
     return f"{size[1]}x{size[0]}"
 
 
@@ -123,8 +123,8 @@ def _check_files(files: ImageFiles) -> Checked:
     found = list(missing_files(files))
     image = _image_size(files.image, found) if os.path.isfile(files.image) else None
     if image is not None and files.size is not None and image != files.size:
-        told = f"{files.image} is {by(image)} pixels, the JSON says {by(files.size)}"
-        found.append(Finding("image size differs from JSON", told, "correct width and height in the JSON"))
+        where = f"{files.image} is {by(image)} pixels, the JSON says {by(files.size)}"
+        found.append(Finding("image size differs from JSON", where, "correct width and height in the JSON"))
     if image is not None and min(image) < 2:
         found.append(Finding("image one pixel thin", f"{files.image} ({by(image)})", "remove it from the dataset"))
     if files.panoptic is None or not os.path.isfile(files.panoptic):
@@ -134,8 +134,8 @@ def _check_files(files: ImageFiles) -> Checked:
     except DataError as error:
         return Checked([*found, Finding("unreadable panoptic PNG", str(error), "make it again")])
     if image is not None and ids.shape != image:
-        told = f"{files.panoptic} is {by(ids.shape)} pixels, its image {by(image)}"
-        found.append(Finding("PNG size differs from image", told, "make the PNG again at the image's size"))
+        where = f"{files.panoptic} is {by(ids.shape)} pixels, its image {by(image)}"
+        found.append(Finding("PNG size differs from image", where, "make the PNG again at the image's size"))
     found += _compare(files, ids)
     if files.class_map is not None and os.path.isfile(files.class_map):
         found += compare_class_map(files, ids)
@@ -145,7 +145,7 @@ def _check_files(files: ImageFiles) -> Checked:
 
 
 def _image_size(path: str, found: list[Finding]) -> tuple[int, int] | None:
-    """(height, width) of an image that can be decoded whole; else None, and a finding."""
+    """(height, width) of an image, or None and a finding in `found` if it cannot be decoded."""
     try:
         opened = open_image(path)
         rgb = to_rgb(opened, path)
@@ -157,12 +157,12 @@ def _image_size(path: str, found: list[Finding]) -> tuple[int, int] | None:
 
 
 def _compare(files: ImageFiles, ids: np.ndarray) -> Iterator[Finding]:
-    """The PNG's segments against the JSON's."""
+    """Compares the PNG's segments with the JSON's."""
     drawn = {int(i): int(n) for i, n in zip(*np.unique(ids, return_counts=True), strict=True) if i != VOID}
     stray, absent = sorted(drawn.keys() - files.areas.keys()), sorted(files.areas.keys() - drawn.keys())
     if stray and absent and len(absent) == len(files.areas):
-        told = f"{files.panoptic}: ids {stray[:5]} in the PNG, {absent[:5]} in the JSON, none in both"
-        yield Finding("PNG with other ids than the JSON", told, NOT_ITS_IDS)
+        where = f"{files.panoptic}: ids {stray[:5]} in the PNG, {absent[:5]} in the JSON, none in both"
+        yield Finding("PNG with other ids than the JSON", where, NOT_ITS_IDS)
         return
     for i in stray:
         yield Finding("segment in PNG, not in JSON", f"{files.panoptic}: id {i}", "list it in segments_info")
@@ -173,12 +173,12 @@ def _compare(files: ImageFiles, ids: np.ndarray) -> Iterator[Finding]:
         yield Finding("segment in JSON, not in PNG", f"{files.panoptic}: id {i}", remedy)
     for i, area in files.areas.items():
         if i in drawn and area is not None and area != drawn[i]:
-            told = f"{files.panoptic}: id {i} owns {drawn[i]} pixels, the JSON says {area:g}"
-            yield Finding("area off", told, "correct the area in the JSON; here the mask's is used")
+            where = f"{files.panoptic}: id {i} has {drawn[i]} pixels, the JSON says {area:g}"
+            yield Finding("area off", where, "correct the area in the JSON; the mask's area is used")
 
 
 def _classes_of(ids: np.ndarray, files: ImageFiles) -> np.ndarray:
-    """[H, W] contiguous classes; `ignore` where there is no segment. Crowds have their class."""
+    """Contiguous classes [H, W]; `ignore` where there is no segment. Crowds keep their class."""
     values, inverse = np.unique(ids, return_inverse=True)
     classes = np.array([files.classes.get(int(i), files.ignore) for i in values], dtype=np.int64)
     return classes[inverse].reshape(ids.shape)

@@ -1,7 +1,7 @@
-"""The classes of a model: those of the dataset it was trained on, which travel with its checkpoint.
+"""The classes of a model: those of its training set. A checkpoint stores them.
 
-A class is a dict with `id` (the dataset's own), `name`, `isthing` and `color` (RGB, 0 to 255); a list of them is in the
-order of the model's classes. They are plain values, so that a checkpoint can hold them.
+A class is a dict of plain values: `id` (the dataset's own), `name`, `isthing` and `color` (RGB, 0 to 255). A list of
+them has the order of the model's classes.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from .datasets.coco_panoptic_like import category_colors
 
 
 def dataset_classes(name: str) -> list[dict]:
-    """The classes of a registered dataset; [] where no dataset of that name is registered."""
+    """The classes of a registered dataset; [] if no dataset of that name is registered."""
     metadata = MetadataCatalog.get(name)
     classes = registered_categories(metadata)
     things = getattr(metadata, "thing_dataset_id_to_contiguous_id", {})
@@ -24,13 +24,13 @@ def dataset_classes(name: str) -> list[dict]:
 
 
 def _colors(metadata, classes: list[dict]) -> Sequence[Sequence[int]]:
-    """The colours of a dataset's metadata; made up where there are none for each class."""
+    """The colours in a dataset's metadata, or generated ones if they do not cover every class."""
     tables = (getattr(metadata, key, None) or () for key in ("stuff_colors", "thing_colors"))
     return next((table for table in tables if len(table) == len(classes)), None) or category_colors(classes)
 
 
 def check_stored(classes: object, source: str) -> list[dict]:
-    """Classes that a file holds, checked. Raises ValueError naming the file and the entry that is none."""
+    """Checks classes that were read from a file. Raises ValueError naming the file and the invalid entry."""
     if not isinstance(classes, (list, tuple)) or not classes:
         raise ValueError(f"{source}: `classes` must be a list of classes, got {type(classes).__name__}")
     for i, c in enumerate(classes):

@@ -1,4 +1,4 @@
-"""Images as a caller may give them: files, PIL images, arrays and tensors, by the rules of images.py."""
+"""Turns what a caller gives into an image: files, PIL images, arrays and tensors, by the rules of images.py."""
 
 import os
 
@@ -25,9 +25,9 @@ from .images import (
 def rgb_from(image: str | os.PathLike | Image.Image | np.ndarray | torch.Tensor) -> np.ndarray:
     """An image of any of these kinds as uint8 RGB [H, W, 3].
 
-    A file is read as `read_rgb` does; a PIL image likewise, its EXIF orientation applied. An array is [H, W],
-    [H, W, 1], [H, W, 3] RGB or [H, W, 4] with transparency, which is dropped; a tensor has the channels first. Values
-    are uint8, uint16 (the upper 8 bits count), bool, or float in [0, 1].
+    Files are read like in `read_rgb`. The EXIF orientation of files and PIL images is applied. An array is [H, W],
+    [H, W, 1], [H, W, 3] RGB or [H, W, 4] with transparency, which is dropped. A tensor has the channels first. Values
+    are uint8, uint16 (the upper 8 bits are used), bool, or float in [0, 1].
     Raises ValueError saying what the image is and what it should be.
     """
     if isinstance(image, (str, os.PathLike)):
@@ -51,13 +51,13 @@ def _from_pil(image: Image.Image) -> np.ndarray:
     try:
         check_pixels(image.height, image.width)
         opened = upright(image)
-    except Exception as error:  # it may still have to be read from its file
+    except Exception as error:  # Pillow may only now read the file
         raise DataError(f"{name}: image cannot be read ({str(error) or type(error).__name__}); restore it") from error
     return _warned_of_dim(opened, name)
 
 
 def _warned_of_dim(opened: Opened, name: str) -> np.ndarray:
-    """`to_rgb`; there is no annotation that the orientation could contradict."""
+    """`to_rgb`, with a warning about a dim image. An orientation needs none: there is no annotation."""
     rgb = to_rgb(opened, name)
     if (DIM_IMAGE, BRIGHTEN) in remarks(opened, rgb):
         warn_once(name, DIM_IMAGE, BRIGHTEN)
@@ -69,11 +69,11 @@ def _channels_last(tensor: torch.Tensor) -> np.ndarray:
         raise ValueError(
             f"expected a tensor [3, H, W] (or 1 or 4 channels, or [H, W]), got {list(tensor.shape)}: permute its axes"
         )
-    if tensor.dtype == torch.bfloat16:  # which numpy has not
+    if tensor.dtype == torch.bfloat16:  # numpy has no such type
         tensor = tensor.float()
     try:
         return (tensor.permute(1, 2, 0) if tensor.ndim == 3 else tensor).numpy()
-    except (TypeError, RuntimeError) as error:  # sparse, quantized, or of a type that numpy has not
+    except (TypeError, RuntimeError) as error:  # sparse, quantized, or of a type that numpy lacks
         raise ValueError(
             f"expected a tensor of uint8, uint16, bool, or float in [0, 1], got {tensor.dtype}, {tensor.layout} "
             f"({error}): convert it, e.g. by .to_dense(), .dequantize() or .float()"
@@ -97,7 +97,7 @@ def _from_array(array: np.ndarray) -> np.ndarray:
 def _to_bytes(values: np.ndarray) -> np.ndarray:
     if values.dtype == np.uint8:
         return values
-    if values.dtype.kind == "u" and values.dtype.itemsize == 2:  # in either order of bytes
+    if values.dtype.kind == "u" and values.dtype.itemsize == 2:  # either byte order
         return (values >> 8).astype(np.uint8)
     if values.dtype == bool:
         return values.astype(np.uint8) * np.uint8(255)
@@ -105,5 +105,5 @@ def _to_bytes(values: np.ndarray) -> np.ndarray:
         return from_float(values, "image from memory")
     raise ValueError(
         f"expected an image of uint8, uint16, bool, or float in [0, 1], got {values.dtype}: convert it, e.g. by "
-        ".astype('uint8') where the values are 0..255"
+        ".astype('uint8') if the values are 0..255"
     )

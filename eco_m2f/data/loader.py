@@ -1,6 +1,6 @@
-"""Training batches that depend on the seed and on how many went before alone: a resumed run sees what it would have.
+"""Training batches that depend only on the seed and the iteration. A resumed run therefore sees the same batches.
 
-detectron2's own loader starts from the beginning after a resume, and its augmentations depend on the worker process.
+detectron2's loader starts from the beginning after a resume, and its augmentations depend on the worker process.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from .sizes import are_wide
 def build_train_loader(cfg: CfgNode, seed: int) -> DataLoader:
     """Endless batches of mapped images of DATASETS.TRAIN, one for each pass, see `split_batch`.
 
-    Its `batch_sampler` is a `TrainBatches`, to be told where to start. Raises ValueError for another SAMPLER_TRAIN.
+    Its `batch_sampler` is a `TrainBatches`, whose `start` can be set. Raises ValueError for another SAMPLER_TRAIN.
     """
     loader = cfg.DATALOADER
     if loader.SAMPLER_TRAIN != "TrainingSampler":
@@ -38,7 +38,7 @@ def build_train_loader(cfg: CfgNode, seed: int) -> DataLoader:
 
 
 def _records(names: Sequence[str], filter_empty: bool) -> list[dict]:
-    """detectron2's dataset dicts; filter_empty: without the images that have no box, or crowds alone."""
+    """detectron2's dataset dicts. filter_empty: leave out images without boxes, or with only crowds."""
     try:
         return get_detection_dataset_dicts(names, filter_empty=filter_empty)
     except AssertionError as error:
@@ -46,32 +46,32 @@ def _records(names: Sequence[str], filter_empty: bool) -> list[dict]:
             raise
         files = [getattr(MetadataCatalog.get(name), "json_file", None) or name for name in names]
         raise DataError(
-            f"{', '.join(map(str, files))}: no image has an object that is not a crowd, so nothing can be learned: add "
-            "objects to `annotations`"
+            f"{', '.join(map(str, files))}: no image has an object that is not a crowd, so there is nothing to learn: "
+            "add objects to `annotations`"
         ) from error
 
 
 class TrainBatches(Sampler):
     """Endless batches [(index, key of the image's random numbers), ...] of one process.
 
-    The data set is shuffled again and again and cut into batches, which are dealt to the processes in turn: a step has
-    the same batches with any number of processes. A batch holds images of one group, so that wide images are not padded
-    to the height of high ones.
+    The dataset is shuffled again and again and cut into batches. The processes take them in turn, so a step has the
+    same batches with any number of processes. A batch holds images of one group, so that wide images are not padded to
+    the height of high ones.
     """
 
     def __init__(self, groups: Sequence[bool], batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
-        """groups: of each image, whether it is wide. `start` and `seed` may be set until the iteration begins."""
+        """groups: whether each image is wide. `start` and `seed` may be set until the iteration begins."""
         self.groups = np.asarray(groups, dtype=np.int8)
         self.batch_size = batch_size
         self.rank, self.world_size = rank, world_size
         self.seed = seed
-        self.start = 0  # batches that an earlier part of the run has had
+        self.start = 0  # number of batches to skip: those before the resume
 
     def __iter__(self) -> Iterator[list[tuple[int, tuple[int, ...]]]]:
         return itertools.islice(self._batches(), self.rank + self.start * self.world_size, None, self.world_size)
 
     def _batches(self) -> Iterator[list]:
-        """Those of all processes."""
+        """The batches of all processes."""
         waiting = ([], [])
         for position, index in enumerate(self._indices()):
             batch = waiting[self.groups[index]]
@@ -87,7 +87,7 @@ class TrainBatches(Sampler):
 
 
 class SeededDataset(Dataset):
-    """Maps (index, key) to the mapped record, the augmentations drawing from random numbers of that key."""
+    """Maps (index, key) to the mapped record. The key seeds the random numbers of the augmentations."""
 
     def __init__(self, records: Sequence[dict], mapper: Callable[[dict], dict]):
         self.records = records

@@ -1,8 +1,8 @@
-"""Mappers: a dataset dict with file names -> the tensors a model reads.
+"""Mappers: a dataset dict with file names -> the tensors that a model reads.
 
-Training mappers are named by INPUT.DATASET_MAPPER_NAME, with the names public Mask2Former YAMLs use:
+INPUT.DATASET_MAPPER_NAME chooses the training mapper, with the names of public Mask2Former YAMLs:
 `coco_panoptic_lsj` (large-scale jittering), `mask_former_panoptic` (resize, crop, colour, flip) and
-`mask_former_semantic` (the same for class maps); `detr` maps boxes.
+`mask_former_semantic` (the same for class maps). `detr` maps boxes.
 """
 
 import copy
@@ -24,10 +24,12 @@ SEG_PAD = 255  # void
 class PanopticTrainMapper:
     """Reads image and panoptic PNG, augments both, and makes one mask per segment that is still visible.
 
-    Subclasses say in `from_config` which augmentations. Input: a dict with file_name, pan_seg_file_name and
-    segments_info (contiguous category ids). Output, a dict with image (uint8 [3, H, W]), height and width (of the
-    original, pixels), image_id, file_name, and instances with gt_classes (int64 [N]) and gt_masks (bool [N, H, W]).
-    Crowd segments, and segments that the crop cut away, are left out. Raises DataError naming the offending file.
+    The `from_config` of a subclass chooses the augmentations.
+    Input: a dict with file_name, pan_seg_file_name and segments_info (contiguous category ids).
+    Output: a dict with image (uint8 [3, H, W]), height and width (of the original, pixels), image_id, file_name and
+    instances. These have gt_classes (int64 [N]) and gt_masks (bool [N, H, W]). Crowd segments, and segments that the
+    crop removed, are left out.
+    Raises DataError naming the offending file.
     """
 
     @configurable
@@ -41,8 +43,8 @@ class PanopticTrainMapper:
         needs_sem_seg: bool = False,
         ignore_label: int = 255,
     ):
-        """Args: size_divisibility: pad right and bottom to the next multiple (pixels; < 1: no padding);
-        needs_sem_seg: an augmentation looks at the class map; ignore_label: its void value."""
+        """size_divisibility: pad right and bottom to the next multiple (pixels; < 1: no padding).
+        needs_sem_seg: whether an augmentation reads the class map. ignore_label: the void value of that map."""
         if not is_train:
             raise ValueError(f"{type(self).__name__} is for training only; use PanopticTestMapper to evaluate")
         self.augmentations = T.AugmentationList(augmentations)
@@ -86,7 +88,7 @@ class COCOPanopticLSJMapper(PanopticTrainMapper):
 
 
 class MaskFormerPanopticMapper(PanopticTrainMapper):
-    """The Cityscapes recipe: resize the shortest edge, crop, distort colours, flip; each as INPUT says."""
+    """Cityscapes' augmentations: resize the shortest edge, crop, distort colours, flip; as set in INPUT."""
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
@@ -107,10 +109,10 @@ class MaskFormerPanopticMapper(PanopticTrainMapper):
 
 
 class MaskFormerSemanticMapper(MaskFormerPanopticMapper):
-    """The same recipe for class maps: semantic PNGs, or the classes of panoptic ones where there are no others.
+    """The same augmentations for class maps: semantic PNGs, or else the classes of panoptic PNGs.
 
-    Output: as of `PanopticTrainMapper`, with sem_seg (int64 [H, W], void SEM_SEG_HEAD.IGNORE_VALUE); there is one
-    instance per visible class. Crowds have their class, as in the semantic annotation of COCO and Cityscapes.
+    Output: like `PanopticTrainMapper`, plus sem_seg (int64 [H, W], void is SEM_SEG_HEAD.IGNORE_VALUE). There is one
+    instance per visible class. Crowds keep their class, as in the semantic annotation of COCO and Cityscapes.
     """
 
     @configurable
@@ -134,7 +136,7 @@ class MaskFormerSemanticMapper(MaskFormerPanopticMapper):
         return {**_identity(record), "image": _to_tensor(image), "sem_seg": sem_seg, "instances": instances}
 
     def _read_classes(self, record: dict, image: np.ndarray) -> np.ndarray:
-        """uint8 [H, W]. Raises DataError where map and image differ in size, or a class is none of the model's."""
+        """uint8 [H, W]. Raises DataError if map and image differ in size, or a class is none of the model's."""
         if "sem_seg_file_name" not in record:
             segments, planes = _read_segments(record, image)
             return _class_map(planes, segments, self.ignore_label, crowds=True)
@@ -144,8 +146,8 @@ class MaskFormerSemanticMapper(MaskFormerPanopticMapper):
         unknown = np.setdiff1d(classes, [*range(self.num_classes), self.ignore_label])
         if unknown.size:
             raise DataError(
-                f"{source}: class {unknown[0]} is none of MODEL.SEM_SEG_HEAD.NUM_CLASSES {self.num_classes}, nor the "
-                f"void value {self.ignore_label}; datasets/README.md tells how the PNG is made"
+                f"{source}: class {unknown[0]} is neither below MODEL.SEM_SEG_HEAD.NUM_CLASSES {self.num_classes} nor "
+                f"the void value {self.ignore_label}; datasets/README.md shows how to make the PNG"
             )
         return classes
 
@@ -154,10 +156,12 @@ class DetrMapper:
     """DETR's augmentations of an image and its boxes: flip; perhaps resize and crop; resize the shortest edge.
 
     With INPUT.CROP.ENABLED half of the images are first resized to a shortest edge of 400, 500 or 600 pixels and
-    cropped (DETR, section A.4). Input: a dict with file_name and annotations, as detectron2 loads them from COCO's
-    detection format. Output: image (uint8 [3, H, W]), height and width (of the original, pixels), image_id,
-    file_name, and instances with gt_classes (int64 [N]) and gt_boxes (corners, pixels). Crowds, and objects that the
-    crop cut away, are left out. Raises DataError naming the offending file.
+    cropped (DETR, section A.4).
+    Input: a dict with file_name and annotations, as detectron2 loads them from COCO's detection format.
+    Output: image (uint8 [3, H, W]), height and width (of the original, pixels), image_id, file_name and instances.
+    These have gt_classes (int64 [N]) and gt_boxes (corners, pixels). Crowds, and objects that the crop removed, are
+    left out.
+    Raises DataError naming the offending file.
     """
 
     BEFORE_CROP = (400, 500, 600)  # shortest edges, pixels
@@ -185,8 +189,8 @@ class DetrMapper:
         record = dict(dataset_dict)
         if "annotations" not in record:
             raise DataError(
-                f"{record['file_name']}: the dataset has no boxes; train on a detection dataset, e.g. one that "
-                "DATASETS.CUSTOM names with boxes=<json>"
+                f"{record['file_name']}: the dataset has no boxes; train on a detection dataset, e.g. an entry of "
+                "DATASETS.CUSTOM with boxes=<json>"
             )
         aug_input = T.AugInput(read_image(record, self.image_format))
         transforms = self.augmentations(aug_input)
@@ -214,20 +218,20 @@ MAPPERS = {
 
 
 def build_train_mapper(cfg: CfgNode) -> PanopticTrainMapper | DetrMapper:
-    """The training mapper that INPUT.DATASET_MAPPER_NAME asks for. Raises ValueError for a name it does not know."""
+    """The training mapper named by INPUT.DATASET_MAPPER_NAME. Raises ValueError for an unknown name."""
     name = cfg.INPUT.DATASET_MAPPER_NAME
     if name not in MAPPERS:
         raise ValueError(
-            f"INPUT.DATASET_MAPPER_NAME is {name!r}, which is none of {sorted(MAPPERS)}: set it to one of these"
+            f"INPUT.DATASET_MAPPER_NAME is {name!r}, but there is no such mapper: set it to one of {sorted(MAPPERS)}"
         )
     return MAPPERS[name](cfg, True)
 
 
 class PanopticTestMapper:
-    """Test-time mapper: the image after INPUT's test transforms, and the panoptic ground truth's names as they were.
+    """Test-time mapper: resizes the image as set in INPUT, and passes on where the ground truth lies.
 
-    Output: image (uint8 [3, H, W]), height and width (of the original), image_id, file_name, and, where the dataset
-    has them, pan_seg_file_name and segments_info, so that a per-image quality can be computed.
+    Output: image (uint8 [3, H, W]), height and width (of the original), image_id and file_name. It also has
+    pan_seg_file_name, segments_info and sem_seg_file_name if the dataset has them.
     """
 
     KEPT = ("file_name", "image_id", "height", "width", "pan_seg_file_name", "segments_info", "sem_seg_file_name")
@@ -268,8 +272,8 @@ class PanopticTestMapper:
 def read_image(record: dict, image_format: str) -> np.ndarray:
     """Reads record["file_name"] as uint8 [H, W, 3] and fills in height and width (and image_id) where absent.
 
-    image_format: "RGB" or "BGR". Raises DataError if the file is missing, unreadable, or of another size than the
-    record says.
+    image_format: "RGB" or "BGR". Raises DataError if the file is missing or unreadable, or if its size differs from
+    the record's.
     """
     image = read_rgb(record["file_name"])
     height, width = image.shape[:2]
@@ -281,28 +285,28 @@ def read_image(record: dict, image_format: str) -> np.ndarray:
 
 
 def in_order(rgb: np.ndarray, image_format: str) -> np.ndarray:
-    """RGB [H, W, 3] in the order of INPUT.FORMAT. Raises ValueError for another than RGB or BGR."""
+    """RGB [H, W, 3] in the order of INPUT.FORMAT. Raises ValueError unless that is RGB or BGR."""
     if image_format not in ("RGB", "BGR"):
         raise ValueError(f"INPUT.FORMAT must be RGB or BGR, got {image_format}")
     return rgb if image_format == "RGB" else rgb[:, :, ::-1]
 
 
 def _other_size(record: dict, height: int, width: int) -> str:
-    told = (record.get("width"), record.get("height"))
+    listed = (record.get("width"), record.get("height"))
     hint = "correct width and height, or restore the file"
-    if told == (height, width):
+    if listed == (height, width):
         hint = (
-            "if its EXIF orientation turns it, the annotation belongs to the image as viewers show it: draw it on "
-            "that, or save the image without the tag"
+            "if its EXIF orientation turns it, draw the annotation on the image as viewers show it, or save the image "
+            "without the tag"
         )
     return (
-        f"{record['file_name']}: the image has {width}x{height} pixels, but its annotation says width {told[0]!r} and "
-        f"height {told[1]!r}; {hint}; {ADVICE}"
+        f"{record['file_name']}: the image has {width}x{height} pixels, but its annotation says width {listed[0]!r} "
+        f"and height {listed[1]!r}; {hint}; {ADVICE}"
     )
 
 
 def _check_size(what: str, labels: np.ndarray, record: dict, image: np.ndarray, advice: str = "") -> None:
-    """Raises DataError where a map of labels [H, W] and its image [H, W, 3] differ in size."""
+    """Raises DataError if a map of labels [H, W] and its image [H, W, 3] differ in size."""
     if labels.shape != image.shape[:2]:
         raise DataError(
             f"{what} is {labels.shape[1]}x{labels.shape[0]} pixels but its image {record['file_name']} is "
@@ -311,7 +315,7 @@ def _check_size(what: str, labels: np.ndarray, record: dict, image: np.ndarray, 
 
 
 def _read_segments(record: dict, image: np.ndarray) -> tuple[list[dict], np.ndarray]:
-    """The segments, crowds among them, and the index planes of the panoptic PNG."""
+    """All segments, including crowds, and the index planes of the panoptic PNG."""
     if "pan_seg_file_name" not in record:
         raise DataError(
             f"{record['file_name']}: the dataset has no panoptic annotation; train on a panoptic dataset, "
@@ -325,7 +329,7 @@ def _read_segments(record: dict, image: np.ndarray) -> tuple[list[dict], np.ndar
 
 
 def _class_map(planes: np.ndarray, segments: list[dict], ignore_label: int, crowds: bool) -> np.ndarray:
-    """Contiguous class of each pixel, uint8 [H, W]; void, and crowds unless they are wanted, get ignore_label."""
+    """Contiguous class of each pixel, uint8 [H, W]. Void, and crowds unless `crowds` is set, become ignore_label."""
     classes = [ignore_label if s.get("iscrowd", 0) and not crowds else s["category_id"] for s in segments]
     if max(classes, default=0) > 255:
         raise ValueError(f"a map of classes needs class ids below 256, got {max(classes)}")
@@ -334,7 +338,7 @@ def _class_map(planes: np.ndarray, segments: list[dict], ignore_label: int, crow
 
 
 def _instances(planes: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, Instances]:
-    """Those of the wanted positions that are still visible, and their masks; the classes are not set."""
+    """The wanted positions that are still visible, and instances with their masks, without classes."""
     left, masks = masks_of(planes, wanted)
     instances = Instances(planes.shape[:2])
     instances.gt_masks = torch.from_numpy(masks)
@@ -342,7 +346,7 @@ def _instances(planes: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, Inst
 
 
 def _identity(record: dict) -> dict:
-    """What tells an image from others, and its original size."""
+    """The file, id and original size of an image."""
     return {key: record[key] for key in ("file_name", "image_id", "height", "width")}
 
 

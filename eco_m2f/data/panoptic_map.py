@@ -1,7 +1,7 @@
-"""Panoptic and semantic PNGs: reading them, and turning segment ids into masks quickly.
+"""Reads panoptic and semantic PNGs, and turns segment ids into masks quickly.
 
-A COCO-format panoptic PNG stores at each pixel the id of its segment, R + 256 G + 65536 B; id 0 is void. A semantic PNG
-(class map) stores the contiguous class in one channel.
+A panoptic PNG in COCO's format stores the segment id at each pixel, as R + 256 G + 65536 B. Id 0 is void. A semantic
+PNG (class map) stores the contiguous class in one channel.
 """
 
 from collections.abc import Iterable
@@ -12,27 +12,27 @@ from PIL import Image
 
 from .images import ADVICE, DataError, Opened, open_image
 
-VOID = 0  # segment id of an unlabelled pixel, in the PNG
+VOID = 0  # segment id of an unlabelled pixel in the PNG
 
-RENUMBER = "a real segment needs another id, from 1 on: renumber it in the JSON and in the pixels of the PNG alike"
+RENUMBER = "a real segment needs another id, from 1 on: renumber it in the JSON and in the pixels of the PNG"
 NOT_ITS_IDS = (
-    "the PNG belongs to another image, or its pixels do not store ids as R + 256 G + 65536 B; do not delete anything, "
-    "but write the PNG anew, as panopticapi.utils.id2rgb does"
+    "the PNG belongs to another image, or its pixels do not store ids as R + 256 G + 65536 B. Do not delete anything; "
+    "write the PNG again, as panopticapi.utils.id2rgb does"
 )
 
 
 def read_ids(file_name: str | Path, segment_ids: Iterable[int] | None = None) -> np.ndarray:
     """Reads a panoptic PNG into segment ids, int32 [H, W].
 
-    segment_ids: those that the JSON lists. A PNG with a palette is read only where its colours, looked up, are among
-    them: such a file may as well mean its indices. Raises DataError if it is missing, unreadable, or stored otherwise.
+    segment_ids: those that the JSON lists. A PNG with a palette is read only if its colours are among them, because it
+    could also mean the indices. Raises DataError if the file is missing, unreadable or stored in another way.
     """
     png = _open_labels(file_name, "panoptic PNG")
     mode = png.image.mode
     if mode not in ("RGB", "RGBA", "P") or png.sixteen_bits:
         raise DataError(
             f"{file_name}: a panoptic PNG must be RGB of 8 bits (segment id = R + 256 G + 65536 B), got mode {mode} "
-            f"({png.raw}); write it with eco_m2f.data.panoptic_map.ids_to_rgb, and {ADVICE}"
+            f"({png.raw}). Write it with eco_m2f.data.panoptic_map.ids_to_rgb, and {ADVICE}"
         )
     ids = _to_ids(png.image)
     if mode == "P":
@@ -58,19 +58,19 @@ def _check_palette(
         fit = "neither its colours nor its indices are the ids that the JSON lists"
     raise DataError(
         f"{file_name}: a panoptic PNG must be RGB (segment id = R + 256 G + 65536 B), this one has a palette; {fit}. "
-        "Where the indices are meant, write it anew: Image.fromarray(ids_to_rgb(np.asarray(Image.open(png), 'int32'))) "
-        "with ids_to_rgb of eco_m2f.data.panoptic_map; the JSON stays as it is"
+        "If the indices are meant, write it again: Image.fromarray(ids_to_rgb(np.asarray(Image.open(png), 'int32'))) "
+        "with ids_to_rgb of eco_m2f.data.panoptic_map. Do not change the JSON"
     )
 
 
 def read_classes(file_name: str | Path) -> np.ndarray:
     """Reads a semantic PNG into classes, uint8 [H, W]. Raises DataError if it is missing, unreadable or in colour."""
     png = _open_labels(file_name, "semantic PNG")
-    # Pillow stretches grey values of 2 and 4 bits to 0..255; indices of a palette it leaves alone
+    # Pillow stretches grey values of 2 and 4 bits to 0..255, but not the indices of a palette.
     if png.image.mode not in ("L", "P") or png.raw in ("L;2", "L;4"):
         raise DataError(
             f"{file_name}: a semantic PNG must hold one channel of 8 bits, the class, got mode {png.image.mode} "
-            f"({png.raw}); datasets/README.md tells how it is made"
+            f"({png.raw}); datasets/README.md shows how to make it"
         )
     classes = np.asarray(png.image)
     if png.image.mode == "P":
@@ -79,7 +79,7 @@ def read_classes(file_name: str | Path) -> np.ndarray:
 
 
 def _check_grey_palette(indices: np.ndarray, image: Image.Image, file_name: str | Path) -> None:
-    """Raises DataError where a palette of greys says other classes than the indices, as tools that shrink PNGs do."""
+    """Raises DataError if the palette's greys differ from the indices. Tools that shrink PNGs write such files."""
     used = np.unique(indices)
     colors = np.zeros((256, 3), dtype=np.uint8)
     palette = np.asarray(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
@@ -88,23 +88,23 @@ def _check_grey_palette(indices: np.ndarray, image: Image.Image, file_name: str 
     if (greys == greys[:, :1]).all() and (greys[:, 0] != used).any():
         raise DataError(
             f"{file_name}: a semantic PNG with a palette of greys, {greys[:, 0].tolist()[:5]} for the indices "
-            f"{used.tolist()[:5]}: either may be the classes; save it as 8-bit grey whose value is the class"
+            f"{used.tolist()[:5]}: either may be the classes. Save it as 8-bit grey whose values are the classes"
         )
 
 
 def _open_labels(file_name: str | Path, kind: str) -> Opened:
-    """A PNG of labels. Raises DataError for one with an EXIF orientation: it may or may not be meant for the labels."""
+    """Opens a PNG of labels. Raises DataError for an EXIF orientation, because labels may not be meant to turn."""
     png = open_image(file_name, kind, ("PNG",))
     if png.orientation != 1:
         raise DataError(
-            f"{file_name}: {kind} has the EXIF orientation {png.orientation}; save it without, drawn on the image as "
-            "viewers show it"
+            f"{file_name}: {kind} has the EXIF orientation {png.orientation}; save it without, aligned with the image "
+            "as viewers show it"
         )
     return png
 
 
 def ids_to_rgb(ids: np.ndarray) -> np.ndarray:
-    """Segment ids [H, W] -> the uint8 [H, W, 3] that a panoptic PNG holds."""
+    """Segment ids [H, W] -> pixels of a panoptic PNG, uint8 [H, W, 3]."""
     if ids.min() < 0 or ids.max() >= 1 << 24:
         raise ValueError(f"segment ids must lie in 0..{(1 << 24) - 1}, got {ids.min()}..{ids.max()}")
     return np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], axis=-1).astype(np.uint8)
@@ -113,9 +113,9 @@ def ids_to_rgb(ids: np.ndarray) -> np.ndarray:
 def index_map(ids: np.ndarray, segment_ids: list[int], source: str | Path = "panoptic map") -> np.ndarray:
     """Replaces segment ids by positions in `segment_ids`.
 
-    Returns uint8 planes that survive any nearest-neighbour transform and whose padding value 255 means void:
-    [H, W] where fewer than 255 segments exist, else [H, W, 3] with the low byte first. `decode` undoes it.
-    Raises DataError where the map and the list disagree, either way; `source` names the file in the message.
+    Returns uint8 planes: [H, W] for fewer than 255 segments, else [H, W, 3] with the low byte first. They survive any
+    nearest-neighbour transform, and the padding value 255 means void. `decode` undoes it.
+    Raises DataError if an id of the map is not in the list, or the reverse. `source` names the file in the message.
     """
     values, lengths = _runs(ids)
     known = np.asarray([VOID, *segment_ids], dtype=np.int64)
@@ -130,7 +130,7 @@ def index_map(ids: np.ndarray, segment_ids: list[int], source: str | Path = "pan
 
 
 def decode(planes: np.ndarray) -> np.ndarray:
-    """Planes of `index_map`, transformed or not -> positions, [H, W] uint8 (void 255) or int32 (void 2**24 - 1)."""
+    """Planes of `index_map` -> positions [H, W], uint8 (void 255) or int32 (void 2**24 - 1)."""
     if planes.ndim == 2:
         return planes
     wide = planes.astype(np.int32)
@@ -138,9 +138,9 @@ def decode(planes: np.ndarray) -> np.ndarray:
 
 
 def masks_of(planes: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The masks of those `wanted` positions that still own a pixel: (positions [N], bool [N, H, W]), one comparison."""
+    """The masks of the `wanted` positions that still have a pixel: (positions [N], bool [N, H, W])."""
     positions = decode(planes)
-    # The void value may be far beyond the number of segments: fold it into one slot before counting.
+    # The void value may be far above the number of segments: fold it into one slot before counting.
     count = int(wanted.max(initial=-1)) + 1
     pixels = np.bincount(np.minimum(positions, count).ravel(), minlength=count + 1)
     left = wanted[pixels[wanted] > 0]
@@ -148,7 +148,7 @@ def masks_of(planes: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _runs(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Values and lengths of the runs of equal pixels, row-major: far fewer look-ups than pixels."""
+    """Values and lengths of the runs of equal pixels, row-major. There are far fewer runs than pixels."""
     flat = ids.ravel()
     starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
     return flat[starts], np.diff(starts, append=flat.size)
@@ -157,28 +157,31 @@ def _runs(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _raise_unless_equal(
     values: np.ndarray, matched: np.ndarray, segment_ids: list[int], position: np.ndarray, source: str | Path
 ) -> None:
-    """position: of each value in `segment_ids`; matched: the id there. No remedy gives away what may be annotation."""
+    """Raises DataError unless the ids of the map are those of the list.
+
+    position: of each value in `segment_ids`; matched: the id there. No message advises to delete annotation blindly.
+    """
     if VOID in segment_ids:
         raise DataError(f"{source}: segments_info lists the id 0, which is void; {RENUMBER}, and {ADVICE}")
     stray = np.unique(values[values != matched])
     absent = np.setdiff1d(np.arange(len(segment_ids)), position[values == matched])
     if stray.size and absent.size and len(absent) == len(segment_ids):
         raise DataError(
-            f"{source}: none of the ids in segments_info ({_some(np.asarray(segment_ids))}) is in the PNG, which holds "
-            f"{_some(stray)}: {NOT_ITS_IDS}, and {ADVICE}"
+            f"{source}: none of the ids in segments_info ({_few(np.asarray(segment_ids))}) is in the PNG, which holds "
+            f"{_few(stray)}: {NOT_ITS_IDS}, and {ADVICE}"
         )
     if stray.size:
         raise DataError(
-            f"{source}: the PNG holds segment id(s) {_some(stray)} that its segments_info does not list; "
+            f"{source}: the PNG holds segment id(s) {_few(stray)} that its segments_info does not list; "
             f"list them there with their categories, and {ADVICE}"
         )
     if absent.size:
         raise DataError(
-            f"{source}: segments_info lists id(s) {_some(np.asarray(segment_ids)[absent])} that own no pixel of the "
-            f"PNG; compare the PNG with its source, delete from the JSON what is not to be seen there, and {ADVICE}"
+            f"{source}: segments_info lists id(s) {_few(np.asarray(segment_ids)[absent])} that own no pixel of the "
+            f"PNG; compare the PNG with its source, delete from the JSON what is not visible there, and {ADVICE}"
         )
 
 
-def _some(ids: np.ndarray) -> str:
+def _few(ids: np.ndarray) -> str:
     """At most five ids, for a message."""
     return ", ".join(str(i) for i in ids[:5]) + (f", ... ({len(ids)} in all)" if len(ids) > 5 else "")

@@ -1,4 +1,4 @@
-"""Are the files of a dataset there? Asked before a run starts, so that one message says what is missing."""
+"""Checks that the files of a dataset exist, before a run starts."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ SEMANTIC = ("image_root", "image_dir", "sem_seg_root", "gt_dir")
 
 
 def check_present(*names: str) -> None:
-    """Raises DataError naming the first file or folder of registered datasets that does not exist."""
+    """Raises DataError naming the first file or folder of the registered datasets that does not exist."""
     for name in dict.fromkeys(names):
         metadata = MetadataCatalog.get(name)
         keys = PANOPTIC if getattr(metadata, "panoptic_json", None) else BOXES
@@ -31,7 +31,7 @@ def check_present(*names: str) -> None:
 
 @contextlib.contextmanager
 def loading(names: str) -> Iterator[None]:
-    """Turns an assertion of detectron2's loaders, which look for files, into a DataError."""
+    """Turns an assertion of detectron2's loaders about missing files into a DataError."""
     try:
         yield
     except AssertionError as error:

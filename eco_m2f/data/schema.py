@@ -1,8 +1,8 @@
-"""What the JSON files of a dataset must hold: COCO's panoptic, detection and instance formats, field by field.
+"""The fields of a dataset's JSON files: COCO's panoptic, detection and instance formats.
 
-datasets/README.md has the same as a table. Fields that are not named here are not read. null in an optional field
-means that the field is absent. Whole numbers may be written as 96.0; numbers in quotes are refused, and so is a number
-for a name. true and false are taken for 1 and 0.
+datasets/README.md has the same as a table. Other fields are not read. null in an optional field means that the field is
+absent. Whole numbers may be written as 96.0. true and false mean 1 and 0. Numbers in quotes are refused, and so are
+numbers as names.
 """
 
 from dataclasses import dataclass
@@ -25,13 +25,13 @@ Box = tuple[Place, Place, Extent, Extent]  # left, top, width, height
 
 
 class ListedImage(Struct, kw_only=True, gc=False):
-    """An entry of `images` in an instance JSON, which lies beside a panoptic one."""
+    """An entry of `images` in the instance JSON of a panoptic dataset."""
 
     id: ImageId
 
 
 class Image(ListedImage, kw_only=True, gc=False):
-    """An entry of `images`. Where height or width is absent, both are those of the file."""
+    """An entry of `images`. If height or width is absent, both are read from the file."""
 
     file_name: Text
     height: Side | None = None
@@ -43,10 +43,10 @@ class Category(Struct, kw_only=True, gc=False):
     name: Text
     isthing: Flag | None = None
     color: tuple[Byte, Byte, Byte] | None = None
-    supercategory: Any = None  # read to recognise a category that is none
+    supercategory: Any = None  # read to recognise a category that only groups others
 
     def as_dict(self) -> dict:
-        """id, name and, where they are given, isthing (0 or 1) and color ([R, G, B])."""
+        """id and name; isthing (0 or 1) and color ([R, G, B]) if they are given."""
         kind = {} if self.isthing is None else {"isthing": int(self.isthing)}
         return {"id": self.id, "name": self.name, **kind, **({} if self.color is None else {"color": list(self.color)})}
 
@@ -56,7 +56,7 @@ class PanopticCategory(Category, kw_only=True, gc=False):
 
 
 class Segment(Struct, kw_only=True, gc=False):
-    """An entry of `segments_info`. Its area is only ever compared with its mask."""
+    """An entry of `segments_info`. The area is only compared with the mask."""
 
     id: SegmentId
     category_id: Count
@@ -75,7 +75,7 @@ class PanopticAnnotation(Struct, kw_only=True, gc=False):
 
 
 class AnyObject(Struct, kw_only=True, gc=False):
-    """What an object has in either format. Its own id is not used: objects are numbered anew where that is needed."""
+    """The fields of an object in both formats. Its id is not used; objects are numbered again where needed."""
 
     image_id: ImageId
     category_id: Count
@@ -91,7 +91,7 @@ class Object(AnyObject, kw_only=True, gc=False):
     bbox: Box
 
     def as_dict(self) -> dict:
-        """category_id, bbox (x y w h, pixels), iscrowd (0 or 1), area (the box's where the file's is wrong)."""
+        """category_id, bbox (x y w h, pixels), iscrowd (0 or 1), area (the box's if the file's is wrong)."""
         box = self.bbox[2] * self.bbox[3]
         area = self.area if self.area and 0 < self.area <= 1.01 * box + 1 else box
         kind = {"category_id": self.category_id, "iscrowd": int(self.iscrowd or 0)}
@@ -112,7 +112,7 @@ class MaskedObject(AnyObject, kw_only=True, gc=False):
 
 
 class Content(Struct, kw_only=True):
-    """A whole file; images and annotations are what its kind has."""
+    """A whole file. Subclasses give the types of images and annotations."""
 
     images: list
     annotations: list
@@ -137,7 +137,7 @@ class InstanceContent(Content, kw_only=True):
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of JSON file: its name in messages, its schema as a whole, and that of the entries of each list."""
+    """A kind of JSON file: its name in messages, the schema of the file, and the schema of each list's entries."""
 
     name: str
     content: type[Content]
@@ -160,9 +160,9 @@ REMEDIES = {  # by field: what to write
     "category_id": "write the id of an entry of `categories`, a whole number of 0 or more",
     "isthing": "write 1 for things and 0 for stuff, without quotes",
     "iscrowd": "write 0 or 1, without quotes, or leave it out for 0",
-    "ignore": "leave such an object out; or write iscrowd 1: crowds are neither trained on nor found nor missed",
-    "height": "write a whole number of pixels, without quotes; or leave height and width out to have the image's own",
-    "width": "write a whole number of pixels, without quotes; or leave height and width out to have the image's own",
+    "ignore": "leave such an object out; or write iscrowd 1: training and evaluation ignore crowds",
+    "height": "write a whole number of pixels, without quotes; or leave height and width out to use the image's own",
+    "width": "write a whole number of pixels, without quotes; or leave height and width out to use the image's own",
     "file_name": "write a text: the file's path below the folder of the images, or of the PNGs",
     "bbox": "write [x, y, width, height]: four numbers in pixels, the last two not negative",
     "area": "write a number of pixels, or leave it out",
@@ -171,6 +171,6 @@ REMEDIES = {  # by field: what to write
     "segmentation": "write polygons [[x1, y1, x2, y2, x3, y3, ...], ...] of three points or more, or a run-length code",
     "size": "write [height, width] of the image",
     "counts": "write the run lengths as numbers, or as pycocotools' text",
-    "segments_info": "write the list of the PNG's segments; [] where the image has none",
+    "segments_info": "write the list of the PNG's segments; [] if the image has none",
 }
 REMEDY = "datasets/README.md has a table of the fields"

@@ -1,4 +1,4 @@
-"""Which images are wide, before any of them is decoded: by the sizes of their records, else by the files' headers."""
+"""Finds out which images are wide without decoding them: from their records, or else from the files' headers."""
 
 import logging
 from collections.abc import Sequence
@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from .images import header_size
 
 logger = logging.getLogger(__name__)
-READERS = 16  # threads; on a network drive a header is mostly waiting
+READERS = 16  # threads; on a network drive, reading a header is mostly waiting
 
 
 def are_wide(records: Sequence[dict]) -> list[bool]:
-    """Of each image whether it is wider than high, from its record, else from the header of its file.
+    """Whether each image is wider than high. The size is the record's, or else the file's header's.
 
-    A file that cannot be read counts as high: who decodes it says what is wrong.
+    A file that cannot be read counts as high. Decoding it later reports the error.
     """
     unknown = [r["file_name"] for r in records if "width" not in r]
     with ThreadPoolExecutor(READERS) as pool:

@@ -1,14 +1,13 @@
-"""The toy set: generated scenes in COCO panoptic format, made to separate easy images from hard ones.
+"""The toy set: generated scenes in COCO panoptic format, with images from easy to hard.
 
-Things are shapes (disk, ring, triangle, square, star), stuff is texture whose class is the orientation of its waves.
-Each image draws a difficulty in [0, 1] that continuously raises the number of objects, occlusion, touching twins of
-one class, noise, clutter and warping, and lowers size, contrast and what colour betrays: in an easy image every class
-has its colour and little context is needed; in a hard one colour is a hint at most, and it takes the global shape and
-the weave to tell classes apart.
+Things are shapes: disk, ring, triangle, square, star. Stuff is texture; its class is the orientation of its waves. Each
+image has a difficulty in [0, 1]. A higher one means more objects, occlusion, touching twins of one class, noise,
+clutter and warping. It also means smaller objects, less contrast and less information in colour. In an easy image
+every class has its colour. In a hard one, colour is only a hint: a model needs the whole shape and the weave.
 
-The things are also there as boxes, in COCO's detection format: the same objects, of the same images.
+The things also exist as boxes in COCO's detection format: the same objects in the same images.
 
-Every image is drawn from its own seed (seed, split, index), so image i does not depend on how many are made.
+Every image has its own seed (seed, split, index), so image i does not depend on the number of images.
 """
 
 import json
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from .writing import already_made, describe_segments, whole_folder, write_json, write_panoptic
 
-VERSION = 3  # of the scenes: raise it whenever the same seed would draw other pixels
+VERSION = 3  # of the scenes: raise it when the same seed would give other pixels
 SPLITS = ("train", "val")
 THINGS = ("disk", "ring", "triangle", "square", "star")
 STUFF = ("waves", "bars", "weave", "mottle")  # level crests, upright crests, both, neither
@@ -39,8 +38,8 @@ CATEGORIES = [
     {"id": 104, "name": "mottle", "isthing": 0, "color": [110, 110, 110]},
 ]
 CATEGORY_ID = {c["name"]: c["id"] for c in CATEGORIES}
-MIN_PIXELS = 16  # an object that would show less is not drawn
-MIN_VISIBLE = 0.35  # nor one that would leave an earlier object less than this part of itself
+MIN_PIXELS = 16  # an object with fewer visible pixels is not drawn
+MIN_VISIBLE = 0.35  # an object is not drawn if it would leave a smaller share of an earlier one visible
 
 
 def _unit(vector) -> np.ndarray:
@@ -63,7 +62,7 @@ HUES = {
 
 @dataclass(frozen=True)
 class ToySpec:
-    """What a toy set is made from; it is written into the JSON files, so that a second run knows."""
+    """The parameters of a toy set. They are stored in the JSON files, where a second run finds them."""
 
     num_train: int = 800
     num_val: int = 200
@@ -73,7 +72,7 @@ class ToySpec:
 
     def __post_init__(self):
         if self.size < 32:
-            raise ValueError(f"size must be at least 32 pixels for shapes to be told apart, got {self.size}")
+            raise ValueError(f"size must be at least 32 pixels, or shapes look the same; got {self.size}")
         if self.num_train < 1 or self.num_val < 1:
             raise ValueError(f"num_train and num_val must be at least 1, got {self.num_train} and {self.num_val}")
         if self.seed < 0:
@@ -91,10 +90,11 @@ class Scene:
 
 
 def make_toy_dataset(output: str | Path, spec: ToySpec | None = None, overwrite: bool = False) -> bool:
-    """Writes the toy set to `output`: {train,val}/, panoptic_{train,val}/ and annotations/panoptic_{train,val}.json,
-    and beside these detection_{train,val}.json, which are also added to a set that lacks them.
+    """Writes the toy set to `output`: images in {train,val}/, PNGs in panoptic_{train,val}/, and in annotations/
+    panoptic_{train,val}.json and detection_{train,val}.json.
 
-    The folder appears whole or not at all. Returns False, doing nothing, if a set of the same spec is there already.
+    The folder is written whole or not at all. If it already holds a set of the same spec, this only adds missing
+    detection JSONs and returns False.
     Raises FileExistsError if `output` holds something else, unless it is a toy set and overwrite is set.
     """
     spec = spec or ToySpec()
@@ -110,7 +110,7 @@ def make_toy_dataset(output: str | Path, spec: ToySpec | None = None, overwrite:
 
 
 def draw_scene(size: int, seed: int, split: str, index: int, difficulty: float | None = None) -> Scene:
-    """Draws image `index` of a split, a pure function of its arguments; difficulty in [0, 1] is drawn if None."""
+    """Draws image `index` of a split. It is a pure function of its arguments. difficulty: in [0, 1], drawn if None."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     drawn = float(rng.random())
     canvas = _Canvas(size, drawn if difficulty is None else difficulty, rng)
@@ -148,7 +148,7 @@ def detection_json(base: str | Path, split: str) -> Path:
 
 
 def write_detection(base: str | Path, split: str) -> None:
-    """The things of a split's panoptic JSON as COCO's detection JSON; crowds stay crowds."""
+    """Writes the things of a split's panoptic JSON as COCO's detection JSON. Crowds stay crowds."""
     panoptic = json.loads((Path(base) / "annotations" / f"panoptic_{split}.json").read_text())
     things = [c for c in panoptic["categories"] if c["isthing"]]
     wanted = {c["id"] for c in things}
@@ -158,13 +158,13 @@ def write_detection(base: str | Path, split: str) -> None:
         for s in a["segments_info"]
         if s["category_id"] in wanted
     ]
-    numbered = [{"id": i, **o} for i, o in enumerate(objects, start=1)]  # to pycocotools an id of 0 means no object
+    numbered = [{"id": i, **o} for i, o in enumerate(objects, start=1)]  # for pycocotools, id 0 means no object
     made_from = panoptic["info"]["made_from"]
     write_json(detection_json(base, split), made_from, panoptic["images"], numbered, things)
 
 
 class _Canvas:
-    """A scene being painted back to front. Colours are floats in [0, 1]; lengths are pixels."""
+    """A scene, painted back to front. Colours are floats in [0, 1]; lengths are pixels."""
 
     def __init__(self, size: int, difficulty: float, rng: np.random.Generator):
         self.size, self.difficulty, self.rng = size, difficulty, rng
@@ -172,7 +172,7 @@ class _Canvas:
         self.ids = np.zeros((size, size), dtype=np.int32)
         self.category: dict[int, int] = {}  # segment id -> category id
         self.crowds: set[int] = set()
-        self.full_area: dict[int, int] = {}  # of objects, before anything covered them
+        self.full_area: dict[int, int] = {}  # of objects, before others covered them
         self.base = rng.uniform(0.3, 0.7, 3)  # the background's mean colour
         self.num_objects = 1 + int(self._between(0.6, 7) * rng.uniform(0.7, 1.3))
         self.last: tuple | None = None  # class, colour, centre and radius of the last object, for twins
@@ -181,7 +181,7 @@ class _Canvas:
         return easy + (hard - easy) * self.difficulty
 
     def paint_background(self) -> None:
-        """Cells of a warped Voronoi diagram, each filled with one stuff class."""
+        """Paints the cells of a warped Voronoi diagram, each with one stuff class."""
         rng, n = self.rng, self.size
         count = 1 + int(self._between(0.5, 3.5) * rng.uniform(0.6, 1.2) + 0.5)
         sites = rng.uniform(0, n, (count, 2))
@@ -197,7 +197,7 @@ class _Canvas:
             self.ids[where] = self._new_segment(STUFF[kind])
 
     def _texture(self, kind: str) -> np.ndarray:
-        """A field [H, W] of about unit amplitude whose orientation is the stuff class; all kinds share wavelengths."""
+        """A field [H, W] of about unit amplitude. Its orientation is the stuff class; all kinds share wavelengths."""
         rng, n = self.rng, self.size
         wavelength = n * rng.uniform(1 / 20, 1 / 20 + self._between(1 / 40, 1 / 10))
         bend = self._smooth(2, cells=3).transpose(2, 0, 1) * self._between(0.1, 0.6) * wavelength
@@ -216,7 +216,7 @@ class _Canvas:
         return np.stack([np.asarray(Image.fromarray(c).resize(side, Image.BICUBIC)) for c in coarse], axis=-1)
 
     def paint_clutter(self) -> None:
-        """Short strokes in object colours that belong to the stuff below them."""
+        """Paints short strokes in object colours. They belong to the stuff below them."""
         for _ in range(int(self._between(0, 16) * self.rng.random() + 0.5)):
             length = self.size * self.rng.uniform(0.03, 0.12)
             bar = np.array([[-1, -0.12], [1, -0.12], [1, 0.12], [-1, 0.12]]) * length
@@ -248,7 +248,7 @@ class _Canvas:
         return self.last is not None and self.rng.random() < 0.35 * self.difficulty
 
     def _twin(self) -> tuple:
-        """The last object again, in its own colour, touching it."""
+        """A copy of the last object that touches it, in the same colour."""
         name, color, centre, radius = self.last
         turn = self._turn()
         return name, color, centre + 1.9 * radius * np.array([np.sin(turn), np.cos(turn)]), radius
@@ -268,7 +268,7 @@ class _Canvas:
         return True
 
     def paint_crowd(self) -> None:
-        """A swarm of specks too small to tell apart, annotated as one crowd segment."""
+        """Paints a swarm of specks that are too small to separate, annotated as one crowd segment."""
         centre, reach = self._anywhere(), self.size * self.rng.uniform(0.08, 0.15)
         segment, color = self._new_segment(CROWD_SHAPE), self._color()
         for offset in self.rng.normal(0, 0.5, (25, 2)) * reach:
@@ -279,7 +279,7 @@ class _Canvas:
         self.crowds.add(segment)
 
     def _place(self, shape: Callable, centre: np.ndarray, reach: float, turn: float) -> tuple[tuple, np.ndarray]:
-        """The window of the canvas around a shape, and the signed distance to its outline there (negative inside)."""
+        """The window of the canvas around a shape, and its signed distance to the outline (negative inside)."""
         low = np.clip(np.floor(centre - reach - 2).astype(int), 0, self.size)
         high = np.clip(np.ceil(centre + reach + 2).astype(int), 0, self.size)
         window = (slice(low[0], high[0]), slice(low[1], high[1]))
@@ -291,15 +291,15 @@ class _Canvas:
         self.image[window] += cover * (color - self.image[window])
 
     def _textured(self, color: np.ndarray, window: tuple) -> np.ndarray:
-        """The colour with waves of a random direction, so that texture does not betray an object's class."""
+        """The colour with waves of a random direction, so that texture does not reveal an object's class."""
         y, x = np.mgrid[window] * (2 * np.pi / (self.size * self.rng.uniform(0.05, 0.15)))
         turn = self._turn()
         waves = np.sin(x * np.cos(turn) + y * np.sin(turn))
         return color + self._between(0.0, 0.09) * waves[..., None]
 
     def _color(self, name: str | None = None) -> np.ndarray:
-        """A direction in colour space away from the background, as far as the contrast allows: random, but drawn
-        towards the hue of the class `name` in an easy image."""
+        """A colour at a distance from the background that the difficulty sets. Its direction is random; in an easy
+        image it is close to the hue of the class `name`."""
         direction = _unit(self.rng.standard_normal(3))
         if name is not None:
             direction = _unit((1 - self._hint()) * direction + self._hint() * HUES[name])
@@ -316,20 +316,20 @@ class _Canvas:
         return self.rng.uniform(0, 2 * np.pi)
 
     def _new_segment(self, name: str) -> int:
-        """A fresh segment id; spread over all three bytes, as real panoptic PNGs are."""
+        """A new segment id. The ids use all three bytes, as in real panoptic PNGs."""
         segment = 1 + (len(self.category) + 1) * 70001 % ((1 << 24) - 1)
         self.category[segment] = CATEGORY_ID[name]
         return segment
 
     def finish(self) -> Scene:
-        """Adds light and noise, and lists the segments that own a pixel."""
+        """Adds light and noise, and lists the segments that have a pixel."""
         light = 1 + self._between(0.02, 0.12) * self._smooth(1, cells=2)
         noise = self.rng.normal(0, self._between(0.008, 0.05), self.image.shape)
         pixels = np.clip((self.image * light + noise) * 255 + 0.5, 0, 255).astype(np.uint8)
         return Scene(pixels, self.ids, describe_segments(self.ids, self.category, self.crowds), self.difficulty)
 
 
-# Shapes: radius -> a function of (x, y) giving the signed distance to the outline, in pixels, negative inside.
+# Shapes: radius -> a function of (x, y) that gives the signed distance to the outline (pixels, negative inside).
 
 
 def _disk(radius: float) -> Callable:
@@ -337,7 +337,7 @@ def _disk(radius: float) -> Callable:
 
 
 def _ring(radius: float) -> Callable:
-    # A hole of half the radius: nothing local to the outer edge tells a ring from a disk.
+    # The hole has half the radius, so the outer edge alone does not distinguish a ring from a disk.
     return lambda x, y: np.abs(np.hypot(x, y) - 0.75 * radius) - 0.25 * radius
 
 
@@ -367,7 +367,7 @@ def _regular(points: int, outer: float, inner: float | None = None) -> Callable:
     return _polygon(np.stack([radius * np.cos(turn), radius * np.sin(turn)], axis=-1))
 
 
-# The factors make the areas alike, so that size says little about the class.
+# The factors make the areas similar, so that size says little about the class.
 _SHAPES: dict[str, Callable[[float], Callable]] = {
     "disk": _disk,
     "ring": lambda radius: _ring(1.1 * radius),

@@ -9,7 +9,7 @@ HUE_PERIOD = 180  # OpenCV stores the hue of a uint8 image in steps of two degre
 
 
 class ShortestEdge(T.ResizeShortestEdge):
-    """As detectron2's, but no side gets less than a pixel, as one of an image far longer than high would."""
+    """detectron2's ResizeShortestEdge, but a very long and thin image keeps at least one pixel per side."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         transform = super().get_transform(image)
@@ -19,10 +19,10 @@ class ShortestEdge(T.ResizeShortestEdge):
 
 
 class ColorDistortion(T.Transform):
-    """A fixed change of brightness, contrast, saturation and hue of a uint8 image; geometry is untouched.
+    """A fixed change of brightness, contrast, saturation and hue of a uint8 image. Geometry does not change.
 
-    image*contrast + brightness, then saturation (a factor) and hue (a shift, steps of 2 degrees) in HSV space;
-    with contrast_last the contrast factor is applied after those. Values are rounded and clipped after each step.
+    First (image + brightness) * contrast, then saturation (a factor) and hue (a shift in steps of 2 degrees) in HSV
+    space. With contrast_last the contrast factor comes last. Values are rounded and clipped after each step.
     """
 
     def __init__(
@@ -64,15 +64,15 @@ class ColorDistortion(T.Transform):
 
 
 class ColorAugSSD(T.Augmentation):
-    """Draws a ColorDistortion as SSD's training does: each of the four changes with probability one half.
+    """Draws a ColorDistortion as in SSD's training: each of the four changes has probability one half.
 
-    Brightness within +-32 grey levels, contrast and saturation factors in 0.5..1.5, hue within +-18 of 180 steps;
-    the contrast comes first or last, evenly (Liu et al., SSD, 2016, section 2.2 and its released settings).
+    Brightness lies within +-32 grey levels, contrast and saturation factors in 0.5..1.5, hue within +-18 of 180 steps.
+    The contrast comes first or last with equal probability (Liu et al., SSD, 2016, section 2.2 and released settings).
     """
 
     def __init__(self, image_format: str):
         super().__init__()
-        require("cv2", "INPUT.COLOR_AUG_SSD")  # says so before the first image, not in a worker
+        require("cv2", "INPUT.COLOR_AUG_SSD")  # so that it fails before the first image, not in a worker
         self._init(locals())
 
     def get_transform(self, image: np.ndarray) -> ColorDistortion:
@@ -88,7 +88,7 @@ class ColorAugSSD(T.Augmentation):
 
 
 class JitterScale(T.ResizeScale):
-    """detectron2's ResizeScale, except that a very thin image keeps at least one pixel per side."""
+    """detectron2's ResizeScale, but a very thin image keeps at least one pixel per side."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         resize = super().get_transform(image)
@@ -96,7 +96,7 @@ class JitterScale(T.ResizeScale):
 
 
 def _linear(img: np.ndarray, factor: float, offset: float) -> np.ndarray:
-    """clip(img * factor + offset) in uint8, through a table of the 256 grey levels."""
+    """clip(img * factor + offset) in uint8, by a table of the 256 grey levels."""
     if factor == 1.0 and offset == 0.0:
         return img
     table = np.clip(np.rint(np.arange(256) * factor + offset), 0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Writing datasets in COCO panoptic format, each folder whole or not at all."""
+"""Writes datasets in COCO panoptic format, each folder whole or not at all."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from .panoptic_map import VOID, ids_to_rgb
 
 @contextmanager
 def whole_folder(output: str | Path) -> Iterator[Path]:
-    """Gives an empty draft folder that becomes `output`, replacing what is there, if and only if no error occurs."""
+    """Yields an empty draft folder. If no error occurs, it replaces `output`; otherwise it is removed."""
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     draft = output.parent / f".{output.name}.{os.getpid()}.tmp"
@@ -35,7 +35,7 @@ def whole_folder(output: str | Path) -> Iterator[Path]:
 def already_made(output: str | Path, made_from: dict, splits: Collection[str], overwrite: bool) -> bool:
     """Whether `output` holds the dataset that `made_from` (JSON values) describes.
 
-    Raises FileExistsError if it holds something else: another dataset of ours, unless `overwrite`, or foreign files.
+    Raises FileExistsError if it holds other files, or another dataset written here and `overwrite` is not set.
     """
     output = Path(output)
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
@@ -44,7 +44,7 @@ def already_made(output: str | Path, made_from: dict, splits: Collection[str], o
     if all(p == made_from for p in present):
         return True
     if any(p is None for p in present):
-        raise FileExistsError(f"{output} holds files that are no such dataset: choose another folder")
+        raise FileExistsError(f"{output} holds other files: choose another folder")
     if not overwrite:
         raise FileExistsError(
             f"{output} holds a dataset made from {present[0]}, not {made_from}: "
@@ -55,11 +55,11 @@ def already_made(output: str | Path, made_from: dict, splits: Collection[str], o
 
 def write_panoptic(path: str | Path, ids: np.ndarray) -> None:
     """Writes segment ids [H, W] as a panoptic PNG."""
-    Image.fromarray(ids_to_rgb(ids)).save(path, compress_level=1)  # much faster, and barely larger, for flat areas
+    Image.fromarray(ids_to_rgb(ids)).save(path, compress_level=1)  # for flat areas much faster and barely larger
 
 
 def describe_segments(ids: np.ndarray, category_of: Mapping[int, int], crowds: Collection[int] = ()) -> list[dict]:
-    """segments_info (id, category_id, iscrowd, area, bbox x y w h) of each id in the map, ascending; void left out."""
+    """segments_info (id, category_id, iscrowd, area, bbox x y w h) of each id in the map but void, ascending."""
     values, ranks, areas = np.unique(ids, return_inverse=True, return_counts=True)
     boxes = ndimage.find_objects(ranks.reshape(ids.shape) + 1)
     return [
@@ -78,7 +78,7 @@ def describe_segments(ids: np.ndarray, category_of: Mapping[int, int], crowds: C
 def write_json(
     path: str | Path, made_from: dict, images: list[dict], annotations: list[dict], categories: list[dict]
 ) -> None:
-    """Writes a panoptic or detection JSON, with what it was made from in its info, so that a second run knows."""
+    """Writes a panoptic or detection JSON. Its info holds `made_from`, where a second run finds it."""
     content = {
         "info": {"made_from": made_from},
         "images": images,
@@ -93,5 +93,5 @@ def write_json(
 def _made_from(path: Path) -> dict | None:
     try:
         return json.loads(path.read_text())["info"]["made_from"]
-    except (OSError, ValueError, KeyError, TypeError):  # not there, not JSON, or not one of ours
+    except (OSError, ValueError, KeyError, TypeError):  # missing, not JSON, or not written here
         return None

@@ -1,4 +1,4 @@
-"""The derived dataset, Step B's product: the quality and cost of every image at every exit. It knows no models."""
+"""The derived dataset of Step B: the quality and cost of every image at every exit. It knows no models."""
 
 from .dataset import DerivedDataset
 from .schema import MANIFEST, PROVENANCE_KEYS, DerivedDatasetError

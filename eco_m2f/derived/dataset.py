@@ -1,12 +1,12 @@
 """The derived dataset (Step B): the quality and cost of every image at every exit, without images or models.
 
-One row per image: the quality q_k at each exit, the pooled feature that a gate reads, the cost and, where the quality
-of the whole dataset is a sum over its images, the statistics to sum. From these rows a gate is fitted, and the exact
-quality and GFLOPs of ANY assignment of exits to images are sums: no inference. beta is not stored, so a new budget
-needs no new rows.
+It has one row per image: the quality q_k at each exit, the pooled feature that a gate reads, and the cost. If the
+quality of a whole dataset is a sum over its images, a row also has the statistics to sum. A gate is fitted to these
+rows. They give the exact quality and GFLOPs of ANY choice of exits as sums, without inference. beta is not stored, so a
+new budget needs no new rows.
 
-Format: `manifest.json` with the provenance, and Parquet shards of a fixed range of the dataset's order each. A shard's
-bytes depend on its rows and the provenance alone, not on how many processes shared the work.
+Format: `manifest.json` with the provenance, and Parquet shards. Each shard is a fixed range of the dataset's order. Its
+bytes depend only on its rows and the provenance, not on the number of processes.
 """
 
 import itertools
@@ -33,23 +33,22 @@ from .shards import abridged, join_shards, present_shards
 class DerivedDataset:
     """A whole derived dataset in memory: N images, E exits, C channels.
 
-    image_ids, file_names: N strings; sizes [N, 2]: height, width; quality, total_gflops, encoder_gflops: [N, E]
-    float64; features: [N, C] float32, or None; provenance: `PROVENANCE_KEYS`.
+    provenance: a dict of `PROVENANCE_KEYS`, and perhaps some of `OPTIONAL`.
     """
 
     provenance: dict
-    image_ids: list[str]
-    file_names: list[str]
-    sizes: np.ndarray
-    quality: np.ndarray
-    features: np.ndarray | None
-    total_gflops: np.ndarray
-    encoder_gflops: np.ndarray
+    image_ids: list[str]  # N
+    file_names: list[str]  # N
+    sizes: np.ndarray  # [N, 2] height, width
+    quality: np.ndarray  # [N, E] float64
+    features: np.ndarray | None  # [N, C] float32
+    total_gflops: np.ndarray  # [N, E] float64
+    encoder_gflops: np.ndarray  # [N, E] float64
     statistics: "_SparseStatistics"
 
     @classmethod
     def load(cls, path: str | Path, with_features: bool = True) -> "DerivedDataset":
-        """Raises FileNotFoundError where there is none, DerivedDatasetError if it is incomplete or damaged."""
+        """Reads it. Raises FileNotFoundError if there is none, DerivedDatasetError if it is incomplete or damaged."""
         path = Path(path)
         manifest = read_manifest(path)
         shards = range(-(-manifest["num_images"] // manifest["shard_size"]))
@@ -58,7 +57,8 @@ class DerivedDataset:
         if lacking:
             number = len(shards) - sum(s in shards for s in present)
             raise DerivedDatasetError(
-                f"{path} lacks {number} of {len(shards)} shards ({abridged(lacking)}): derive_dataset.py goes on"
+                f"{path} lacks {number} of {len(shards)} shards ({abridged(lacking)}): run derive_dataset.py again to "
+                "continue it"
             )
         return cls(**_fields(path, manifest, shards, with_features))
 
@@ -71,21 +71,21 @@ class DerivedDataset:
 
     @property
     def quality_name(self) -> str:
-        """Such as "PQ"."""
+        """The name of the quality, such as "PQ"."""
         return quality_name(self.provenance)
 
     @property
     def quality_kind(self) -> type:
-        """The member of `QUALITY_REGISTRY`. Raises ValueError where it is not known."""
+        """The member of `QUALITY_REGISTRY`. Raises ValueError if it is unknown."""
         return quality_named(self.quality_name)
 
     @property
     def has_statistics(self) -> bool:
-        """Whether the exact quality of the dataset can be had; not so where it is no sum over the images."""
+        """Whether `exact_quality` works. It does not if the quality is no sum over the images."""
         return len(self.statistics.category) > 0
 
     def columns(self, choice) -> np.ndarray:
-        """The column of each image's exit: choice [N] of exits -> [N] of indices into `exits`.
+        """The column of each image's exit: choice [N] of exits -> indices into `exits`, [N].
 
         Raises ValueError for a wrong length or an exit that the dataset does not have.
         """
@@ -98,10 +98,10 @@ class DerivedDataset:
         return np.searchsorted(exits, choice)
 
     def exact_quality(self, choice) -> dict[str, float]:
-        """The quality of the whole dataset, in [0, 1], when image i leaves at exit choice[i]; keys: the quality's.
+        """The quality of the whole dataset, in [0, 1], if image i leaves at exit choice[i].
 
-        Of PQ {"pq", "pq_things", "pq_stuff"}, NaN where no category of the kind occurs. Raises DerivedDatasetError if
-        there are no statistics, ValueError for a quality that is not known.
+        The keys depend on the quality. PQ has "pq", "pq_things" and "pq_stuff"; a value is NaN if no such category
+        occurs. Raises DerivedDatasetError if there are no statistics, ValueError for an unknown quality.
         """
         exact = self.quality_kind.exact
         if exact is None or not self.has_statistics:
@@ -111,11 +111,11 @@ class DerivedDataset:
         return exact(self.statistics.total(self.columns(choice)), self.provenance["categories"])
 
     def mean_quality(self, choice) -> float:
-        """The mean over the images of q at the chosen exit."""
+        """The mean over the images of the quality at the chosen exit."""
         return self._mean(self.quality, choice)
 
     def mean_gflops(self, choice) -> dict[str, float]:
-        """The mean over the images: {"total", "encoder"}."""
+        """The mean GFLOPs over the images: {"total", "encoder"}."""
         return {"total": self._mean(self.total_gflops, choice), "encoder": self._mean(self.encoder_gflops, choice)}
 
     def mean_exit(self, choice) -> float:
@@ -144,20 +144,20 @@ class DerivedDataset:
 
 @dataclass(frozen=True)
 class _SparseStatistics:
-    """Entry e belongs to the slot (image, exit column) with offsets[slot] <= e < offsets[slot + 1]."""
+    """The entries of slot image * E + exit column are those from offsets[slot] to offsets[slot + 1] - 1."""
 
     num_exits: int
     offsets: np.ndarray  # [N * E + 1] int64
-    category: np.ndarray  # [entries] int32, the dataset's category id; so are the others:
-    iou: np.ndarray  # float64
-    tp: np.ndarray  # int32
-    fp: np.ndarray
-    fn: np.ndarray
+    category: np.ndarray  # [entries] int32, the dataset's category id
+    iou: np.ndarray  # [entries] float64
+    tp: np.ndarray  # [entries] int32
+    fp: np.ndarray  # [entries] int32
+    fn: np.ndarray  # [entries] int32
 
     def total(self, columns: np.ndarray) -> ImageStatistics:
-        """The sums per category when image i takes the exit of columns[i]."""
+        """The sums per category if image i takes the exit of columns[i]."""
         entries = self._entries(np.arange(len(columns)) * self.num_exits + columns)
-        ids, category = np.unique(self.category[entries], return_inverse=True)  # an id may be as large as 2^31 - 1
+        ids, category = np.unique(self.category[entries], return_inverse=True)  # ids may be up to 2^31 - 1
         sums = [np.bincount(category, values[entries], len(ids)) for values in (self.iou, self.tp, self.fp, self.fn)]
         present = np.flatnonzero(sums[1] + sums[2] + sums[3])
         iou, *counts = (s[present] for s in sums)
@@ -196,7 +196,7 @@ def _fields(path: Path, manifest: Mapping, shards: Sequence[int], with_features:
 def _index_statistics(joined: Mapping[str, np.ndarray], counts: np.ndarray, exits: Sequence[int]) -> _SparseStatistics:
     image = np.repeat(np.arange(len(counts)), counts)
     slot = image * len(exits) + np.searchsorted(exits, joined["stat_exit"])
-    if np.any(np.diff(slot) < 0):  # other writers may have another order
+    if np.any(np.diff(slot) < 0):  # other writers may use another order
         order = np.argsort(slot, kind="stable")
         slot, joined = slot[order], {name: joined[name][order] for name in STATISTICS}
     offsets = np.concatenate([[0], np.cumsum(np.bincount(slot, minlength=len(counts) * len(exits)))])

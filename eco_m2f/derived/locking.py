@@ -1,4 +1,4 @@
-"""A folder that one run has to itself."""
+"""Locks a folder for one run."""
 
 import errno
 import fcntl
@@ -16,14 +16,14 @@ LOCK = ".lock"
 
 @contextmanager
 def locked_folder(directory: str | os.PathLike) -> Iterator[None]:
-    """Keeps a folder, which is made, to this process until the block ends or the process does, however it does.
+    """Makes a folder and locks it for this process until the block or the process ends.
 
-    The lock is one of the system's on the file `.lock`, so nothing has to be cleaned up after a kill, and processes
-    that this one has forked do not hold it. It holds between machines where their file system has such locks (NFS 4
-    does); where there are none, a warning says so.
+    It is a lock of the operating system on the file `.lock`. So there is nothing to clean up after a kill, and forked
+    processes do not hold it. It works between machines if their file system has such locks, as NFS 4 does. If there
+    are no locks, it logs a warning.
 
     Raises:
-        ValueError: another process has the folder; the message tells which.
+        ValueError: another process has locked the folder; the message names it.
     """
     path = Path(directory) / LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,16 +47,16 @@ def _locked(path: Path) -> IO:
             file.close()
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise ValueError(
-                    f"{owner} is at work in {path.parent}: wait until it has ended, or name another folder"
+                    f"{owner} is at work in {path.parent}: wait until it has ended, or choose another folder"
                 ) from error
-            logger.warning("%s cannot be locked (%s): see that no second run works there", path.parent, error.strerror)
+            logger.warning("%s cannot be locked (%s): start no second run there", path.parent, error.strerror)
             return open(os.devnull)
         if _is_still_at(path, file):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
             return file
-        file.close()  # the run before has removed it in between
+        file.close()  # the previous run has removed it in the meantime
 
 
 def _is_still_at(path: Path, file: IO) -> bool:

@@ -1,7 +1,7 @@
-"""What the files of a derived dataset may hold, and the checks that each of them passes when it is read.
+"""The format of a derived dataset's files, and the checks that they pass whenever they are read.
 
-Nothing in a file is believed. A digest in the manifest, and one for every column of a shard, show damage; the checks
-show what a sound file can never hold, such as a quality above 1, whoever wrote it. Files of format v1 have no digests.
+No file is trusted. The manifest and every column of a shard have a digest, which shows damage. The checks also find
+impossible values, such as a quality above 1. Files of format v1 have no digests.
 """
 
 import hashlib
@@ -18,16 +18,16 @@ from ..exits import FEATURE_SOURCES, check_exits
 from ..quality import QUALITY_REGISTRY
 
 DEFAULT_QUALITY = "PQ"
-QUALITY_KEY = "measure"  # of the quality's name, which is not written where it is the default
+QUALITY_KEY = "measure"  # of the quality's name; the default is not written
 FORMAT = "eco_m2f.derived.v2"
 FORMATS = (FORMAT, "eco_m2f.derived.v1")
 MANIFEST = "manifest.json"
 MOST_IMAGES = 2**31 - 1
-ROUNDING = 1e-9  # of a quality, and of a sum of IoU
+ROUNDING = 1e-9  # tolerance of a quality and of a sum of IoU
 
 
 class DerivedDatasetError(ValueError):
-    """A derived dataset that cannot be used or gone on with: which, why, and what to do about it."""
+    """A derived dataset that cannot be used or continued. The message says which, why, and what to do."""
 
 
 def _is_text(value: object) -> bool:
@@ -57,7 +57,7 @@ def _are_categories(value: object) -> bool:
     return whole and all(_is_text(c.get("name", "")) and c.get("isthing", 0) in (0, 1) for c in value)
 
 
-Check = tuple[Callable[[object], bool], str]  # whether a value will do, and what it must be
+Check = tuple[Callable[[object], bool], str]  # whether a value is valid, and what it must be
 TEXT: Check = (_is_text, "text")
 COUNT: Check = (_is_count, f"a whole number from 1 to {MOST_IMAGES}")
 SHA256: Check = (_is_sha256, "64 hexadecimal digits")
@@ -65,12 +65,12 @@ PROVENANCE: dict[str, Check] = {
     # layer numbers, the E columns of quality and of the costs
     "exits": (_are_exits, "layer numbers in increasing order"),
     "config": TEXT,  # the parent's whole configuration, YAML
-    "checkpoint": TEXT,  # name of the parent's checkpoint
+    "checkpoint": TEXT,  # name of the parent's checkpoint file
     "checkpoint_sha256": SHA256,  # of that file
-    "parent_sha256": SHA256,  # of the weights themselves, see `checkpoint.parent_hash`
+    "parent_sha256": SHA256,  # of its weights, see `checkpoint.parent_hash`
     "feature_source": (lambda value: value in FEATURE_SOURCES, f"one of {', '.join(FEATURE_SOURCES)}"),
     "dataset": TEXT,  # name of the split
-    # in the ids of the statistics
+    # with the ids that the statistics use
     "categories": (_are_categories, "a list of {id, name, isthing: 0 or 1}, each id once"),
     "num_images": COUNT,
     "code_version": TEXT,
@@ -84,7 +84,7 @@ PROVENANCE_AND_OPTIONAL = (*PROVENANCE_KEYS, *OPTIONAL)
 
 
 def named_in_provenance(name: str) -> dict[str, str]:
-    """The provenance's part that names the quality."""
+    """The part of the provenance that names the quality."""
     return {} if name == DEFAULT_QUALITY else {QUALITY_KEY: name}
 
 
@@ -94,7 +94,7 @@ def quality_name(provenance: Mapping) -> str:
 
 
 def manifest_text(manifest: Mapping) -> str:
-    """The manifest's file, with its digest."""
+    """The content of the manifest file, with its digest."""
     return json.dumps({**manifest, "sha256": _manifest_digest(manifest)}, indent=1, sort_keys=True)
 
 
@@ -103,29 +103,29 @@ def _manifest_digest(manifest: Mapping) -> str:
 
 
 def read_manifest(directory: Path) -> dict:
-    """The manifest without its digest. Raises FileNotFoundError, or DerivedDatasetError for what is not sound."""
+    """The checked manifest, without its digest. Raises FileNotFoundError or DerivedDatasetError."""
     path = directory / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"no {MANIFEST} in {str(directory)!r}: make a derived dataset with derive_dataset.py")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise DerivedDatasetError(f"{path} is no JSON ({error}): restore it, or derive the dataset anew") from error
+        raise DerivedDatasetError(f"{path} is no JSON ({error}): restore it, or derive the dataset again") from error
     version = manifest.get("format") if isinstance(manifest, dict) else None
     if version not in FORMATS:
-        raise DerivedDatasetError(f"{path} is of format {version!r}, not {FORMAT}: derive it anew")
+        raise DerivedDatasetError(f"{path} has the format {version!r}, not {FORMAT}: derive it again")
     digest = manifest.pop("sha256", None)
     if version == FORMAT and digest != _manifest_digest(manifest):
-        raise DerivedDatasetError(f"{path} was changed after it was written: restore it, or derive the dataset anew")
+        raise DerivedDatasetError(f"{path} was changed after it was written: restore it, or derive the dataset again")
     try:
         check_manifest(manifest)
     except DerivedDatasetError as error:
-        raise DerivedDatasetError(f"{path} cannot be used, {error}: restore it, or derive the dataset anew") from error
+        raise DerivedDatasetError(f"{path} cannot be used, {error}: restore it, or derive the dataset again") from error
     return manifest
 
 
 def check_manifest(manifest: Mapping) -> None:
-    """Raises DerivedDatasetError for a key that is lacking or unknown, or a value that cannot be."""
+    """Raises DerivedDatasetError for a missing key, an unknown key or an invalid value."""
     checks = {**PROVENANCE, **OPTIONAL, "shard_size": COUNT, "format": TEXT}
     lacking, unknown = checks.keys() - OPTIONAL - manifest.keys(), manifest.keys() - checks.keys()
     if lacking or unknown:
@@ -133,11 +133,11 @@ def check_manifest(manifest: Mapping) -> None:
     for key, value in manifest.items():
         passes, wanted = checks[key]
         if not passes(value):
-            raise DerivedDatasetError(f"{key} is {short(value)}, which must be {wanted}")
+            raise DerivedDatasetError(f"{key} is {short(value)}, but must be {wanted}")
 
 
 def short(value: object) -> str:
-    """The value as a message shows it."""
+    """The value for a message, shortened."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
 
@@ -160,7 +160,7 @@ SCHEMA = pa.schema(
         _column("feature", _list(pa.float32())),  # [C] mean over the valid tokens
         _column("total_gflops", _list(pa.float64())),  # [E] of the whole model
         _column("encoder_gflops", _list(pa.float64())),  # [E]
-        # the statistics of the quality, if it has any: one entry per exit and category that occurs, in this order
+        # The statistics of the quality, if it has any: one entry per exit and category that occurs, sorted by both.
         _column("stat_exit", _list(pa.int32())),
         _column("stat_category", _list(pa.int32())),
         _column("stat_iou", _list(pa.float64())),
@@ -174,7 +174,7 @@ PER_EXIT = ("quality", "total_gflops", "encoder_gflops")
 
 
 def values_of(table: pa.Table, name: str) -> np.ndarray:
-    """All numbers of a column, a list's one after the other."""
+    """All values of a column. Lists are concatenated."""
     column = table[name].combine_chunks()
     return (column.flatten() if pa.types.is_list(column.type) else column).to_numpy(zero_copy_only=False)
 
@@ -185,7 +185,7 @@ def lengths_of(table: pa.Table, name: str) -> np.ndarray:
 
 
 def column_digests(table: pa.Table) -> dict[str, str]:
-    """{column: sha256 of its values and of how they are shared among the rows}."""
+    """{column: sha256 of its values and, for lists, of their lengths}."""
     digests = {}
     for field in table.schema:
         digest = hashlib.sha256()
@@ -200,12 +200,12 @@ def column_digests(table: pa.Table) -> dict[str, str]:
 
 
 def check_columns(table: pa.Table) -> None:
-    """Raises DerivedDatasetError where a column has another type than `SCHEMA` says, or a value is missing."""
+    """Raises DerivedDatasetError if a column has another type than in `SCHEMA`, or lacks a value."""
     for field in table.schema:
         wanted = SCHEMA.field(field.name).type
         item, wanted_item = (kind.value_type if pa.types.is_list(kind) else kind for kind in (field.type, wanted))
         if item != wanted_item or pa.types.is_list(field.type) != pa.types.is_list(wanted):
-            raise DerivedDatasetError(f"column {field.name} is {field.type}, which must be {wanted}")
+            raise DerivedDatasetError(f"column {field.name} is {field.type}, but must be {wanted}")
         column = table[field.name].combine_chunks()
         column.validate(full=True)
         if column.null_count or (pa.types.is_list(wanted) and column.flatten().null_count):
@@ -213,9 +213,9 @@ def check_columns(table: pa.Table) -> None:
 
 
 def check_rows(table: pa.Table, manifest: Mapping, channels: int | None = None) -> None:
-    """Raises DerivedDatasetError, naming row, image, column and value, for what no image can have.
+    """Raises DerivedDatasetError for an impossible value; the message names row, image, column and value.
 
-    table: any columns of `SCHEMA`, of these types. channels: the length of every feature; by default the first's.
+    table: any columns of `SCHEMA`, with its types. channels: the length of every feature; by default the first's.
     """
     names = set(table.column_names)
     for name in (n for n in PER_EXIT if n in names):
@@ -238,7 +238,7 @@ def check_rows(table: pa.Table, manifest: Mapping, channels: int | None = None) 
 
 
 def _check_categories(manifest: Mapping) -> None:
-    """A quality that is known says what its statistics need of the categories."""
+    """Raises DerivedDatasetError if a category lacks a key that the quality's statistics need."""
     name = quality_name(manifest)
     wanted = next((member.category_keys for _, member in QUALITY_REGISTRY if member.name == name), ())
     for category, key in itertools.product(manifest["categories"], wanted):
@@ -247,7 +247,7 @@ def _check_categories(manifest: Mapping) -> None:
 
 
 def _value_checks(manifest: Mapping) -> dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]]:
-    """{column: (which of its values will do, what they must be)}."""
+    """{column: (which of its values are valid, what they must be)}."""
     positive = (lambda v: v > 0, "positive")
     count = (lambda v: v >= 0, "0 or more")
     cost = (lambda v: (v >= 0) & np.isfinite(v), "a finite number, 0 or more")
@@ -273,7 +273,7 @@ def _check_lengths(table: pa.Table, name: str, wanted: np.ndarray) -> None:
     if np.any(lengths != wanted):
         row = int(np.argmax(lengths != wanted))
         raise DerivedDatasetError(
-            f"{_row_name(table, row)}: {name} has {lengths[row]} values, which must be {wanted[row]}"
+            f"{_row_name(table, row)}: {name} has {lengths[row]} values, but must be {wanted[row]}"
         )
 
 
@@ -282,11 +282,11 @@ def _refuse(table: pa.Table, name: str, wrong: np.ndarray, values: np.ndarray, w
         entry = row = int(np.argmax(wrong))
         if pa.types.is_list(table.schema.field(name).type):
             row = int(np.searchsorted(np.cumsum(lengths_of(table, name)), entry, side="right"))
-        raise DerivedDatasetError(f"{_row_name(table, row)}: {name} is {values[entry]}, which must be {wanted}")
+        raise DerivedDatasetError(f"{_row_name(table, row)}: {name} is {values[entry]}, but must be {wanted}")
 
 
 def _check_entries_are_different(table: pa.Table) -> None:
-    """An exit and a category have one entry in a row, or the quality would count it twice."""
+    """Raises DerivedDatasetError if a row has two entries of one exit and category: they would count twice."""
     row = np.repeat(np.arange(table.num_rows), lengths_of(table, "stat_exit"))
     entries = np.stack([row, values_of(table, "stat_exit"), values_of(table, "stat_category")])
     order = np.lexsort(entries[::-1])

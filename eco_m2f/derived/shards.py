@@ -1,4 +1,4 @@
-"""Reads the shards of a derived dataset, Parquet files, and checks them as `derived_schema` says."""
+"""Reads the shards of a derived dataset, which are Parquet files, and checks them by `schema.py`."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,23 +19,23 @@ from .schema import (
     values_of,
 )
 
-LARGEST_FACTOR, LARGEST_REST = 64, 2**26  # what a shard unpacks to: of zeros a small one may be packed well
-METADATA = (b"eco_m2f", b"sha256", b"images")  # the manifest and the shard's number; digests of columns; of images
+LARGEST_FACTOR, LARGEST_REST = 64, 2**26  # limit of a shard's unpacked size: FACTOR * size + REST; zeros pack well
+METADATA = (b"eco_m2f", b"sha256", b"images")  # manifest and shard number; digests of columns; digests of images
 
 
 def shard_path(directory: Path, shard: int) -> Path:
-    """Where a shard lies."""
+    """The file of a shard."""
     return directory / f"shard-{shard:05d}.parquet"
 
 
 def present_shards(directory: Path) -> set[int]:
-    """The numbers of the shards that are there, whole or not."""
+    """The numbers of the shards whose files exist, whole or not."""
     numbers = (p.stem.removeprefix("shard-") for p in directory.glob("shard-*.parquet"))
     return {int(number) for number in numbers if number.isdecimal()}
 
 
 def shard_indices(manifest: Mapping, shard: int) -> range:
-    """The images of a shard, as positions in the dataset's order. Raises ValueError for a shard that there is not."""
+    """The images of a shard, as positions in the dataset's order. Raises ValueError if there is no such shard."""
     start = shard * manifest["shard_size"]
     if not 0 <= start < manifest["num_images"]:
         raise ValueError(
@@ -51,7 +51,10 @@ def read_shard(
     columns: Sequence[str] | None = None,
     channels: int | None = None,
 ) -> pa.Table:
-    """Raises DerivedDatasetError if the shard is damaged, belongs to another dataset, or holds what cannot be."""
+    """Reads a shard, or only these columns of it. channels: the length of every feature, see `check_rows`.
+
+    Raises DerivedDatasetError if it is damaged, belongs to another dataset, or holds an impossible value.
+    """
     try:
         if not path.is_file():  # a pipe never ends
             raise DerivedDatasetError("it is not a regular file")
@@ -66,7 +69,7 @@ def read_shard(
         digests = column_digests(table)
     except DerivedDatasetError:
         raise
-    except Exception as error:  # whatever a broken file makes the reader raise
+    except Exception as error:  # a broken file can make the reader raise anything
         raise DerivedDatasetError(f"it is damaged ({_first_line(error)})") from error
     written = written if written or manifest["format"] == FORMAT else digests  # the older format has none
     if damaged := [name for name, digest in digests.items() if written.get(name) != digest]:
@@ -79,7 +82,7 @@ def read_shard(
 
 
 def _check_amount(about: pq.FileMetaData, size: int, rows: int) -> None:
-    """Raises DerivedDatasetError where a shard's own table tells of other rows, or of far more values than its size."""
+    """Raises DerivedDatasetError if the shard's metadata state other rows, or far more data than the file's size."""
     if about.num_rows != rows:
         raise DerivedDatasetError("it belongs to another derived dataset")
     chunks = (about.row_group(g).column(c) for g in range(about.num_row_groups) for c in range(about.num_columns))
@@ -93,7 +96,7 @@ def _first_line(error: Exception) -> str:
 
 
 def problem(path: Path, manifest: Mapping, shard: int) -> str | None:
-    """Why a shard cannot be used; None where it can."""
+    """Why a shard cannot be used; None if it can."""
     try:
         read_shard(path, manifest, shard)
     except DerivedDatasetError as error:
@@ -102,16 +105,16 @@ def problem(path: Path, manifest: Mapping, shard: int) -> str | None:
 
 
 def image_digests_of(path: Path) -> dict[str, str]:
-    """What `ShardWriter` was told of the images of this sound shard, by kind; empty where it was told nothing."""
+    """The digests of a valid shard's images that `ShardWriter` stored, by kind; {} if it stored none."""
     return json.loads(pq.read_schema(path).metadata.get(b"images", b"{}"))
 
 
 def join_shards(
     directory: Path, manifest: Mapping, shards: Sequence[int], with_features: bool
 ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray | None]:
-    """The columns of all shards, the number of statistics of each image, and the features [N, C] where wanted.
+    """The columns of all shards, the number of statistics of each image, and the features [N, C] if wanted.
 
-    Features go straight to their place, so that they are in memory once. Raises DerivedDatasetError.
+    Features are written in place, so that they are in memory only once. Raises DerivedDatasetError.
     """
     columns = [name for name in SCHEMA.names if with_features or name != "feature"]
     features, parts, counts = None, {name: [] for name in columns if name != "feature"}, []
@@ -135,21 +138,21 @@ def join_shards(
 def _read_usable_shard(
     path: Path, manifest: Mapping, shard: int, columns: Sequence[str], channels: int | None
 ) -> pa.Table:
-    """As `_read_shard`, whose error then names the file and the remedy."""
+    """Like `read_shard`, but the error names the file and the remedy."""
     try:
         return read_shard(path, manifest, shard, columns, channels)
     except DerivedDatasetError as error:
         again = manifest["format"] == FORMAT
-        remedy = "derive_dataset.py writes it anew" if again else "derive the dataset anew, into another folder"
+        remedy = "run derive_dataset.py again to rewrite it" if again else "derive the dataset again, in another folder"
         raise DerivedDatasetError(f"{path} cannot be used, {error}: {remedy}") from error
 
 
 def _check_unique(image_ids: np.ndarray, path: Path) -> None:
     ids, counts = np.unique(image_ids, return_counts=True)
     if np.any(counts > 1):
-        raise DerivedDatasetError(f"{path} holds images twice: {abridged(ids[counts > 1].tolist())}; derive it anew")
+        raise DerivedDatasetError(f"{path} holds images twice: {abridged(ids[counts > 1].tolist())}; derive it again")
 
 
 def abridged(numbers: Sequence) -> str:
-    """The first ten of them, as a message shows them."""
+    """The first ten numbers, for a message."""
     return ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")

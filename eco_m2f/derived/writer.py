@@ -1,4 +1,4 @@
-"""Writes a derived dataset, shard by shard, each of them whole or not at all."""
+"""Writes a derived dataset, shard by shard, each whole or not at all."""
 
 import json
 import logging
@@ -42,7 +42,7 @@ def make_row(
     total_gflops: Sequence[float],
     encoder_gflops: Sequence[float],
 ) -> dict:
-    """One image as `ShardWriter.write` takes it. statistics: {exit: statistics}; empty where the quality is no sum."""
+    """One image's row for `ShardWriter.write`. statistics: {exit: statistics}; {} if the quality is no sum."""
     entries = [(k, statistics[k]) for k in sorted(statistics)]
 
     def flat(name: str, dtype: type) -> np.ndarray:
@@ -67,10 +67,10 @@ def make_row(
 
 
 class ShardWriter:
-    """Writes a derived dataset shard by shard, from any number of processes, and goes on where it was stopped.
+    """Writes a derived dataset shard by shard, from any number of processes. A stopped run can be continued.
 
     Shard s holds the images s * shard_size to (s + 1) * shard_size - 1 of the dataset's order. Every process opens the
-    directory with the same arguments, asks for `missing(rank, world_size)`, and writes those shards:
+    directory with the same arguments and writes the shards of `missing(rank, world_size)`:
 
         writer = ShardWriter(directory, provenance, num_images=len(dataset))
         for shard in writer.missing(rank, world_size):
@@ -85,11 +85,11 @@ class ShardWriter:
         shard_size: int = 256,
         images: Callable[[Sequence[int]], Mapping[str, str]] | None = None,
     ):
-        """provenance: `PROVENANCE_KEYS`, plain JSON values; num_images may be left out, those of `OPTIONAL` put in.
-        images: positions in the dataset's order -> digests of these images, by kind, so that a change of them shows.
+        """provenance: `PROVENANCE_KEYS`, plain JSON values. num_images may be missing; keys of `OPTIONAL` may be added.
+        images: positions in the dataset's order -> digests of these images, by kind. They show whether images change.
 
-        Raises DerivedDatasetError for a value that cannot be, and if the directory holds a derived dataset of another
-        provenance, whose keys it names.
+        Raises DerivedDatasetError for an invalid value, or if the directory holds a derived dataset of another
+        provenance; the message names the different keys.
         """
         if num_images < 1 or shard_size < 1:
             raise ValueError(f"num_images and shard_size must be positive: {num_images}, {shard_size}")
@@ -108,11 +108,11 @@ class ShardWriter:
         return shard_indices(self.manifest, shard)
 
     def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
-        """The shards that this process has to write; a damaged one counts, with a warning.
+        """The shards that this process has to write. A damaged one counts as missing, with a warning.
 
-        Removes what a killed process left unfinished in these shards. Shards go to ranks by their number, so that
-        ranks that start at different times never take the same one.
-        Raises DerivedDatasetError where the images of a finished shard have changed since.
+        It also removes these shards' unfinished files of a killed process. A shard's number decides its rank, so two
+        ranks never write the same shard.
+        Raises DerivedDatasetError if the images of a finished shard have changed.
         """
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must lie in 0..{world_size - 1}: {rank}")
@@ -123,7 +123,7 @@ class ShardWriter:
             if not path.exists():
                 missing.append(shard)
             elif reason := problem(path, self.manifest, shard):
-                logger.warning("%s is written anew: %s", path, reason)
+                logger.warning("%s is written again: %s", path, reason)
                 missing.append(shard)
             else:
                 self._check_images(path, shard)
@@ -136,17 +136,17 @@ class ShardWriter:
         if changed:
             raise DerivedDatasetError(
                 f"the images of {path} have changed since it was written ({' and '.join(changed)}): restore them, or "
-                "use another directory. Where the change is meant, remove the shards made before it"
+                "use another directory. If the change is intended, remove the shards made before it"
             )
 
     def write(self, shard: int, rows: Sequence[Mapping]) -> None:
         """Writes a shard whole or not at all. rows: see `make_row`, one for each of `indices(shard)`, in that order.
 
-        Raises ValueError for a wrong number of rows, a row that is incomplete, or a value that no image can have.
+        Raises ValueError for a wrong number of rows, an incomplete row or an impossible value.
         """
         expected = self.indices(shard)
         if len(rows) != len(expected):
-            raise ValueError(f"shard {shard} has {len(expected)} images, {len(rows)} rows are given")
+            raise ValueError(f"shard {shard} has {len(expected)} images, but {len(rows)} rows are given")
         for row in rows:
             if set(row) != set(SCHEMA.names):
                 name = row.get("image_id")
@@ -158,16 +158,16 @@ class ShardWriter:
             about["images"] = self._images(expected)
         table = table.replace_schema_metadata({key: json.dumps(v, sort_keys=True) for key, v in about.items()})
         with atomic_write(shard_path(self.directory, shard)) as file:
-            # Numbers of this kind hardly repeat: no dictionaries. Checksums make a damaged page show.
+            # Without dictionaries, because such numbers hardly repeat. The checksums show a damaged page.
             pq.write_table(table, file, compression="zstd", use_dictionary=False, write_page_checksum=True)
 
 
 def _make_manifest(provenance: Mapping, num_images: int, shard_size: int) -> dict:
     if provenance["num_images"] != num_images:
-        raise ValueError(f"the provenance says {provenance['num_images']} images, num_images is {num_images}")
+        raise ValueError(f"the provenance says {provenance['num_images']} images, but num_images is {num_images}")
     manifest = {"format": FORMAT, "shard_size": shard_size, **provenance}
     manifest["exits"] = list(check_exits(provenance["exits"]))
-    manifest = json.loads(json.dumps(manifest))  # as it will be read back: tuples are lists
+    manifest = json.loads(json.dumps(manifest))  # as it is read back: tuples become lists
     check_manifest(manifest)
     return manifest
 
@@ -177,6 +177,6 @@ def _check_same(found: Mapping, wanted: Mapping, directory: Path) -> None:
     if different:
         changes = "; ".join(f"{k}: {short(found.get(k))} there, {short(wanted.get(k))} now" for k in different)
         raise DerivedDatasetError(
-            f"{directory} holds a derived dataset of another origin. Different are {changes}. "
+            f"{directory} holds a derived dataset of another origin. These keys differ: {changes}. "
             "Use another directory, or the same settings as before"
         )

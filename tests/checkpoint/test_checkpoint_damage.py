@@ -61,7 +61,7 @@ ATTACKS = {
     "system": (os.system, "touch {}"),
     "eval": (eval, "open({!r}, 'w')"),
     "open": (open, "{}", "w"),
-    "namedtuple": (collections.namedtuple, "a", "b"),  # harmless in itself, and refused all the same
+    "namedtuple": (collections.namedtuple, "a", "b"),  # harmless, but refused too
     "popen": (subprocess.Popen, "touch {}"),
     "load": (torch.load, "{}"),
 }
@@ -82,7 +82,7 @@ def test_pickle_that_runs_code_is_refused_by_name(tmp_path, model, attack, suffi
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_storage_bytes_inside_a_pickle_are_no_way_in(tmp_path):
-    """torch pickles a tensor's bytes as a pickle of their own, which must be opened as carefully."""
+    """torch pickles a tensor's bytes as a separate pickle. It must be opened just as carefully."""
     trace = tmp_path / "ran"
     inner = pickle.dumps(Attack(os.system, f"touch {trace}"))
     path = write_pkl(tmp_path / "evil.pkl", {"model": {"a": Attack(torch.storage._load_from_bytes, inner)}})

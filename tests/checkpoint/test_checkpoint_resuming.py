@@ -1,4 +1,4 @@
-"""Saving checkpoints, saves that are interrupted, and resuming."""
+"""Saving checkpoints, interrupted saves, and resuming."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 class Run:
-    """Stands for the trainer: what is saved beside the model."""
+    """Replaces the trainer: state that is saved with the model."""
 
     def __init__(self, iteration: int = 0):
         self.iteration = iteration
@@ -89,7 +89,7 @@ class OneWeight(nn.Module):
 
 
 def train(folder: Path, start: int, stop: int, resume: bool) -> OneWeight:
-    """A few iterations with detectron2's loop, hooks and schedule; saves every second one."""
+    """Trains a few iterations with detectron2's loop, hooks and schedule. It saves every second one."""
     model = OneWeight()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     multiplier = WarmupParamScheduler(MultiStepParamScheduler([1.0, 0.1], milestones=[5], num_updates=8), 0.1, 0.25)
@@ -132,7 +132,7 @@ def test_a_run_killed_while_saving_leaves_the_last_checkpoint(tmp_path, model, m
     target = {"write": (torch, "save"), "fsync": (files.os, "fsync"), "replace": (files.os, "replace")}[where]
     with monkeypatch.context() as patch:
         patch.setattr(*target, die)
-        for name in ("model_2", "model_1"):  # a new file, and one over the good one
+        for name in ("model_2", "model_1"):  # a new file, and one in place of the good one
             with pytest.raises(KeyboardInterrupt):
                 checkpointer.save(name)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last_checkpoint", "model_1.pth"]
@@ -195,7 +195,7 @@ def test_a_harmed_last_checkpoint_names_the_newest_whole_one(tmp_path, model, ha
         os.utime(tmp_path / f"{name}.pth", (i, i))
     last = tmp_path / "model_3.pth"
     last.unlink() if harm == "gone" else last.write_bytes(last.read_bytes()[:-100])
-    expected = "model_3.pth, which (does not exist|is truncated).*go on from model_2.pth"
+    expected = "model_3.pth, but that (does not exist|is truncated).*resume from model_2.pth"
     with pytest.raises(CheckpointError, match=expected):
         checkpointer.resume_or_load("", resume=True)
 
@@ -214,36 +214,36 @@ def test_a_resumed_run_never_starts_from_a_damaged_checkpoint(tmp_path, model, r
     content = bytearray(path.read_bytes())
     content[content.index(wanted.numpy().tobytes())] ^= 1
     path.write_bytes(content)
-    expected = r"names model_2\.pth, which is damaged: Bad CRC-32 .*to go on from model_1\.pth"
+    expected = r"names model_2\.pth, but that is damaged: Bad CRC-32 .*to resume from model_1\.pth"
     with pytest.raises(CheckpointError, match=expected):
         Checkpointer(Tree(SHAPES), str(tmp_path), trainer=Optimizer()).resume_or_load("", resume=True)
 
 
-def test_damage_to_the_very_end_of_an_archive_is_told_too(tmp_path, model):
+def test_damage_to_the_very_end_of_an_archive_is_found_too(tmp_path, model):
     for name in ("model_1", "model_2"):
         Checkpointer(model, str(tmp_path), trainer=Run()).save(name)
     path = tmp_path / "model_2.pth"
     content = bytearray(path.read_bytes())
-    content[content.index(b"PK\x06\x07") + 16] = 2  # on so many disks
+    content[content.index(b"PK\x06\x07") + 16] = 2  # the number of disks
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"names model_2\.pth, which is damaged: .*disks.*to go on from model_1"):
+    with pytest.raises(CheckpointError, match=r"model_2\.pth, but that is damaged: .*disks.*to resume from model_1"):
         Checkpointer(model, str(tmp_path), trainer=Run()).resume_or_load("", resume=True)
 
 
-def test_a_last_checkpoint_that_is_no_text_is_told(tmp_path, model):
+def test_a_last_checkpoint_that_is_no_text_is_reported(tmp_path, model):
     Checkpointer(model, str(tmp_path)).save("a")
     (tmp_path / "last_checkpoint").write_bytes(b"\xff\xfe")
     with pytest.raises(CheckpointError, match="last_checkpoint holds no file name"):
         Checkpointer(model, str(tmp_path)).resume_or_load("", resume=True)
 
 
-def test_the_state_of_another_run_is_told_with_its_file(tmp_path, model):
+def test_the_state_of_another_run_is_refused_with_its_file(tmp_path, model):
     class Other(Run):
         def state_dict(self):
             return {"step": 1}
 
     Checkpointer(model, str(tmp_path), trainer=Other()).save("a")
-    with pytest.raises(CheckpointError, match=r"state of trainer in .*a\.pth does not go with this run \(KeyError"):
+    with pytest.raises(CheckpointError, match=r"state of trainer in .*a\.pth does not fit this run \(KeyError"):
         Checkpointer(model, str(tmp_path), trainer=Run()).resume_or_load("", resume=True)
 
 

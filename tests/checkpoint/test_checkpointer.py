@@ -31,7 +31,7 @@ def test_upgrade_makes_the_current_names(weights, style):
     before = dict(old)
     new = upgrade_keys(old)
     assert set(new) == set(SHAPES)
-    assert all(new[k] is weights[k] for k in new)  # each value under its own name
+    assert all(new[k] is weights[k] for k in new)  # each value has its own name
     assert old == before, "the argument was changed"
     assert upgrade_keys(new) == new, "not idempotent"
 
@@ -116,10 +116,10 @@ def test_strict_lets_exit_policy_and_step_counters_go(weights):
 def test_long_lists_are_cut(weights):
     with pytest.raises(CheckpointError, match=r"(?s)12 missing.*\.\.\. and 7 more") as error:
         check_fits({"x": torch.zeros(1)}, weights, "m.pth")
-    assert "None of its names is Mask2Former's" in str(error.value)
+    assert "It has none of Mask2Former's names" in str(error.value)
 
 
-def test_another_architecture_is_told_as_such(weights):
+def test_another_architecture_is_recognised(weights):
     deeper = weights | {
         f"sem_seg_head.pixel_decoder.transformer.encoder.layers.{i}.linear1.weight": torch.zeros(C, C) for i in (2, 3)
     }
@@ -131,7 +131,7 @@ def test_another_architecture_is_told_as_such(weights):
         check_fits(swin, weights, "m.pth")
 
 
-def test_another_class_count_is_told_with_the_remedy(weights):
+def test_another_class_count_is_named_with_the_remedy(weights):
     of_classes = [k for k in weights if "class_embed" in k or "empty_weight" in k]
     other = weights | {k: torch.zeros(8, *weights[k].shape[1:]) for k in of_classes}
     with pytest.raises(CheckpointError) as error:
@@ -148,7 +148,7 @@ def test_tensors_of_odd_shape_do_not_hide_the_reason(weights):
         check_fits(odd, weights, "m.pth")
 
 
-def test_official_architectures_are_told_apart(shared):
+def test_official_architectures_are_distinguished(shared):
     official = json.loads((shared / "oracle" / "state_dicts.json").read_text())
     states = {n: {k: torch.empty(s, device="meta") for k, s in d.items()} for n, d in official.items()}
     for name, state in states.items():
@@ -172,7 +172,7 @@ def test_training_takes_what_fits(tmp_path, model, weights, caplog):
 
 
 def backbone_pickle(path: Path, weights: dict) -> str:
-    """As ImageNet weights come: no prefix, matching heuristics, and a last norm as wide as the heads."""
+    """A file like ImageNet weights: no prefix, matching heuristics, and a last norm as wide as the heads."""
     data = {k.removeprefix("backbone."): v.numpy() for k, v in weights.items() if k.startswith("backbone.")}
     data["norm.weight"] = np.full(C, 7.0, np.float32)
     return write_pkl(path, {"model": data, "__author__": "third_party", "matching_heuristics": True})

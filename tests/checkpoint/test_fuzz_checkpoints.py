@@ -1,4 +1,4 @@
-"""Damaged checkpoints and configs: each is read as what it was, or refused with one error that names the file."""
+"""Damaged checkpoints and configs are read unchanged, or refused with one error that names the file."""
 
 import pickle
 import random
@@ -37,7 +37,7 @@ def exported(path):
     write_weights(path, WEIGHTS)
 
 
-# Whether damage to the weights is always seen.
+# Whether damage to the weights is always found.
 KINDS = {
     "archive": (archive, "m.pth", True),
     "older": (older, "m.pth", False),
@@ -68,7 +68,7 @@ def test_a_damaged_checkpoint_is_equal_or_refused(tmp_path, kind):
         assert all(isinstance(value, torch.Tensor) for value in found.values())
         for value in found.values():
             value.sum()  # within its storage
-        if seen and (name == "m.pth" or SHA256.encode() in content):  # else the sum itself was damaged too
+        if seen and (name == "m.pth" or SHA256.encode() in content):  # otherwise the checksum itself was damaged
             assert weights_sha256(found) == weights_sha256(good)
     assert refused > count / 4
 

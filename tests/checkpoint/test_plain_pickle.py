@@ -1,4 +1,4 @@
-"""The pickle machine and its makers: they give what Python's unpickler gives for plain data, and refuse all else."""
+"""The pickle reader and its makers: for plain data they equal Python's unpickler; everything else is refused."""
 
 import argparse
 import io

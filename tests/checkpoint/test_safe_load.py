@@ -1,4 +1,4 @@
-"""Weights from files that are not trusted: archives of torch.save, its older form, safetensors, other frameworks."""
+"""Weights from untrusted files: archives of torch.save, its older form, safetensors, other frameworks."""
 
 import io
 import json
@@ -28,7 +28,7 @@ OLDER = {"_use_new_zipfile_serialization": False}
 
 
 def every_kind() -> dict[str, torch.Tensor]:
-    """Tensors of every type and of odd layouts."""
+    """Tensors of every type and of unusual layouts."""
     base = torch.arange(24).reshape(2, 3, 4)
     tensors = {str(dtype): base.to(dtype) for dtype in DTYPES}
     floats = base.float()
@@ -54,7 +54,7 @@ def test_tensors_of_every_kind(tmp_path, options, name):
     expected = every_kind()
     assert found.keys() == expected.keys()
     assert all(same(found[key], expected[key].detach()) for key in expected)
-    found["view"].add_(1)  # in memory of their own, which may be changed; views stay views
+    found["view"].add_(1)  # they have their own writable memory; views stay views
     assert found["shared"][1, 0, 1] == expected["shared"][1, 0, 1] + 1
 
 
@@ -87,7 +87,7 @@ def test_the_state_of_a_training(tmp_path, options):
 
 
 def rewrite(path, change, **options) -> None:
-    """An archive with its records changed: change(name, content) -> content or None to leave the record out."""
+    """Writes an archive with changed records. change(name, content) -> content, or None to leave the record out."""
     with zipfile.ZipFile(path) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", **options) as archive:
@@ -106,7 +106,7 @@ def test_an_archive_that_is_whole_passes(saved):
     check_archive(saved)
 
 
-def test_a_flipped_bit_is_told_with_its_record(saved):
+def test_a_flipped_bit_is_reported_with_its_record(saved):
     content = bytearray(saved.read_bytes())
     content[content.index(struct.pack("<f", 40.0))] ^= 1
     saved.write_bytes(content)
@@ -115,7 +115,7 @@ def test_a_flipped_bit_is_told_with_its_record(saved):
             read(saved)
 
 
-def test_an_archive_without_its_end_is_told_as_such(saved):
+def test_an_archive_without_its_end_is_recognised(saved):
     saved.write_bytes(saved.read_bytes()[:-30])
     with pytest.raises(CheckpointError, match=r"m\.pth .*the end is missing\): it may be truncated"):
         read_checkpoint(saved)
@@ -146,7 +146,7 @@ def test_an_archive_that_contradicts_itself_is_refused(saved, name):
 
 
 def test_an_archive_that_inflates_is_refused(saved):
-    """A bomb: its records are larger than the file."""
+    """A zip bomb: its records are larger than the file."""
     bomb = lambda name, data: b"\x00" * 10**7 if name.endswith("data/1") else data  # noqa: E731
     rewrite(saved, bomb, compression=zipfile.ZIP_DEFLATED)
     assert saved.stat().st_size < 50_000
@@ -171,9 +171,11 @@ def test_a_compressed_archive_is_read_if_it_is_no_bomb(tmp_path):
 def test_a_record_that_says_to_be_larger_than_the_file_is_refused_unread(saved):
     content = bytearray(saved.read_bytes())
     entry = content.index(b"PK\x01\x02")
-    content[entry + 20 : entry + 24] = struct.pack("<I", 2**31)  # its compressed size, which zipfile reserves
+    content[entry + 20 : entry + 24] = struct.pack(
+        "<I", 2**31
+    )  # its compressed size, for which zipfile reserves memory
     saved.write_bytes(content)
-    with pytest.raises(CheckpointError, match="a record says to be larger than the file"):
+    with pytest.raises(CheckpointError, match="a record claims to be larger than the file"):
         check_archive(saved)
 
 
@@ -185,7 +187,7 @@ def test_two_records_of_one_name_are_refused(saved):
 
 
 def crafted(path, offset=0, size=(4,), stride=(1,), count=4, dtype="FloatStorage", name="0"):
-    """An archive with one tensor over 4 floats, or what it says instead."""
+    """An archive with one tensor of 4 floats, or with other metadata."""
 
     class Name:
         def __init__(self, module, name):
@@ -269,7 +271,7 @@ def test_a_pickles_storage_is_a_storage(tmp_path):
             return torch.storage._load_from_bytes, (buffer.getvalue(),)
 
     (tmp_path / "m.pkl").write_bytes(pickle.dumps({"model": {"a": Attack()}}))
-    with pytest.raises(CheckpointError, match=r"m\.pkl .*spelled as something else"):
+    with pytest.raises(CheckpointError, match=r"m\.pkl .*hold something else"):
         read_checkpoint(tmp_path / "m.pkl")
 
 
@@ -281,7 +283,7 @@ def test_a_thousand_views_of_one_storage_are_refused(tmp_path):
 
 
 def test_the_hostile_cases_are_refused(shared, tmp_path):
-    """Files that crashed or ran on a reader that called numpy."""
+    """Such files made a reader that called numpy crash or run forever."""
     cases = sorted((shared / "cases" / "hostile").glob("numpy_object__*"))
     assert cases
     for case in [*cases, shared / "cases" / "hostile" / "bitflip.pth"]:

@@ -1,4 +1,4 @@
-"""Small panoptic datasets to test on, written fresh for each test."""
+"""Small panoptic datasets, written again for each test."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ BOXES = [[10.0, 4.0, 20.0, 8.0], [30.0, 20.0, 10.0, 15.0], [0.0, 0.0, 60.0, 40.0
 
 @dataclass
 class Tree:
-    """A dataset on disk, and its JSON content to spoil before `save`."""
+    """A dataset on disk, and its JSON content. Tests change it before `save`."""
 
     base: Path
     content: dict = field(default_factory=lambda: {"images": [], "annotations": [], "categories": CATEGORIES})
@@ -84,7 +84,7 @@ def tree(tmp_path) -> Tree:
 
 @pytest.fixture
 def own(tmp_path, forget):
-    """A dataset of one image, 60 x 40, whose pixels are 200 in its first box and 0 elsewhere; the last is a crowd."""
+    """A dataset of one image, 60 x 40. Its pixels are 200 in the first box and 0 elsewhere. The last box is a crowd."""
     image = np.zeros((40, 60, 3), np.uint8)
     image[4:12, 10:30] = 200
     Image.fromarray(image).save(tmp_path / "1.png")
@@ -114,7 +114,7 @@ def forget():
 
 @pytest.fixture
 def cfg() -> CfgNode:
-    """The project's config with the geometry of the mappers switched off: an image comes out as it is."""
+    """The project's config without geometric augmentation: the mappers do not change an image."""
     cfg = get_cfg()
     add_eco_config(cfg)
     cfg.INPUT.FORMAT = "RGB"
@@ -127,12 +127,12 @@ def cfg() -> CfgNode:
 
 @pytest.fixture(scope="session")
 def script():
-    """Imports a script by its path in the checkout, without the ending."""
+    """Imports a script by its path in the checkout, without the suffix."""
 
     def load(name: str):
         spec = importlib.util.spec_from_file_location(Path(name).name, ROOT / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # worker processes look their function up by name
+        sys.modules[spec.name] = module  # worker processes find their function by this name
         spec.loader.exec_module(module)
         return module
 

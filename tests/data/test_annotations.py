@@ -1,4 +1,4 @@
-"""The reader of annotation JSON: what it takes, what it computes, and what it refuses by file, entry, field, remedy."""
+"""The reader of annotation JSON: what it reads, what it computes, and its messages about file, entry and field."""
 
 import copy
 import json
@@ -33,7 +33,7 @@ for o in GOOD[INSTANCES]["annotations"]:
 
 @pytest.fixture
 def written(tmp_path):
-    """Writes a file after a change and returns its path; texts are written as they are."""
+    """Writes a file after a change and returns its path. raw: bytes to write instead."""
 
     def write(kind, change=lambda c: None, raw=None):
         content = copy.deepcopy(GOOD[kind])
@@ -46,7 +46,7 @@ def written(tmp_path):
 
 
 def first(section, **values):
-    """A change of the first entry of a list; of the first segment for "segments"."""
+    """A change of a list's first entry; for "segments", of the first segment."""
 
     def change(content):
         entry = content["annotations"][0]["segments_info"][0] if section == "segments" else content[section][0]
@@ -56,7 +56,7 @@ def first(section, **values):
     return change
 
 
-TAKEN = [  # what other exporters write, and what it is read as
+TAKEN = [  # what other exporters write, and how it is read
     (PANOPTIC, first("images", height=4.0, width=6.0), lambda c: (c.images[0].height, c.images[0].width), (4, 6)),
     (PANOPTIC, first("images", height=KeyError), lambda c: (c.images[0].height, c.images[0].width), (None, 6)),
     (PANOPTIC, first("segments", iscrowd=True), lambda c: _segment(c)["iscrowd"], 1),
@@ -89,7 +89,7 @@ def test_what_is_taken(written, kind, change, value, expected):
     content, findings = examine(written(kind, change), kind)
     if value is not None:
         assert findings == [] and value(content) == expected
-    else:  # the annotations' image has another id now
+    else:  # now the annotations' image has another id
         assert {f.kind for f in findings} == {"annotation without image"}
 
 
@@ -101,7 +101,7 @@ def test_image_ids_may_all_be_texts(written):
     assert [i.id for i in read(written(PANOPTIC, rename), PANOPTIC).images] == ["img3", "img5"]
 
 
-REFUSED = [  # the field, the value as it is told, and part of the remedy
+REFUSED = [  # the field, the value in the message, and part of the remedy
     (PANOPTIC, first("segments", id="7"), ("segments_info[0].id is '7'", "not in quotes")),
     (PANOPTIC, first("segments", id=0), ("segments_info[0].id is 0", "renumber it in the JSON and in the pixels")),
     (PANOPTIC, first("segments", id=1 << 24), ("is 16777216", "1 to 16777215")),
@@ -111,7 +111,7 @@ REFUSED = [  # the field, the value as it is told, and part of the remedy
     (PANOPTIC, first("segments", id=KeyError), ("lacks id of a segment", "renumber")),
     (PANOPTIC, first("segments", category_id="1"), ("segments_info[0].category_id is '1'", "`categories`")),
     (PANOPTIC, first("segments", category_id=True), ("segments_info[0].category_id is True",)),
-    (PANOPTIC, first("segments", category_id=5), ("segment 7 has category_id 5", "declare it")),
+    (PANOPTIC, first("segments", category_id=5), ("segment 7 has category_id 5", "add it to `categories`")),
     (PANOPTIC, first("segments", iscrowd="0"), ("segments_info[0].iscrowd is '0'", "write 0 or 1")),
     (PANOPTIC, first("segments", iscrowd=2), ("segments_info[0].iscrowd is 2", "write 0 or 1")),
     (PANOPTIC, first("segments", area="9"), ("segments_info[0].area is '9'", "or leave it out")),
@@ -170,12 +170,12 @@ REFUSED = [  # the field, the value as it is told, and part of the remedy
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind, change, told", REFUSED)
-def test_what_is_refused(written, kind, change, told):
+@pytest.mark.parametrize("kind, change, parts", REFUSED)
+def test_what_is_refused(written, kind, change, parts):
     path = written(kind, change)
     with pytest.raises(DataError) as caught:
         read(path, kind)
-    for part in (str(path), *told):
+    for part in (str(path), *parts):
         assert part in str(caught.value), str(caught.value)
 
 

@@ -1,6 +1,6 @@
-"""Thousands of spoilt JSONs: the readers take them or name the file, the checker always comes to its end.
+"""Thousands of damaged JSONs: the readers read them or name the file, and the checker always finishes.
 
-ECO_M2F_FUZZ=10 tries ten times as many.
+ECO_M2F_FUZZ=10 makes ten times as many.
 """
 
 import copy
@@ -51,7 +51,7 @@ def toy(tmp_path_factory):
 
 
 def places(value, at=()):
-    """The paths of everything in a JSON value."""
+    """The paths of all parts of a JSON value."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
         yield (*at, key)
@@ -59,7 +59,7 @@ def places(value, at=()):
 
 
 def structural(content: dict, rng: random.Random) -> bytes:
-    """One to three values replaced, deleted, or there twice."""
+    """Replaces, deletes or repeats one to three values."""
     content = copy.deepcopy(content)
     for _ in range(rng.choice((1, 1, 3))):
         path = rng.choice(list(places(content)) or [("images",)])
@@ -77,7 +77,7 @@ def structural(content: dict, rng: random.Random) -> bytes:
 
 
 def flipped(content: dict, rng: random.Random) -> bytes:
-    """Some bytes changed, or the end cut off."""
+    """Changes some bytes, or cuts off the end."""
     data = bytearray(json.dumps(content).encode())
     for _ in range(rng.choice((1, 1, 4))):
         data[rng.randrange(len(data))] = rng.randrange(256)
@@ -85,7 +85,7 @@ def flipped(content: dict, rng: random.Random) -> bytes:
 
 
 def use_panoptic(name: str) -> None:
-    """What training and evaluation ask of a panoptic dataset."""
+    """Reads a panoptic dataset as training and evaluation do."""
     truth = PanopticGroundTruth(name)
     for record in DatasetCatalog.get(name):
         image = truth.image(record["image_id"])
@@ -107,7 +107,7 @@ def use_boxes(name: str) -> None:
 
 
 def instance_content(toy) -> dict:
-    """The toy set's boxes with masks: polygons, and run lengths in both forms."""
+    """The toy set's boxes with masks: polygons and both forms of run lengths."""
     content = json.loads((toy / "annotations" / "detection_train.json").read_text())
     for o in content["annotations"]:
         x, y, w, h = o.pop("bbox")
@@ -168,4 +168,4 @@ def test_spoilt_files_are_taken_or_named(toy, tmp_path, forget, kind, change):
             MetadataCatalog.pop(name)
         else:
             assert findings
-    assert 0 < taken < TRIES  # some changes do no harm, most do
+    assert 0 < taken < TRIES  # some changes are harmless, most are not

@@ -1,4 +1,4 @@
-"""How a step's images are split: the whole batch with any number of processes, or a refusal with what fits."""
+"""How a step's images are split: the whole batch with any number of processes, or an error with values that fit."""
 
 import re
 
@@ -39,12 +39,12 @@ def test_the_log_line_says_all_numbers():
     ],
 )
 def test_what_does_not_divide_is_refused_with_values_that_fit(arguments, message):
-    """Each value that the message names is accepted."""
+    """Each value in the message is accepted."""
     with pytest.raises(ValueError, match=message) as raised:
         split_batch(*arguments)
     batch, images, processes = arguments
-    told = str(raised.value)
-    for value in map(int, re.findall(r"\d+", re.search(r"set it to ([\d or]+)", told)[1])):
-        assert split_batch(*((value, 0, processes) if "BATCH is" in told else (batch, value, processes)))
-    for value in map(int, re.findall(r"\d+", (re.search(r"start ([\d or]+)", told) or ("", ""))[1])):
+    message = str(raised.value)
+    for value in map(int, re.findall(r"\d+", re.search(r"set it to ([\d or]+)", message)[1])):
+        assert split_batch(*((value, 0, processes) if "BATCH is" in message else (batch, value, processes)))
+    for value in map(int, re.findall(r"\d+", (re.search(r"start ([\d or]+)", message) or ("", ""))[1])):
         assert split_batch(batch, 0, value)

@@ -1,4 +1,4 @@
-"""What every tool checks before it begins, and that the classes of all datasets of a run follow the training set's."""
+"""What every tool checks before it starts, and that all datasets of a run get the training set's classes."""
 
 import json
 
@@ -14,7 +14,7 @@ from eco_m2f.data.panoptic_map import DataError
 
 @pytest.fixture
 def two(tree, forget):
-    """The specs of a training set and of its copy, `change`d."""
+    """The specs of a training set and of its copy after `change`."""
 
     def write(change=lambda content: None, extra: str = "") -> list[str]:
         content = json.loads(tree.save().json.read_text())
@@ -32,16 +32,16 @@ def reverse(content: dict) -> None:
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_classes_follow_the_training_set(two, order):
-    """Whatever the order of the categories in the other JSON, and of the descriptions."""
+    """With any order of the categories in the other JSON, and of the entries."""
     register_from_config(two(reverse)[::order], ["train"])
     train, val = MetadataCatalog.get("train"), MetadataCatalog.get("val")
     assert val.stuff_classes == train.stuff_classes == ["car", "sky", "dog"]
     assert val.thing_dataset_id_to_contiguous_id == {7: 0, 90: 2}
     check_at_start(["train", "val"], "train", ["val"])
-    told = [
+    classes = [
         [s["category_id"] for s in r["segments_info"]] for name in ("train", "val") for r in DatasetCatalog.get(name)
     ]
-    assert told[:2] == told[2:]
+    assert classes[:2] == classes[2:]
 
 
 def test_classes_follow_the_first_where_no_training_set_is_named(two):
@@ -65,17 +65,17 @@ def test_registered_apart_in_other_orders_is_refused(two):
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    "change, expected",
     [
-        (lambda c: c["categories"][0].update(name="lorry"), r"only the latter has \[7 car.*only the former \[7 lorry"),
+        (lambda c: c["categories"][0].update(name="lorry"), r"it lacks \[7 car.* and adds \[7 lorry"),
         (lambda c: c["categories"][0].update(isthing=0), r"7 car \(thing\).*7 car \(stuff\)"),
-        (lambda c: c["categories"].append({"id": 8, "name": "bus", "isthing": 1}), r"former \[8 bus"),
+        (lambda c: c["categories"].append({"id": 8, "name": "bus", "isthing": 1}), r"adds \[8 bus"),
     ],
 )
-def test_other_categories_than_the_training_sets_are_refused(two, change, told):
+def test_other_categories_than_the_training_sets_are_refused(two, change, expected):
     register_from_config(two(change), ["train"])
     check_at_start(["val"])
-    with pytest.raises(ValueError, match=f"dataset 'val' are not those of the training set 'train'.*{told}"):
+    with pytest.raises(ValueError, match=f"dataset 'val' are not those of the training set 'train'.*{expected}"):
         check_at_start(["train", "val"], "train")
     kinds = [f.kind for f in check_dataset("val", reference="train")]
     assert kinds == ["categories other than the training set's"] and check_dataset("val") == []
@@ -187,9 +187,9 @@ def test_an_instance_json_is_compared_with_the_panoptic_one(two, tree):
 
 
 def test_a_split_with_a_category_more_is_not_met_by_another_number(two):
-    """Which NUM_CLASSES is right for one of them is wrong for the other."""
+    """A NUM_CLASSES that fits one of them does not fit the other."""
     register_from_config(two(lambda c: c["categories"].append({"id": 8, "name": "cat", "isthing": 1})))
-    with pytest.raises(ValueError, match="categories of dataset 'val' are not those of .*only the former .8 cat"):
+    with pytest.raises(ValueError, match="categories of dataset 'val' are not those of .*adds .8 cat"):
         check_class_count("val", 3, reference="train")
     with pytest.raises(ValueError, match="NUM_CLASSES is 5, but dataset 'train' has 3"):
         check_class_count("train", 5, reference="train")

@@ -1,4 +1,4 @@
-"""The checker: silent on good data, and each kind of fault found, named and counted."""
+"""The checker finds nothing in good data; it finds, names and counts each kind of fault."""
 
 import json
 
@@ -84,10 +84,10 @@ def test_each_fault_is_found(tree, found, kind):
     assert len(found()[kind]) == 1
 
 
-def test_a_segment_that_lacks_something_is_told_with_its_annotation(tree, found):
+def test_a_segment_that_lacks_something_is_named_with_its_annotation(tree, found):
     _segments(tree)[0].pop("category_id")
-    (told,) = found()["incomplete annotation entry"]
-    assert "1.png" in told and "lacks category_id of a segment" in told
+    (printed,) = found()["incomplete annotation entry"]
+    assert "1.png" in printed and "lacks category_id of a segment" in printed
 
 
 def test_the_file_is_named(tree, found):
@@ -143,7 +143,7 @@ def test_boxes_registered_otherwise_and_vanished(own):
     content["categories"][0]["id"] = 8
     path.write_text(json.dumps(content))
     kinds = [f.kind for f in check_dataset("own_boxes")]
-    assert kinds == ["category missing in JSON", "category not registered as such", "unknown category"]
+    assert kinds == ["category missing in JSON", "category not registered like this", "unknown category"]
     path.unlink()
     assert [f.kind for f in check_dataset("own_boxes")] == ["unusable JSON"]
 
@@ -151,13 +151,13 @@ def test_boxes_registered_otherwise_and_vanished(own):
 def test_boxes_from_the_command_line(own, run):
     path, _ = own
     custom = f"name=own_boxes,images={path.parent},boxes={path}"
-    code, told = run("--custom", custom, "--num-classes", "2")
-    assert code == 0 and "own_boxes: 0 finding(s)" in told
+    code, printed = run("--custom", custom, "--num-classes", "2")
+    assert code == 0 and "own_boxes: 0 finding(s)" in printed
     (path.parent / "1.png").write_bytes(b"no image")
-    code, told = run("own_boxes", "--custom", custom)
-    assert code == 1 and "unreadable image: 1" in told
-    code, told = run("--custom", custom.replace("boxes.json", "none.json").replace("own_boxes", "other"))
-    assert code == 2 and "none.json: detection JSON not found" in told
+    code, printed = run("own_boxes", "--custom", custom)
+    assert code == 1 and "unreadable image: 1" in printed
+    code, printed = run("--custom", custom.replace("boxes.json", "none.json").replace("own_boxes", "other"))
+    assert code == 2 and "none.json: detection JSON not found" in printed
 
 
 def test_categories_registered_otherwise(tree, found):
@@ -167,7 +167,7 @@ def test_categories_registered_otherwise(tree, found):
     del content["categories"][2]
     tree.json.write_text(json.dumps(content))
     kinds = {f.kind for f in check_dataset("own")}
-    assert {"category not registered as such", "category missing in JSON"} <= kinds
+    assert {"category not registered like this", "category missing in JSON"} <= kinds
 
 
 def test_class_count(found, forget):
@@ -225,24 +225,24 @@ def test_a_set_without_images_is_a_finding(tree, found):
     assert list(found()) == ["no image"]
 
 
-def test_data_mostly_void_are_told_and_what_that_means(tree, found):
+def test_data_mostly_void_is_reported_with_what_that_means(tree, found):
     ids = np.zeros((40, 100), np.int32)
     ids[:5, :8] = 300
     tree.add(3, ids, {300: 7})
     (share,) = found()["mostly void"]
     void = 4 * 60 + 4 * 30 + 40 * 100 - 40  # of 40 x 60, 50 x 30 and 40 x 100 pixels
     assert share.startswith(f"{void / 7900:.0%} of the pixels")
-    told = []
-    (finding,) = check_dataset("own", tell=told.append)
+    lines = []
+    (finding,) = check_dataset("own", tell=lines.append)
     assert "PQ ignores predictions that lie mostly on void" in finding.remedy and "isthing 0" in finding.remedy
-    assert told == [
-        f"own: {void / 7900:.0%} of the pixels are void, where a prediction counts neither as right nor wrong"
+    assert lines == [
+        f"own: {void / 7900:.0%} of the pixels are void. A prediction there counts neither as right nor wrong"
     ]
 
 
 @pytest.mark.parametrize("name", ["animals", "car"])
 def test_a_category_that_only_groups_others_gets_a_remedy(tree, found, name):
-    """As Roboflow writes it: category 0 is the supercategory of the others."""
+    """Roboflow writes such a category: 0 is the supercategory of the others."""
     others = [{**c, "supercategory": name} for c in tree.content["categories"]]
     tree.content["categories"] = [{"id": 0, "name": name, "isthing": 1, "supercategory": "none"}, *others]
     kinds = found()
@@ -257,7 +257,7 @@ def test_a_png_with_other_ids_is_not_to_be_emptied(tree, found):
     Image.fromarray(pixels[..., ::-1]).save(tree.panoptic(1))  # BGR
     assert list(found()) == ["PNG with other ids than the JSON"]
     (finding,) = check_dataset("own")
-    assert "do not delete anything" in finding.remedy
+    assert "Do not delete anything" in finding.remedy
 
 
 def test_the_check_goes_on_after_whatever_an_image_does(tree, found, monkeypatch):
@@ -268,7 +268,7 @@ def test_the_check_goes_on_after_whatever_an_image_does(tree, found, monkeypatch
 
 @pytest.fixture
 def run(script, capsys):
-    """Runs tools/check_dataset.py: (exit code, what it printed)."""
+    """Runs tools/check_dataset.py: (exit code, output)."""
     tool = script("tools/check_dataset")
 
     def run(*arguments) -> tuple[int, str]:
@@ -284,28 +284,28 @@ def run(script, capsys):
 
 def test_command_line(tree, forget, run):
     custom = f"name=own,{tree.spec}"
-    code, told = run("--custom", custom, "--num-classes", "3")
-    assert code == 0 and "own: 0 finding(s)" in told
+    code, printed = run("--custom", custom, "--num-classes", "3")
+    assert code == 0 and "own: 0 finding(s)" in printed
     tree.image(1).unlink()
-    code, told = run("own", "--custom", custom)
-    assert code == 1 and told.count(str(tree.image(1))) == 1
+    code, printed = run("own", "--custom", custom)
+    assert code == 1 and printed.count(str(tree.image(1))) == 1
 
 
 def test_command_line_lists_all_that_is_wrong_with_a_json_that_cannot_be_registered(tree, forget, run):
     tree.content["categories"] = [{**c, "isthing": str(c["isthing"])} for c in tree.content["categories"]]
     tree.content["images"][0]["width"] = "60"
-    code, told = run("--custom", f"name=own,{tree.save().spec}")
-    assert code == 1 and "own: 4 finding(s)" in told
-    assert "malformed category entry: 3" in told and "malformed image entry: 1" in told
+    code, printed = run("--custom", f"name=own,{tree.save().spec}")
+    assert code == 1 and "own: 4 finding(s)" in printed
+    assert "malformed category entry: 3" in printed and "malformed image entry: 1" in printed
 
 
 def test_command_line_names_the_key_that_was_meant(own, tree, forget, run):
     """An instance JSON as json=, and a panoptic one as boxes=."""
     path, _ = own
-    code, told = run("--custom", f"name=x,images=a,panoptic=b,json={path}", "--lines", "3")
-    assert code == 1 and "give it as boxes=" in told and "x: 1 finding(s)" in told
-    code, told = run("--custom", f"name=x,images=a,boxes={tree.json}")
-    assert code == 1 and "Give it as json=" in told and "x: 1 finding(s)" in told
+    code, printed = run("--custom", f"name=x,images=a,panoptic=b,json={path}", "--lines", "3")
+    assert code == 1 and "give it as boxes=" in printed and "x: 1 finding(s)" in printed
+    code, printed = run("--custom", f"name=x,images=a,boxes={tree.json}")
+    assert code == 1 and "Give it as json=" in printed and "x: 1 finding(s)" in printed
 
 
 def test_command_line_compares_with_the_training_set(tree, forget, run):
@@ -314,10 +314,10 @@ def test_command_line_compares_with_the_training_set(tree, forget, run):
     (tree.base / "val.json").write_text(json.dumps(content))
     customs = ["--custom", f"name=a,{tree.spec}", "--custom", f"name=b,{tree.spec.replace('pan.json', 'val.json')}"]
     assert run(*customs)[0] == 0
-    code, told = run(*customs, "--train", "a")
-    assert code == 1 and "a: 0 finding(s)" in told and "categories other than the training set's: 1" in told
-    code, told = run(*customs, "--train", "c")
-    assert code == 2 and "'c' is not registered" in told
+    code, printed = run(*customs, "--train", "a")
+    assert code == 1 and "a: 0 finding(s)" in printed and "categories other than the training set's: 1" in printed
+    code, printed = run(*customs, "--train", "c")
+    assert code == 2 and "'c' is not registered" in printed
 
 
 def test_command_line_errors_are_one_message(tree, forget, run):
@@ -327,8 +327,8 @@ def test_command_line_errors_are_one_message(tree, forget, run):
         (["--custom", "name=x"], "lacks images, panoptic, json"),
         (["--config-file", "none.yaml"], "none.yaml"),
     ):
-        code, told = run(*arguments)
-        assert code == 2 and message in told
+        code, printed = run(*arguments)
+        assert code == 2 and message in printed
 
 
 def test_command_line_takes_everything_from_a_config(tree, forget, run):
@@ -337,5 +337,5 @@ def test_command_line_takes_everything_from_a_config(tree, forget, run):
         f'MODEL: {{SEM_SEG_HEAD: {{NUM_CLASSES: 4}}}}\nDATASETS: {{CUSTOM: ["name=own,{tree.spec}"], '
         'TRAIN: ["own"], TEST: ["own"]}\n'
     )
-    code, told = run("--config-file", str(config))
-    assert code == 1 and told.count("own: 1 finding(s)") == 1 and "NUM_CLASSES is 4" in told
+    code, printed = run("--config-file", str(config))
+    assert code == 1 and printed.count("own: 1 finding(s)") == 1 and "NUM_CLASSES is 4" in printed

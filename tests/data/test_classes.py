@@ -16,7 +16,7 @@ def test_classes_of_a_registered_dataset(tree, forget):
     register_from_config([f"name=own,{tree.spec}"])
     car, sky, dog = dataset_classes("own")
     assert (car, sky) == (CAR, SKY)
-    assert (dog["id"], dog["isthing"]) == (90, 1) and len(dog["color"]) == 3  # made up: the JSON has none
+    assert (dog["id"], dog["isthing"]) == (90, 1) and len(dog["color"]) == 3  # generated, because the JSON has none
     assert check_stored(dataset_classes("own"), "x.pth") == [car, sky, dog]
 
 

@@ -1,4 +1,4 @@
-"""The colour distortion: each of its changes against a plain computation."""
+"""The colour distortion: each change against a plain computation."""
 
 import colorsys
 

@@ -26,8 +26,8 @@ def test_records(tree, forget):
     first, second = DatasetCatalog.get("own")
     assert first["file_name"] == str(tree.image(1)) and first["pan_seg_file_name"] == str(tree.panoptic(1))
     assert (first["image_id"], first["height"], first["width"]) == (1, 40, 60)
-    told = [(s["id"], s["category_id"], s["isthing"], s["iscrowd"]) for s in second["segments_info"]]
-    assert told == [(300, 0, True, 0), (70000, 0, True, 1), (9, 1, False, 0)]
+    segments = [(s["id"], s["category_id"], s["isthing"], s["iscrowd"]) for s in second["segments_info"]]
+    assert segments == [(300, 0, True, 0), (70000, 0, True, 1), (9, 1, False, 0)]
 
 
 def test_optional_paths(tree, forget):

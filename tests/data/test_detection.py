@@ -1,4 +1,4 @@
-"""Datasets of boxes: registered, read, mapped; and the toy set's, which are its panoptic objects."""
+"""Datasets of boxes: registering, reading, mapping. The toy set's boxes are its panoptic objects."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Opening images: what each kind of pixel becomes, what is refused, and files that are damaged on purpose."""
+"""Opening images: the result of each kind of pixel, what is refused, and damaged files."""
 
 import logging
 import os
@@ -79,8 +79,8 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def test_an_image_that_leaves_most_levels_unused_is_told_once(tmp_path, caplog, monkeypatch):
-    """12 bits in 16: what the microscope resolved is lost to the model."""
+def test_an_image_that_leaves_most_levels_unused_causes_one_warning(tmp_path, caplog, monkeypatch):
+    """12 bits in 16: the model does not see what the microscope resolved."""
     monkeypatch.setattr(images, "_warned", set())
     path = save(grey16(GREY.astype(int) * 16), tmp_path / "a.png")
     with caplog.at_level(logging.WARNING):
@@ -125,15 +125,15 @@ def test_what_has_no_rule_is_refused_by_name(tmp_path, case):
 
 
 @pytest.mark.parametrize(
-    "sample, tags, told",
+    "sample, tags, reason",
     [
         ("<i2", {339: 2}, "its values are signed"),
         ("i1", {339: 2}, "its values are signed"),
-        ("<u2", {262: 0}, "0 is white in it"),
-        ("<f4", {262: 0, 339: 3}, "0 is white in it"),
+        ("<u2", {262: 0}, "0 means white in it"),
+        ("<f4", {262: 0, 339: 3}, "0 means white in it"),
     ],
 )
-def test_a_tiff_whose_numbers_mean_something_else_is_refused(tmp_path, sample, tags, told):
+def test_a_tiff_whose_numbers_mean_something_else_is_refused(tmp_path, sample, tags, reason):
     bits = 8 * np.dtype(sample).itemsize
     tags = {256: 7, 257: 5, 258: bits, 259: 1, 262: 1, 273: 134, 277: 1, 278: 5, 279: 35 * bits // 8, 339: 1, **tags}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
@@ -141,16 +141,16 @@ def test_a_tiff_whose_numbers_mean_something_else_is_refused(tmp_path, sample, t
     path.write_bytes(
         struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4) + GREY.astype(sample).tobytes()
     )
-    with pytest.raises(DataError, match=f"image.tif: .*{told}"):
+    with pytest.raises(DataError, match=f"image.tif: .*{reason}"):
         read_rgb(path)
 
 
 def test_a_damaged_checksum_of_a_png_is_seen(tmp_path):
-    """Pillow alone reads on and gives other pixels."""
+    """Pillow alone would go on and return other pixels."""
     path = tmp_path / "a.png"
     rows = b"".join(b"\0" + row.tobytes() for row in RGB)
     data = bytearray(zlib.compress(rows, 0))
-    data[20] ^= 1  # stored, not packed: the pixel changes and nothing else
+    data[20] ^= 1  # not compressed, so only the pixel changes
     chunks = _chunk(b"IHDR", struct.pack(">IIBBBBB", 7, 5, 8, 2, 0, 0, 0)), _chunk(b"IDAT", zlib.compress(rows, 0))
     wrong = chunks[1].replace(zlib.compress(rows, 0), bytes(data))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks[0] + wrong + _chunk(b"IEND", b""))
@@ -160,7 +160,7 @@ def test_a_damaged_checksum_of_a_png_is_seen(tmp_path):
 
 @pytest.mark.parametrize("pixels", [b"xxxx", zlib.compress(bytes(110))[:-8] + b"xxxxxxxx"])
 def test_pixels_of_a_png_that_do_not_unpack_are_refused(tmp_path, pixels):
-    """The checksums are right, and looking for EXIF data meets the damage first."""
+    """The checksums are right. The search for EXIF data finds the damage first."""
     path = tmp_path / "a.png"
     header = _chunk(b"IHDR", struct.pack(">IIBBBBB", 7, 5, 8, 2, 0, 0, 0))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + _chunk(b"IDAT", pixels) + _chunk(b"IEND", b""))
@@ -189,15 +189,15 @@ def test_the_exif_orientation_is_applied_once(tmp_path, ending, value):
 
 
 @pytest.mark.parametrize(
-    "value, square, told", [(1, True, 0), (3, False, 1), (6, False, 0), (6, True, 1), (2, False, 1)]
+    "value, square, warnings", [(1, True, 0), (3, False, 1), (6, False, 0), (6, True, 1), (2, False, 1)]
 )
-def test_turning_that_the_size_does_not_tell_is_told(tmp_path, caplog, monkeypatch, value, square, told):
+def test_turning_that_the_size_does_not_show_causes_a_warning(tmp_path, caplog, monkeypatch, value, square, warnings):
     monkeypatch.setattr(images, "_warned", set())
     path = oriented(tmp_path / "a.png", value, RGB[:5, :5] if square else RGB)
     with caplog.at_level(logging.WARNING):
         read_rgb(path)
-    assert caplog.text.count("EXIF orientation") == told
-    assert open_image(path).turned == bool(told)
+    assert caplog.text.count("EXIF orientation") == warnings
+    assert open_image(path).turned == bool(warnings)
 
 
 def test_labels_with_an_orientation_are_refused(tmp_path):
@@ -210,8 +210,8 @@ def test_a_palette_png_is_read_only_where_its_colours_are_listed_ids(tmp_path):
     ids = np.array([[0, 1, 2], [2, 2, 1]])
     by_colour = save(_palette(ids, [(0, 0, 0), (44, 1, 0), (9, 0, 0)]), tmp_path / "colours.png")
     np.testing.assert_array_equal(read_ids(by_colour, [300, 9]), np.array([0, 300, 9])[ids])
-    for listed, told in (([1, 2], "its indices are ids that the JSON lists"), ([5], "neither its colours nor")):
-        with pytest.raises(DataError, match=f"colours.png.*{told}.*ids_to_rgb"):
+    for listed, reason in (([1, 2], "its indices are ids that the JSON lists"), ([5], "neither its colours nor")):
+        with pytest.raises(DataError, match=f"colours.png.*{reason}.*ids_to_rgb"):
             read_ids(by_colour, listed)
     with pytest.raises(DataError, match="palette"):
         read_ids(by_colour)
@@ -270,7 +270,7 @@ def test_images_from_memory(case):
 
 
 @pytest.mark.parametrize("kind", ["array", "file", "PIL"])
-def test_a_nearly_black_image_from_memory_is_told(tmp_path, caplog, monkeypatch, kind):
+def test_a_nearly_black_image_from_memory_causes_a_warning(tmp_path, caplog, monkeypatch, kind):
     monkeypatch.setattr(images, "_warned", set())
     values = GREY.astype(np.uint16) * 16
     path = save(grey16(values), tmp_path / "a.png")
@@ -318,10 +318,10 @@ def _samples(folder: Path) -> list[Path]:
     return [*(save(image, folder / name) for name in names), lzw, oriented(folder / "exif.png", 6)]
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow has much to say of damaged files
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of many damaged files
 def test_fuzz_damaged_files_are_read_or_refused_by_name(tmp_path, monkeypatch):
-    """Bytes flipped, cut off, doubled or swapped, mostly in the header, where sizes and offsets are."""
-    monkeypatch.setattr(images, "MAX_PIXELS", 1 << 20)  # a header may claim as much, and be right
+    """Flips, cuts, repeats or swaps bytes, mostly in the header with its sizes and offsets."""
+    monkeypatch.setattr(images, "MAX_PIXELS", 1 << 20)  # a header may claim such a size correctly
     rng = np.random.default_rng(5)
     for sample in _samples(tmp_path):
         whole = sample.read_bytes()

@@ -1,4 +1,4 @@
-"""Training batches: endless, shared between processes, grouped, and the same after a resume."""
+"""Training batches are endless, shared by the processes, grouped, and the same after a resume."""
 
 import itertools
 from collections import Counter
@@ -46,7 +46,7 @@ STEPS, SIZE = 30, 8  # of 4 batches of two
 
 
 def steps_of(processes: int, groups: list[bool], first: int = 0) -> list[list]:
-    """The batches of each step from the first on, in the order of the passes and of the processes."""
+    """The batches of each step from `first` on, by pass and process."""
     count, parts = SIZE // 2 // processes, []
     for rank in range(processes):
         batches = TrainBatches(groups, 2, 7, rank, processes)
@@ -58,7 +58,7 @@ def steps_of(processes: int, groups: list[bool], first: int = 0) -> list[list]:
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("groups", [[False] * 11, [i % 3 == 0 for i in range(11)]])
 def test_a_step_has_the_same_batches_with_any_number_of_processes(processes, groups):
-    """Also one that is resumed with another number."""
+    """This also holds after a resume with another number."""
     alone = steps_of(1, groups)
     assert steps_of(processes, groups) == alone
     assert steps_of(processes, groups, first=13) == alone[13:]

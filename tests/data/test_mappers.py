@@ -1,4 +1,4 @@
-"""Mappers: what comes out for known images, and that image and masks move together."""
+"""Mappers: the output for known images, and that image and masks move together."""
 
 import json
 
@@ -21,7 +21,7 @@ def records(tree, forget):
 
 
 def _same(mask: torch.Tensor, expected: np.ndarray) -> bool:
-    """Whether a padded mask holds the expected one at its upper left and nothing else."""
+    """Whether a padded mask has the expected one at its upper left and nothing else."""
     height, width = expected.shape
     return bool((mask[:height, :width].numpy() == expected).all()) and int(mask.sum()) == int(expected.sum())
 
@@ -77,7 +77,7 @@ def test_horizontal_flip_mirrors_image_and_masks(records, cfg):
 
 
 def _assert_aligned(output: dict, segments: list[dict]) -> None:
-    """The image's colour is its segment's id: inside each mask, away from its border, no other colour may appear."""
+    """The image's colour is its segment's id, so each mask has only one colour, except at its border."""
     image, instances = output["image"].numpy(), output["instances"]
     colors = {ids_to_rgb(np.array([[s["id"]]]))[0, 0].tobytes(): s["category_id"] for s in segments}
     assert len(instances) and instances.gt_masks.flatten(1).any(1).all()  # vanished segments are gone
@@ -125,7 +125,7 @@ def test_size_divisibility_pads_to_its_multiple(records, cfg):
 
 
 def test_single_category_area_is_respected(records, cfg):
-    """The lower half is one class: a constraint of 60 % keeps crops off it; void does not count."""
+    """The lower half is one class. With a limit of 60 % crops avoid it; void does not count."""
     cfg.INPUT.DATASET_MAPPER_NAME = "mask_former_panoptic"
     cfg.INPUT.CROP.ENABLED, cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE = True, "absolute", [10, 12]
     worst = {}
@@ -154,7 +154,7 @@ def test_color_augmentation_changes_colors_only(records, cfg):
 
 
 def test_many_segments(tree, forget, cfg):
-    """More segments than one byte can number."""
+    """There are more segments than one byte can number."""
     ids = (np.arange(1, 401, dtype=np.int32) * 37).reshape(20, 20).repeat(2, 0).repeat(2, 1)
     tree.add(3, ids, {int(i): 7 for i in np.unique(ids)})
     register_from_config([f"name=many,{tree.save().spec}"])
@@ -190,7 +190,7 @@ def test_an_image_from_memory_equals_the_same_from_a_file(records, cfg, image_fo
 
 
 def test_coco_sample(shared, forget, cfg):
-    """The two real COCO images: 18 and 32 segments, every mask as large as the JSON says, crowds aside."""
+    """Two real COCO images have 18 and 32 segments. Except for crowds, every mask has the area in the JSON."""
     base = shared / "data" / "coco_panoptic_sample" / "sample_data"
     spec = (
         f"images={base / 'input_images'},panoptic={base / 'panoptic_examples'},json={base / 'panoptic_examples.json'}"
@@ -271,7 +271,7 @@ def test_one_pixel_wide_image_is_an_image(tree, forget, cfg, mapper):
 
 
 def test_a_thin_image_survives_a_small_scale(tree, forget, cfg):
-    """Scaled by a tenth of the crop, two pixels would round to none."""
+    """At a tenth of the scale, two pixels would round to none."""
     tree.add(3, np.full((200, 2), 4, dtype=np.int32), {4: 7})
     register_from_config([f"name=slim,{tree.save().spec}"])
     cfg.INPUT.MIN_SCALE = cfg.INPUT.MAX_SCALE = 0.1

@@ -1,4 +1,4 @@
-"""Run-length codes of an instance JSON's masks, against pycocotools, and what is refused before pycocotools sees it."""
+"""Run-length codes of an instance JSON's masks: equal to pycocotools', or refused before pycocotools reads them."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def test_text_and_numbers_give_the_mask_that_was_encoded(seed):
     mask = np.kron(rng.random((5, 7)) < 0.4, np.ones((8, 8)))[: SIZE[0], : SIZE[1]].astype(np.uint8)
     text = rle.encode(np.asfortranarray(mask))["counts"].decode()
     flat = mask.ravel(order="F")
-    changes = np.flatnonzero(np.diff(flat, prepend=0))  # runs begin with zeros
+    changes = np.flatnonzero(np.diff(flat, prepend=0))  # the first run is of zeros
     counts = np.diff([0, *changes, flat.size]).tolist()
     for given in (text, counts):
         np.testing.assert_array_equal(rle.decode(run_lengths(Rle(size=SIZE, counts=given), SIZE)), mask)
@@ -33,10 +33,10 @@ def test_polygons_are_merged_and_those_of_two_points_left_out():
 
 
 @pytest.mark.parametrize(
-    "size, counts, told",
+    "size, counts, message",
     [
         ((36, 53), [36 * 53], r"a mask of \(36, 53\).*in an image of \(37, 53\)"),
-        (SIZE, [5, 7], "run lengths of 12 pixels in all in a mask of 1961"),
+        (SIZE, [5, 7], "run lengths of 12 pixels in a mask of 1961"),
         (SIZE, [], "run lengths of 0 pixels"),
         (SIZE, [2**31 - 1, 7], "run lengths of 2147483654 pixels"),
         (SIZE, "", "run lengths of 0 pixels"),
@@ -47,6 +47,6 @@ def test_polygons_are_merged_and_those_of_two_points_left_out():
         (SIZE, "N", "run lengths of -2 pixels"),
     ],
 )
-def test_codes_that_are_not_of_the_image_are_refused(size, counts, told):
-    with pytest.raises(ValueError, match=told):
+def test_codes_that_are_not_of_the_image_are_refused(size, counts, message):
+    with pytest.raises(ValueError, match=message):
         run_lengths(Rle(size=size, counts=counts), SIZE)

@@ -1,6 +1,6 @@
 """Generated COCO, Cityscapes, nuclei and toy trees in their official places, read through their registered names.
 
-Names resolve $DETECTRON2_DATASETS when detectron2 is imported, so all of it runs in one fresh process.
+detectron2 reads $DETECTRON2_DATASETS when it is imported, so everything runs in one new process.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ from eco_m2f.data.toy import draw_scene
 from PIL import Image
 
 def theirs(name):
-    # the records that detectron2's own loader makes of an official name
+    # the records of detectron2's own loader for an official name
     meta = MetadataCatalog.get(name)
     load = load_cityscapes_panoptic if "cityscapes" in name else load_coco_panoptic_json
     folders = (meta.image_root, meta.panoptic_root, meta.panoptic_json)
@@ -56,7 +56,7 @@ def theirs(name):
     return load(*folders, meta.as_dict())
 
 def alike(ours, theirs):
-    # whether ours say all that detectron2's do and that anything reads
+    # whether our records have everything of detectron2's that is read
     for x, y in zip(ours, theirs, strict=True):
         same = all(x[k] == y[k] for k in y if k != "segments_info")
         kept = [{k: s[k] for k in ("id", "category_id", "iscrowd")} for s in y["segments_info"]]
@@ -116,7 +116,7 @@ def results(tmp_path_factory) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_perfect_prediction_scores_100(results, name):
-    """Read by name, mapped, and judged by detectron2's panoptic evaluator against the registered ground truth."""
+    """The datasets are read by name and mapped. detectron2's panoptic evaluator compares with the ground truth."""
     assert results[name]["pq"] == pytest.approx(100.0)
 
 
@@ -128,13 +128,13 @@ def test_the_checker_accepts_the_official_layout(results, name):
 
 @pytest.mark.slow
 def test_records_of_official_names_equal_detectron2s(results):
-    told = {name: results[name]["alike"] for name in NAMES if results[name]["alike"] is not None}
-    assert len(told) == 4 and all(told.values()), told
+    alike = {name: results[name]["alike"] for name in NAMES if results[name]["alike"] is not None}
+    assert len(alike) == 4 and all(alike.values()), alike
 
 
 @pytest.mark.slow
 def test_instances_of_the_training_mapper(results):
-    """One per segment, crowds left out."""
+    """There is one instance per segment, except for crowds."""
     counts = {name: results[name]["counts"] for name in NAMES}
     assert counts["coco_2017_train_panoptic"] == [3, 2, 2, 2] and counts["coco_2017_val_panoptic_with_sem_seg"] == [
         3,
@@ -149,7 +149,7 @@ def test_instances_of_the_training_mapper(results):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_records_have_the_sizes_that_the_json_states(results, name):
-    """So that images are grouped by aspect ratio without a look at their files."""
+    """With the sizes, images are grouped by aspect ratio without reading their files."""
     assert results[name]["sized"]
 
 

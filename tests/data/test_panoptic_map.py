@@ -47,7 +47,7 @@ def test_masks_equal_id_equality(count):
 def test_padding_is_void_and_lost_segments_are_left_out(count):
     segment_ids = list(range(1, count + 1))
     planes = index_map(np.array([segment_ids], dtype=np.int32), segment_ids)
-    planes[0, 1] = 255  # what every transform pads with: segment 2 vanishes
+    planes[0, 1] = 255  # the padding value of every transform: segment 2 disappears
     left, masks = masks_of(planes, np.arange(count))
     assert left.tolist() == [i for i in range(count) if i != 1]
     assert not masks[:, 0, 1].any() and masks.sum() == count - 1

@@ -1,4 +1,4 @@
-"""Jobs done in worker processes while their maker goes on."""
+"""Jobs run in worker processes while the main process continues."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def work(folder: Path, job: int) -> tuple[int, int]:
-    """Later jobs are quicker than earlier ones; notes which are done."""
+    """Later jobs are faster than earlier ones. It records which are done."""
     if job == 13:
         raise ValueError("job 13 brings bad luck")
     time.sleep(0.02 * (job % 3 == 0))
@@ -40,7 +40,7 @@ def test_results_come_in_the_order_of_the_jobs(tmp_path, workers):
 
 
 def test_jobs_are_made_only_so_far_ahead(tmp_path, monkeypatch):
-    """The first fails once its worker has started, which takes longer than making any number of jobs."""
+    """The first job fails after its worker has started. Until then any number of jobs could be made."""
     monkeypatch.setattr(parallel, "AHEAD", 2**20)
     made = []
 
@@ -52,11 +52,11 @@ def test_jobs_are_made_only_so_far_ahead(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="job 13 brings bad luck"):
         list(map_in_workers(partial(work, tmp_path), jobs(), 1))
     assert 1 <= len(made) <= 8
-    assert len(list(tmp_path.iterdir())) < 8  # what was not begun was given up
+    assert len(list(tmp_path.iterdir())) < 8  # jobs that had not started were dropped
 
 
 class Large(int):
-    """A number that weighs something."""
+    """A number that takes memory."""
 
     def __new__(cls, value: int, weight: bytes):
         number = super().__new__(cls, value)
@@ -95,7 +95,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
 def test_workers_end_with_their_parent(tmp_path, kind):
-    """Killed outright; and by Ctrl-C, which a terminal sends to a whole group, and to which only the parent answers."""
+    """The parent is killed, or gets Ctrl-C. A terminal sends that to the whole group; only the parent handles it."""
     script = tmp_path / "endless.py"
     script.write_text(ENDLESS)
     process = subprocess.Popen(
@@ -110,7 +110,7 @@ def test_workers_end_with_their_parent(tmp_path, kind):
         os.killpg(process.pid, kind)
     else:
         process.kill()
-    _, errors = process.communicate(timeout=60)  # which also waits for the workers: they hold the pipes
+    _, errors = process.communicate(timeout=60)  # this also waits for the workers, which hold the pipes
     assert process.returncode == -kind
     assert not any(is_running(pid) for pid in workers)
     assert errors.count("Traceback") == (kind == signal.SIGINT), errors

@@ -1,4 +1,4 @@
-"""Where paths of DATASETS.CUSTOM lie, and file names that lead out of their folder."""
+"""Where paths of DATASETS.CUSTOM lie, and file names that leave their folder."""
 
 import json
 import os
@@ -77,8 +77,8 @@ def test_an_entry_may_be_a_mapping_in_yaml(root, tmp_path):
 @pytest.mark.parametrize(
     "entry, message",
     [
-        ({"name": "a", "images": "b", "panoptic": "c", "json": 5}, "'json' must be a text"),
-        ({"name": "a", "images": "b", "panoptic": "c", "json": "d", "outside": "yes"}, "outside must be allowed"),
+        ({"name": "a", "images": "b", "panoptic": "c", "json": 5}, "'json' must be a non-empty text"),
+        ({"name": "a", "images": "b", "panoptic": "c", "json": "d", "outside": "yes"}, "outside must be .allowed"),
         ('name=a,"images=b', "cannot be split"),
         (5, "a text or a mapping, got int"),
     ],

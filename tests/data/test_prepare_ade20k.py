@@ -1,4 +1,4 @@
-"""ADE20K: class maps from the official annotation, and what then reads them."""
+"""ADE20K: class maps from the official annotation, and the loaders that read them."""
 
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def test_class_maps_lie_where_the_registered_dataset_has_them(name, split):
 
 
 def test_a_perfect_prediction_of_the_generated_tree_scores_100(ade20k, root, cfg, forget):
-    """Loaded as detectron2 loads the registered sets, mapped for training and for evaluation, and judged."""
+    """The sets are loaded like detectron2's registered ones, mapped for training and evaluation, and evaluated."""
     for split in ("training", "validation"):
         ade20k.prepare(root, split)
     folders = root / "annotations_detectron2" / "training", root / "images" / "training"

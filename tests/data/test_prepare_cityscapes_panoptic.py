@@ -19,7 +19,7 @@ def cityscapes(script):
 
 
 def instance_ids() -> np.ndarray:
-    """Sky over road; two cars, a group of people without instances (crowd), and labels that are not evaluated."""
+    """Sky above road, two cars, a group of people without instances (crowd), and labels that are not evaluated."""
     ids = np.full((32, 64), SKY, dtype=np.uint16)
     ids[16:] = ROAD
     ids[14:20, 5:15], ids[14:20, 15:25] = CAR * 1000, CAR * 1000 + 1
@@ -56,8 +56,8 @@ def test_segments(cityscapes, raw, workers):
     source = instance_ids()
     ignored = np.isin(source, [EGO, TRAILER * 1000 + 2])
     np.testing.assert_array_equal(ids, np.where(ignored, 0, source))
-    told = {s["id"]: (s["category_id"], s["iscrowd"], s["area"]) for s in annotation["segments_info"]}
-    assert told == {
+    segments = {s["id"]: (s["category_id"], s["iscrowd"], s["area"]) for s in annotation["segments_info"]}
+    assert segments == {
         ROAD: (ROAD, 0, int((source == ROAD).sum())),
         SKY: (SKY, 0, int((source == SKY).sum())),
         PERSON: (PERSON, 1, 60),
@@ -90,7 +90,7 @@ def test_training_ids_of_cityscapesscripts_are_kept(cityscapes, raw):
 
 
 def test_detectron2_reads_the_result(cityscapes, raw, monkeypatch):
-    """Its loader cuts the path at the first dot, hence the relative paths."""
+    """The paths are relative, because its loader cuts them at the first dot."""
     cityscapes.prepare(raw, "train")
     monkeypatch.chdir(raw)
     meta = MetadataCatalog.get("cityscapes_fine_panoptic_train").as_dict()

@@ -14,7 +14,7 @@ def semantic(script):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_each_pixel_gets_its_contiguous_class(semantic, tree, workers):
-    """Crowds included, void 255."""
+    """Crowds have their class, and void is 255."""
     output = tree.base / "semseg"
     assert semantic.prepare(tree.json, tree.base / "panoptic", output, workers)
     for i, classes in ((1, {300: 0, 70000: 2, 9: 1, 0: 255}), (2, {300: 0, 70000: 0, 9: 1, 0: 255})):

@@ -1,4 +1,4 @@
-"""Nuclei: conversion of real and of invented raw images, the split, and refusal of a spoiled raw folder."""
+"""Nuclei: conversion of real and generated raw images, the split, and errors for a faulty raw folder."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ def _write_index(raw, rows):
 
 @pytest.fixture
 def raw(tmp_path):
-    """Four invented images; image d is covered by nuclei wholly."""
+    """Four generated images. Nuclei cover image d completely."""
     base, rows = tmp_path / "raw", []
     for folder in ("images", "instance_ids"):
         (base / folder).mkdir(parents=True)
@@ -44,7 +44,7 @@ def raw(tmp_path):
 
 
 def _annotations(output) -> dict[str, dict]:
-    """file name -> annotation, with the split it is in."""
+    """{file name: annotation with its split}."""
     found = {}
     for split in ("train", "val", "test"):
         content = json.loads((output / "annotations" / f"panoptic_{split}.json").read_text())
@@ -61,14 +61,14 @@ def test_conversion(nuclei, raw, tmp_path):
         source = np.asarray(Image.open(raw / "instance_ids" / name)).astype(int)
         ids = read_ids(tmp_path / "out" / f"panoptic_{annotation['split']}" / name)
         np.testing.assert_array_equal(np.where(ids == 1 << 16, 0, ids), source)
-        told = [(s["id"], s["category_id"]) for s in annotation["segments_info"]]
-        assert told == ([(1, 1), (2, 1), (3, 1)] if name == "d.png" else [(1, 1), (2, 1), (1 << 16, 2)])
+        segments = [(s["id"], s["category_id"]) for s in annotation["segments_info"]]
+        assert segments == ([(1, 1), (2, 1), (3, 1)] if name == "d.png" else [(1, 1), (2, 1), (1 << 16, 2)])
         copied = (tmp_path / "out" / annotation["split"] / name).read_bytes()
         assert copied == (raw / "images" / name).read_bytes()
 
 
 def test_real_images(nuclei, shared, tmp_path):
-    """Five real images: as many nuclei as the index says, every pixel in a segment, nothing for the checker to find."""
+    """Five real images have the nuclei of the index and a segment at every pixel. The checker finds nothing."""
     source, raw = shared / "data" / "nuclei", tmp_path / "raw"
     with (source / "index.csv").open(newline="") as file:
         rows = sorted(csv.DictReader(file), key=lambda r: int(r["width"]) * int(r["height"]))[::150]
@@ -87,7 +87,7 @@ def test_real_images(nuclei, shared, tmp_path):
 
 
 def test_the_split_of_all_664(nuclei, shared):
-    """530 / 67 / 67, disjoint, the same every time, every common size in proportion."""
+    """530 / 67 / 67 images, disjoint and always the same. Every common size has its share."""
     with (shared / "data" / "nuclei" / "index.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     splits = nuclei.split_rows(rows, seed=0)

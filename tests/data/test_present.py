@@ -1,4 +1,4 @@
-"""What is missing of a dataset is named, for every official name."""
+"""The message names what is missing of a dataset, for every official name."""
 
 import pytest
 

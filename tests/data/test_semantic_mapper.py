@@ -27,7 +27,7 @@ def semantic_cfg(cfg):
 
 @pytest.fixture
 def png_record(tree):
-    """An image with a class map, and nothing else known of it."""
+    """A record with only an image and a class map."""
     classes = np.full((40, 60), 255, dtype=np.uint8)
     classes[:10], classes[20:, 30:] = 2, 0
     Image.fromarray(classes).save(tree.base / "classes.png")
@@ -70,7 +70,7 @@ def test_void_is_the_models_whatever_the_padding_is(png_record, semantic_cfg):
 
 
 def test_map_and_image_move_together(png_record, semantic_cfg):
-    """The image is painted in the colours of its classes."""
+    """The image has the colours of its classes."""
     classes = read_classes(png_record["sem_seg_file_name"])
     Image.fromarray(np.repeat(classes[..., None] * 100, 3, axis=2).astype(np.uint8)).save(png_record["file_name"])
     semantic_cfg.INPUT.RANDOM_FLIP = "horizontal"
@@ -103,12 +103,12 @@ def spoil_mode(record):
     "spoil, message",
     [
         (spoil_size, "the semantic PNG is 59x40 pixels but its image .* is 60x40"),
-        (spoil_class, "class 7 is none of MODEL.SEM_SEG_HEAD.NUM_CLASSES 3, nor the void value 255"),
+        (spoil_class, "class 7 is neither below MODEL.SEM_SEG_HEAD.NUM_CLASSES 3 nor the void value 255"),
         (spoil_mode, "must hold one channel of 8 bits, the class, got mode RGB"),
         (lambda r: r.update(sem_seg_file_name="/none.png"), "/none.png: semantic PNG not found"),
     ],
 )
-def test_spoiled_maps_are_told(png_record, semantic_cfg, spoil, message):
+def test_spoiled_maps_are_reported(png_record, semantic_cfg, spoil, message):
     spoil(png_record)
     with pytest.raises(DataError, match=message):
         build_train_mapper(semantic_cfg)(png_record)

@@ -1,4 +1,4 @@
-"""Which images are wide: by their records, or by their files, of which only the header is read."""
+"""Which images are wide: from their records, or from the headers of their files."""
 
 import os
 
@@ -16,7 +16,7 @@ from eco_m2f.data.sizes import are_wide
 def test_a_header_tells_the_size_of_the_picture_as_it_is_shown(tmp_path):
     picture = Image.new("RGB", (60, 40))
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # turn by 90 degrees
     for name, options in {"a.png": {}, "b.jpg": {}, "c.jpg": {"exif": exif}, "d.png": {"exif": exif}}.items():
         picture.save(tmp_path / name, **options)
         assert header_size(tmp_path / name) == ((60, 40) if options else (40, 60)), name
@@ -63,7 +63,7 @@ def test_batches_are_grouped_by_records_or_by_headers(tree, forget, cfg, known):
 
 
 def test_records_that_another_loader_made_without_sizes_are_grouped_too(tree, forget, cfg):
-    """As detectron2's loaders of panoptic sets leave them."""
+    """detectron2's loaders of panoptic sets make such records."""
     kept = ("file_name", "image_id", "pan_seg_file_name", "segments_info")
     register_from_config([f"name=sized,{tree.spec}"])
     records = [{key: record[key] for key in kept} for record in DatasetCatalog.get("sized")]

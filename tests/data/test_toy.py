@@ -1,4 +1,4 @@
-"""The toy set: deterministic, complete, consistent, and graded."""
+"""The toy set is deterministic, complete, consistent, and graded by difficulty."""
 
 import hashlib
 import json
@@ -61,7 +61,7 @@ def test_a_stuff_class_is_one_segment():
 
 
 def test_difficulty_grades_the_scenes():
-    """Over 25 images: more and smaller objects, lower contrast against what is around, crowds only here and there."""
+    """Over 25 images, harder ones have more and smaller objects and less contrast. Crowds are rare."""
     easy, hard = ([draw_scene(96, 0, "train", i, difficulty=d) for i in range(25)] for d in (0.0, 1.0))
     things = {c["id"] for c in CATEGORIES if c["isthing"]}
 
@@ -69,7 +69,7 @@ def test_difficulty_grades_the_scenes():
         return [s for s in scene.segments if s["category_id"] in things and not s["iscrowd"]]
 
     def contrast(scene):
-        """Colour distance between each object and its background, mean over the objects."""
+        """Mean colour distance between the objects and their backgrounds."""
         on_stuff = np.isin(scene.ids, [s["id"] for s in scene.segments if s["category_id"] not in things])
         base = scene.image[on_stuff].mean(0)
         return np.mean([np.linalg.norm(scene.image[scene.ids == s["id"]].mean(0) - base) for s in objects(scene)])
@@ -87,11 +87,11 @@ def test_difficulty_grades_the_scenes():
 
 
 def test_every_class_occurs_and_color_tells_it_in_easy_scenes_only():
-    """How often the nearest of the classes' mean colours is the right one, of objects against their background."""
+    """It counts how often the nearest mean colour of a class is the right one, for objects minus background."""
     names = {c["id"]: c["name"] for c in CATEGORIES}
     seen = set()
 
-    def told_by_color(difficulty: float) -> float:
+    def named_by_color(difficulty: float) -> float:
         label, offset = [], []
         for i in range(60):
             scene = draw_scene(64, 0, "train", i, difficulty)
@@ -107,8 +107,8 @@ def test_every_class_occurs_and_color_tells_it_in_easy_scenes_only():
         nearest = np.linalg.norm(offset[:, None] - means, axis=2).argmin(1)
         return float(np.mean(np.array(THINGS)[nearest] == label))
 
-    assert told_by_color(0.0) > 0.9
-    assert told_by_color(1.0) < 0.75
+    assert named_by_color(0.0) > 0.9
+    assert named_by_color(1.0) < 0.75
     assert seen == {*THINGS, *STUFF}
 
 

@@ -1,4 +1,4 @@
-"""The derived dataset: written in any way it reads the same, and its sums are exact."""
+"""The derived dataset reads the same however it was written, and its sums are exact."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def test_what_is_written_is_read(dataset):
 
 
 def test_another_quality_than_pq_is_named_and_pq_leaves_no_trace(dataset, tmp_path):
-    """So that derived datasets of PQ are, byte for byte, what they were before there was another."""
+    """So derived datasets of PQ are byte for byte the same as before other qualities existed."""
     assert dataset.quality_name == "PQ"
     write(tmp_path / "ap", measure="AP")
     assert DerivedDataset.load(tmp_path / "ap").quality_name == "AP"
@@ -52,7 +52,7 @@ def test_another_quality_than_pq_is_named_and_pq_leaves_no_trace(dataset, tmp_pa
 
 
 def pq_from_dense_sums(choice):
-    """PQ by its definition, from dense per-category sums in plain Python."""
+    """PQ by definition, from dense per-category sums in plain Python."""
     sums = {c["id"]: [0.0, 0, 0, 0] for c in CATEGORIES}
     for row, k in zip(ROWS, choice):
         for j in np.flatnonzero(row["stat_exit"] == k):
@@ -198,7 +198,7 @@ def test_another_provenance_is_refused_by_name(tmp_path):
     write(tmp_path, shards=[0])
     with pytest.raises(DerivedDatasetError, match="checkpoint: 'model_final.pth' there, 'b.pth' now; dataset: "):
         write(tmp_path, checkpoint="b.pth", dataset="toy_val")
-    with pytest.raises(DerivedDatasetError, match="Different are shard_size: 5 there, 6 now"):
+    with pytest.raises(DerivedDatasetError, match="These keys differ: shard_size: 5 there, 6 now"):
         write(tmp_path, shard_size=6)
     assert json.loads((tmp_path / MANIFEST).read_text())["checkpoint"] == "model_final.pth"
 
@@ -208,7 +208,7 @@ def test_incomplete_provenance_is_refused(tmp_path):
     del provenance["categories"]
     with pytest.raises(ValueError, match=r"lacks \['categories'\] and has unknown keys \['extra'\]"):
         ShardWriter(tmp_path, provenance, NUM_IMAGES)
-    with pytest.raises(ValueError, match="says 23 images, num_images is 24"):
+    with pytest.raises(ValueError, match="says 23 images, but num_images is 24"):
         ShardWriter(tmp_path, make_provenance(), 24)
     with pytest.raises(ValueError, match="increasing order"):
         ShardWriter(tmp_path, make_provenance(exits=[6, 2]), NUM_IMAGES)
@@ -216,12 +216,12 @@ def test_incomplete_provenance_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "overwritten", "foreign", "empty"])
-def test_a_damaged_shard_is_noticed_and_written_anew(tmp_path, caplog, damage):
+def test_a_damaged_shard_is_noticed_and_written_again(tmp_path, caplog, damage):
     write(tmp_path)
     path = tmp_path / "shard-00002.parquet"
     good = path.read_bytes()
     flipped = bytearray(good)
-    flipped[200] ^= 0xFF  # within a data page: only its checksum can tell
+    flipped[200] ^= 0xFF  # in a data page: only its checksum shows it
     write(tmp_path / "other", checkpoint="other.pth")
     foreign = (tmp_path / "other" / path.name).read_bytes()
     bad = {"truncated": good[:-100], "overwritten": bytes(flipped), "foreign": foreign, "empty": b""}
@@ -229,7 +229,7 @@ def test_a_damaged_shard_is_noticed_and_written_anew(tmp_path, caplog, damage):
     with pytest.raises(DerivedDatasetError, match="shard-00002.parquet cannot be used"):
         DerivedDataset.load(tmp_path)
     writer = ShardWriter(tmp_path, make_provenance(), NUM_IMAGES, 5)
-    assert writer.missing() == [2] and "shard-00002.parquet is written anew" in caplog.text
+    assert writer.missing() == [2] and "shard-00002.parquet is written again" in caplog.text
     writer.write(2, [ROWS[i] for i in writer.indices(2)])
     assert path.read_bytes() == good and writer.missing() == []
 
@@ -258,7 +258,7 @@ def test_leftovers_of_a_killed_process_are_removed_from_own_shards_alone(tmp_pat
 
 def test_rows_that_do_not_fit_are_refused(tmp_path):
     writer = write(tmp_path, shards=[])
-    with pytest.raises(ValueError, match="shard 4 has 3 images, 5 rows"):
+    with pytest.raises(ValueError, match="shard 4 has 3 images, but 5 rows"):
         writer.write(4, ROWS[:5])
     with pytest.raises(ValueError, match="no shard 5"):
         writer.indices(5)
@@ -266,9 +266,9 @@ def test_rows_that_do_not_fit_are_refused(tmp_path):
     def broken(**changes):
         writer.write(4, [ROWS[20], ROWS[21], {**ROWS[22], **changes}])
 
-    with pytest.raises(ValueError, match=r"row 2 \(image '122'\): quality is nan, which must be a number from 0 to 1"):
+    with pytest.raises(ValueError, match=r"row 2 \(image '122'\): quality is nan, but must be a number from 0 to 1"):
         broken(quality=[0.5, math.nan, 0.5])
-    with pytest.raises(ValueError, match=r"\(image '122'\): quality has 2 values, which must be 3"):
+    with pytest.raises(ValueError, match=r"\(image '122'\): quality has 2 values, but must be 3"):
         broken(quality=[0.5, 0.5])
     with pytest.raises(ValueError, match="build it with make_row"):
         broken(beta=0.1)
@@ -284,7 +284,7 @@ def test_an_image_twice_is_refused(tmp_path):
         DerivedDataset.load(tmp_path)
 
 
-def test_no_dataset_and_another_format_are_told_apart(tmp_path):
+def test_no_dataset_and_another_format_are_distinguished(tmp_path):
     with pytest.raises(FileNotFoundError, match="no manifest.json in"):
         DerivedDataset.load(tmp_path)
     (tmp_path / MANIFEST).write_text('{"format": "other.v9"}')

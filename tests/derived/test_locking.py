@@ -44,14 +44,14 @@ def test_what_a_run_has_forked_does_not_hold_its_lock(tmp_path):
         os.waitpid(child, 0)
 
 
-def test_a_lock_file_that_is_removed_meanwhile_is_made_anew(tmp_path, monkeypatch):
-    """Else two runs could hold locks on two files of one name."""
+def test_a_lock_file_that_is_removed_meanwhile_is_made_again(tmp_path, monkeypatch):
+    """Otherwise two runs could lock two files of the same name."""
     original, calls = locking.fcntl.lockf, []
 
     def lockf(file, operation):
         original(file, operation)
         if not calls:
-            (tmp_path / LOCK).unlink()  # by the run before, which ends just now
+            (tmp_path / LOCK).unlink()  # by the previous run, which ends now
         calls.append(operation)
 
     monkeypatch.setattr(locking.fcntl, "lockf", lockf)

@@ -1,4 +1,4 @@
-"""What a derived dataset can never hold is refused by file, row and value, whoever wrote it; damage always shows."""
+"""Impossible values in a derived dataset are refused with file, row and value. Damage is always found."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def folder(tmp_path) -> Path:
 
 
 def as_first_format(folder: Path, change=lambda columns: None, schema: pa.Schema = SCHEMA) -> None:
-    """Rewrites a derived dataset as it was before there were digests; change: what becomes of the columns of SHARD."""
+    """Rewrites a derived dataset in the format without digests. change: applied to the columns of SHARD."""
     manifest = {**read_manifest(folder), "format": FORMATS[1]}
     (folder / MANIFEST).write_text(json.dumps(manifest))
     for path in sorted(folder.glob("*.parquet")):
@@ -45,7 +45,7 @@ def as_first_format(folder: Path, change=lambda columns: None, schema: pa.Schema
 
 
 def setting(name: str, row: int, value):
-    """A change of one row's value; of a list, of its entry 1."""
+    """A change of one row's value; in a list, of entry 1."""
 
     def change(columns: dict) -> None:
         if isinstance(columns[name][row], list) and not isinstance(value, list):
@@ -57,7 +57,7 @@ def setting(name: str, row: int, value):
 
 
 def with_entry(row: int, **entry):
-    """A change that gives a row one entry of statistics alone."""
+    """A change that gives a row only one entry of statistics."""
 
     def change(columns: dict) -> None:
         for name, value in {"exit": 2, "category": 1, "iou": 0.9, "tp": 1, "fp": 0, "fn": 0, **entry}.items():
@@ -67,29 +67,29 @@ def with_entry(row: int, **entry):
 
 
 def ragged(columns: dict) -> None:
-    """As many values as there should be, but one more in a row and one fewer in the next."""
+    """The number of values is right, but a row has one more and the next one fewer."""
     columns["quality"][1].append(columns["quality"][2].pop(0))
 
 
 WRONG = {
-    "row 1 .image '111'.: quality is nan, which must be a number from 0 to 1": setting("quality", 1, math.nan),
+    "row 1 .image '111'.: quality is nan, but must be a number from 0 to 1": setting("quality", 1, math.nan),
     "row 0 .image '110'.: quality is 1.5": setting("quality", 0, 1.5),
     "row 4 .image '114'.: quality is -0.1": setting("quality", 4, -0.1),
-    "row 1 .image '111'.: quality has 4 values, which must be 3": ragged,
+    "row 1 .image '111'.: quality has 4 values, but must be 3": ragged,
     "row 2 .image '112'.: feature is inf": setting("feature", 2, math.inf),
-    "row 3 .image '113'.: feature has 3 values, which must be 4": setting("feature", 3, [0.0] * 3),
-    "row 3 .image '113'.: total_gflops is -1.0, which must be a finite": setting("total_gflops", 3, -1.0),
+    "row 3 .image '113'.: feature has 3 values, but must be 4": setting("feature", 3, [0.0] * 3),
+    "row 3 .image '113'.: total_gflops is -1.0, but must be a finite": setting("total_gflops", 3, -1.0),
     "row 3 .image '113'.: encoder_gflops is inf": setting("encoder_gflops", 3, math.inf),
-    "row 2 .image '112'.: height is 0, which must be positive": setting("height", 2, 0),
+    "row 2 .image '112'.: height is 0, but must be positive": setting("height", 2, 0),
     "row 2 .image '112'.: width is -5": setting("width", 2, -5),
-    "row 1 .image '111'.: stat_exit is 4, which must be one of the exits .2, 3, 6": with_entry(1, exit=4),
+    "row 1 .image '111'.: stat_exit is 4, but must be one of the exits .2, 3, 6": with_entry(1, exit=4),
     "row 1 .image '111'.: stat_category is 99": with_entry(1, category=99),
-    "row 1 .image '111'.: stat_tp is -1, which must be 0 or more": with_entry(1, tp=-1, iou=0.0),
+    "row 1 .image '111'.: stat_tp is -1, but must be 0 or more": with_entry(1, tp=-1, iou=0.0),
     "row 1 .image '111'.: stat_fp is -2": with_entry(1, fp=-2),
     "row 1 .image '111'.: stat_fn is -3": with_entry(1, fn=-3),
-    "row 1 .image '111'.: stat_iou is 1.2, which must be at most": with_entry(1, iou=1.2),
+    "row 1 .image '111'.: stat_iou is 1.2, but must be at most": with_entry(1, iou=1.2),
     "row 1 .image '111'.: stat_iou is nan": with_entry(1, iou=math.nan),
-    "row 1 .image '111'.: stat_tp has 2 values, which must be 1": with_entry(1, tp=[1, 1]),
+    "row 1 .image '111'.: stat_tp has 2 values, but must be 1": with_entry(1, tp=[1, 1]),
     "row 1 .image '111'.: the statistics hold exit 2, category 1 twice": with_entry(
         1, exit=[2, 2], category=[1, 1], iou=[0.9, 0.9], tp=[1, 1], fp=[0, 0], fn=[0, 0]
     ),
@@ -99,7 +99,7 @@ WRONG = {
 @pytest.mark.parametrize("message", WRONG)
 def test_what_no_image_can_have_is_refused_by_shard_row_and_value(folder, message):
     as_first_format(folder, WRONG[message])
-    with pytest.raises(DerivedDatasetError, match=f"{SHARD} cannot be used, {message}.*derive the dataset anew"):
+    with pytest.raises(DerivedDatasetError, match=f"{SHARD} cannot be used, {message}.*derive the dataset again"):
         DerivedDataset.load(folder)
 
 
@@ -131,7 +131,7 @@ def test_statistics_of_categories_without_a_kind_are_refused(folder):
 
 
 def test_another_quality_needs_no_kinds(tmp_path):
-    """mIoU is of classes, which class maps alone have."""
+    """mIoU needs only classes. Class maps have no more."""
     plain = [{k: c[k] for k in ("id", "name")} for c in CATEGORIES]
     write(tmp_path, measure="mIoU", categories=plain)
     data = DerivedDataset.load(tmp_path)
@@ -154,7 +154,7 @@ def test_the_largest_category_id_costs_no_memory(folder):
 
 
 def _with_manifest(folder: Path, manifest: dict) -> None:
-    """Writes a manifest of the first format, and into the shards too."""
+    """Writes a manifest of the first format, also into the shards."""
     (folder / MANIFEST).write_text(json.dumps(manifest))
     for path in folder.glob("*.parquet"):
         table = pq.read_table(path)
@@ -177,7 +177,7 @@ def test_features_of_one_width_in_a_shard_and_another_in_the_next(folder):
         columns["feature"] = [[0.0] * 7 for _ in columns["feature"]]
 
     as_first_format(folder, widen)
-    with pytest.raises(DerivedDatasetError, match=f"{SHARD} .*row 0 .*: feature has 7 values, which must be 4"):
+    with pytest.raises(DerivedDatasetError, match=f"{SHARD} .*row 0 .*: feature has 7 values, but must be 4"):
         DerivedDataset.load(folder)
     assert DerivedDataset.load(folder, with_features=False).features is None
 
@@ -204,7 +204,7 @@ def test_values_that_are_missing_are_refused(folder):
 
 @pytest.mark.parametrize("version", FORMATS)
 def test_every_wrong_value_of_the_manifest_is_refused_by_name(folder, version):
-    """Those of the older format, which has no digest, are found by their types, or by the shards, which repeat them."""
+    """The older format has no digest. Its wrong values are found by their types, or because the shards repeat them."""
     manifest = json.loads((folder / MANIFEST).read_text())
     if version != manifest["format"]:
         as_first_format(folder)
@@ -238,7 +238,7 @@ def test_a_manifest_of_very_many_images_is_refused_at_once(folder):
     "changes", [{"parent_sha256": "x"}, {"feature_source": "res4"}, {"dataset": 3}, {"categories": [{"id": "1"}]}]
 )
 def test_a_provenance_that_cannot_be_is_not_written(tmp_path, changes):
-    with pytest.raises(DerivedDatasetError, match=f"{next(iter(changes))} is .*, which must be"):
+    with pytest.raises(DerivedDatasetError, match=f"{next(iter(changes))} is .*, but must be"):
         ShardWriter(tmp_path, make_provenance(**changes), len(ROWS))
     assert not list(tmp_path.iterdir())
 
@@ -276,11 +276,11 @@ def test_images_that_have_changed_since_a_shard_was_written_are_refused(tmp_path
     for shard in (0, 2):
         first.write(shard, [ROWS[i] for i in first.indices(shard)])
     assert writer().missing() == [1, 3, 4]
-    content[6] = "another"  # of shard 1, which is still to be written
+    content[6] = "another"  # of shard 1, which is not yet written
     assert writer().missing() == [1, 3, 4] and writer(contents=0).missing() == [1, 3, 4]
     content[11] = "another"
     with pytest.raises(DerivedDatasetError, match=f"the images of .*{SHARD} have changed .*sizes.*restore them"):
         writer(contents=0, sizes=0).missing()
-    assert writer(contents=0).missing() == [1, 3, 4]  # not known of the shards that are there
+    assert writer(contents=0).missing() == [1, 3, 4]  # the existing shards do not have this digest
     (tmp_path / SHARD).unlink()
     assert writer().missing() == [1, 2, 3, 4]

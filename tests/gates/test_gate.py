@@ -205,7 +205,7 @@ def test_an_archive_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
     path = tmp_path / "gate.pth"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data/0", bytes(2**20))
-    with pytest.raises(ValueError, match="gate.pth is no whole gate file .its records say to be far larger"):
+    with pytest.raises(ValueError, match="gate.pth is no whole gate file .its records claim to be far larger"):
         Gate.load(path)
 
 

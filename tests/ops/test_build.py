@@ -39,12 +39,12 @@ def test_cuda_fails_where_it_cannot_be_built():
     done = decide("cuda", CUDA_HOME=NO_TOOLKIT)
     why = f"no bin/nvcc of a CUDA toolkit (CUDA_HOME is {NO_TOOLKIT})" if torch.version.cuda else "has no CUDA"
     assert done.returncode == 1 and why in done.stderr
-    assert "ECO_M2F_BUILD=cuda cannot be done" in done.stderr and "ECO_M2F_BUILD=cpu" in done.stderr
+    assert "ECO_M2F_BUILD=cuda is impossible" in done.stderr and "ECO_M2F_BUILD=cpu" in done.stderr
 
 
 def test_unknown_modes_are_refused():
     done = decide("gpu")
-    assert done.returncode == 1 and "ECO_M2F_BUILD is 'gpu', expected auto, cpu, cuda or none" in done.stderr
+    assert done.returncode == 1 and "ECO_M2F_BUILD is 'gpu': set it to auto, cpu, cuda or none" in done.stderr
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch without CUDA")

@@ -148,7 +148,7 @@ def test_truncated_checkpoint(tools, tmp_path, flags):
 
 def test_checkpoint_of_another_architecture(tools):
     message = tools.message(tools.evaluate("MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", 20))
-    assert_names(message, "model.pth does not fit", "12 vs 20 queries", "Use the config it was trained with")
+    assert_names(message, "model.pth does not fit", "12 vs 20 queries", "Use the config that it was trained with")
 
 
 def test_resuming_from_a_broken_checkpoint(tools):
@@ -156,7 +156,7 @@ def test_resuming_from_a_broken_checkpoint(tools):
     (tools.output / "last_checkpoint").write_text("model_0000001.pth")
     (tools.output / "model_0000001.pth").write_bytes(b"PK\x03\x04 cut off")
     message = tools.message(tools.train(flags=["--resume"]))
-    assert_names(message, "model_0000001.pth", "truncated", "start anew")
+    assert_names(message, "model_0000001.pth", "truncated", "start again")
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_step_c_after_a_killed_step_b(tools, derived, tmp_path):
     shutil.copytree(derived, tmp_path / "killed")
     next((tmp_path / "killed").glob("*1.parquet")).unlink()
     message = tools.message(tools.fit("--train", tmp_path / "killed", "--beta", 0.1, "--output", tmp_path / "g.pth"))
-    assert_names(message, tmp_path / "killed", "1 of 2 shards", "derive_dataset.py goes on")
+    assert_names(message, tmp_path / "killed", "1 of 2 shards", "run derive_dataset.py again to continue it")
 
 
 def test_damaged_shard(tools, derived, tmp_path):
@@ -91,7 +91,7 @@ def test_damaged_shard(tools, derived, tmp_path):
     shard = next((tmp_path / "damaged").glob("*1.parquet"))
     shard.write_bytes(shard.read_bytes()[:-9])
     message = tools.message(tools.fit("--train", tmp_path / "damaged", "--beta", 0.1, "--output", tmp_path / "g.pth"))
-    assert_names(message, shard, "derive_dataset.py writes it anew")
+    assert_names(message, shard, "run derive_dataset.py again to rewrite it")
 
 
 def test_oracle_of_another_split(tools, derived):

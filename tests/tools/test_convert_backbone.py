@@ -164,10 +164,10 @@ def test_the_command_says_what_it_wrote(tmp_path, swin, capsys):
 
 def test_other_files_are_refused(tmp_path):
     contents = {
-        "r18": (resnet18().state_dict(), r"r18.pth holds no backbone that is known .*: it holds bn1.bias, "),
+        "r18": (resnet18().state_dict(), r"r18.pth holds no known backbone .*: it holds bn1.bias, "),
         "dino_vit": (
             {"teacher": {"backbone.pos_embed": torch.zeros(2)}, "student": {}},
-            r"dino_vit.pth holds no backbone that is known .*: it holds backbone.pos_embed, ",
+            r"dino_vit.pth holds no known backbone .*: it holds backbone.pos_embed, ",
         ),
         "list": ({"model": [1]}, 'holds no weights under "model", but a list'),
     }

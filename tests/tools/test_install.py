@@ -190,7 +190,7 @@ def test_one_that_imports_is_kept(d2, monkeypatch, capsys):
     monkeypatch.setattr(d2, "imports", lambda statement: True)
     d2.main()
     assert d2.calls == []
-    assert "keeping the one that already imports" in capsys.readouterr().out
+    assert "keeping the installed one" in capsys.readouterr().out
 
 
 def test_upstream_is_built_where_it_can_be_reached(d2, monkeypatch):

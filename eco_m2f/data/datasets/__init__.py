@@ -1,4 +1,4 @@
-"""Dataset registration: COCO-panoptic-like folders without code, and the names this project adds to detectron2's."""
+"""Registers datasets: the user's own folders, and the names that this project adds to detectron2's."""
 
 from .builtin import register_all
 from .coco_boxes import load_coco_boxes, register_coco_boxes

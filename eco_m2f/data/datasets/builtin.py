@@ -2,7 +2,8 @@
 
 detectron2 already registers coco_2017_{train,val}, coco_2017_{train,val}_panoptic and
 cityscapes_fine_panoptic_{train,val}.
-All paths lie under $DETECTRON2_DATASETS (./datasets if unset), read when this package is imported, as detectron2 does.
+All paths lie under $DETECTRON2_DATASETS (./datasets if unset). It is read when this package is imported, as in
+detectron2.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ NUCLEI_CATEGORIES = [
 
 
 def register_all(root: Path | None = None) -> None:
-    """Registers every name below `root`. No file need exist yet."""
+    """Registers every name, with its files below `root`. They may be missing."""
     root = root or datasets_root()
     for split in ("train", "val"):
         _register_split("toy", split, root, TOY_CATEGORIES)
@@ -35,9 +36,9 @@ def register_all(root: Path | None = None) -> None:
 
 
 def read_official_names() -> None:
-    """Lets this project's reader load the names that detectron2 registers, whose metadata stay as they are.
+    """Makes this project's reader load the names that detectron2 registers. Their metadata stay the same.
 
-    Its own readers take a JSON as it is. The records are the same, and have the sizes that the JSON knows besides.
+    detectron2's readers do not check the JSON. The records are the same, with the sizes from the JSON added.
     """
     for split in ("train", "val"):
         for name in (f"coco_2017_{split}_panoptic", f"cityscapes_fine_panoptic_{split}"):
@@ -63,14 +64,14 @@ def _register_split(dataset: str, split: str, root: Path, categories: list[dict]
 
 
 def _register_toy_boxes(split: str, base: Path) -> None:
-    """The things of the toy set as boxes."""
+    """The toy set's things as boxes."""
     things = [c for c in TOY_CATEGORIES if c["isthing"]]
     json_file = base / "annotations" / f"detection_{split}.json"
     register_coco_boxes(f"toy_detection_{split}", base / split, json_file, categories=things)
 
 
 def _register_coco_with_sem_seg(split: str, base: Path) -> None:
-    """COCO with class-map PNGs beside the panoptic ones (datasets/prepare_coco_semantic.py makes them), for mIoU."""
+    """COCO panoptic with class-map PNGs, for mIoU. datasets/prepare_coco_semantic.py makes them."""
     register_coco_panoptic_like(
         f"coco_2017_{split}_panoptic_with_sem_seg",
         base / f"{split}2017",
@@ -84,7 +85,7 @@ def _register_coco_with_sem_seg(split: str, base: Path) -> None:
 
 
 def _coco_categories() -> list[dict]:
-    """COCO's 133 categories in contiguous order, from detectron2's own table."""
+    """COCO's 133 categories in contiguous order, from detectron2's table."""
     meta = MetadataCatalog.get("coco_2017_val_panoptic")
     things = {i: c for c, i in meta.thing_dataset_id_to_contiguous_id.items()}
     ids = things | {i: c for c, i in meta.stuff_dataset_id_to_contiguous_id.items()}

@@ -1,7 +1,7 @@
-"""Any dataset in COCO's detection format, registered without writing code.
+"""Registers any dataset in COCO's detection format.
 
-The format: a folder of images, and one JSON with images, annotations (image_id, category_id, bbox x y w h in pixels,
-area, iscrowd) and categories (id, name, color). See https://cocodataset.org/#format-data.
+The format is a folder of images and one JSON with images, annotations and categories (id, name, color). Annotations
+have image_id, category_id, bbox (x y w h, pixels), area and iscrowd. See https://cocodataset.org/#format-data.
 """
 
 from collections.abc import Mapping
@@ -27,11 +27,12 @@ def register_coco_boxes(
     categories: list[dict] | None = None,
     outside: bool = False,
 ) -> None:
-    """Registers a dataset and its metadata with detectron2's catalogs; registering the same again does nothing.
+    """Registers a dataset and its metadata with detectron2's catalogs. Registering the same again does nothing.
 
-    categories: those of the JSON, read from it if None (then it must exist now); outside: whether file names may leave
-    `image_root`. Contiguous class ids 0..C-1 follow the categories' ids, as detectron2 has them.
-    Raises DataError if the JSON is missing or malformed, ValueError if the name is taken by other data.
+    categories: those of the JSON. None reads them from it, so it must exist now.
+    outside: whether file names may leave `image_root`.
+    Contiguous class ids 0..C-1 follow the categories' ids, as in detectron2.
+    Raises DataError if the JSON is missing or malformed, ValueError if the name is registered with other data.
     """
     if categories is None:
         categories = [c.as_dict() for c in read_categories(json_file, DETECTION)]
@@ -55,8 +56,8 @@ def register_coco_boxes(
 def load_coco_boxes(meta: Mapping) -> list[dict]:
     """Reads the JSON of a dataset with these metadata into detectron2's dataset dicts, in the order of the images' ids.
 
-    Each has file_name, image_id, annotations (contiguous category_id, bbox, bbox_mode, area, iscrowd) and, where the
-    JSON has both, height and width (pixels). Raises DataError if the JSON is missing, wrong or without images.
+    Each has file_name, image_id and annotations (contiguous category_id, bbox, bbox_mode, area, iscrowd). Height and
+    width (pixels) are there if the JSON has both. Raises DataError if the JSON is missing, wrong or without images.
     """
     metadata = SimpleNamespace(**meta)
     content = read_registered(metadata)

@@ -1,7 +1,7 @@
-"""Any dataset in COCO panoptic format, registered without writing code.
+"""Registers any dataset in COCO panoptic format.
 
-The format: a folder of images, a folder of panoptic PNGs, and one JSON with images, annotations (file_name and
-segments_info) and categories (id, name, isthing, color). See https://cocodataset.org/#format-data.
+The format is a folder of images, a folder of panoptic PNGs, and one JSON. The JSON has images, annotations (file_name
+and segments_info) and categories (id, name, isthing, color). See https://cocodataset.org/#format-data.
 """
 
 import colorsys
@@ -31,14 +31,17 @@ def register_coco_panoptic_like(
     evaluator_type: str = EVALUATOR_TYPE,
     outside: bool = False,
 ) -> None:
-    """Registers a dataset and its metadata with detectron2's catalogs; registering the same again does nothing.
+    """Registers a dataset and its metadata with detectron2's catalogs. Registering the same again does nothing.
 
-    Args: categories: those of the JSON, read from it if None (then the JSON must exist now); sem_seg_root: a folder
-    of class-map PNGs named as the panoptic ones, for evaluators that want them; instances_json: COCO instance
-    annotations for AP, where the dataset has them; outside: whether file names may leave `image_root` and
-    `panoptic_root`, by `..` or as absolute paths.
     Contiguous class ids 0..C-1 follow the order of the categories, things and stuff alike.
-    Raises DataError if the JSON is missing or malformed, ValueError if the name is taken by other data.
+
+    Args:
+        categories: those of the JSON. None reads them from it, so it must exist now.
+        sem_seg_root: a folder of class-map PNGs with the names of the panoptic ones, for evaluators that read them.
+        instances_json: COCO instance annotations for AP, if the dataset has them.
+        outside: whether file names may leave `image_root` and `panoptic_root`, by `..` or as absolute paths.
+
+    Raises DataError if the JSON is missing or malformed, ValueError if the name is registered with other data.
     """
     if categories is None:
         categories = [c.as_dict() for c in read_categories(panoptic_json, PANOPTIC)]
@@ -62,7 +65,7 @@ def register_coco_panoptic_like(
 
 
 def category_metadata(categories: list[dict]) -> dict:
-    """Names, colours and the two id tables detectron2's panoptic evaluator reads, from a JSON's `categories`."""
+    """Names, colours and the two id tables of detectron2's panoptic evaluator, from a JSON's `categories`."""
     names = [c["name"] for c in categories]
     colors = category_colors(categories)
     tables = {True: {}, False: {}}
@@ -80,16 +83,16 @@ def category_metadata(categories: list[dict]) -> dict:
 
 
 def category_colors(categories: list[dict]) -> list[tuple[int, ...]]:
-    """RGB of each category, 0 to 255; made up where none is declared."""
+    """RGB of each category, 0 to 255. Categories without a colour get one."""
     return [tuple(c.get("color") or _color(i, len(categories))) for i, c in enumerate(categories)]
 
 
 def load_coco_panoptic_like(meta: Mapping) -> list[dict]:
     """Reads the JSON of a dataset with these metadata into detectron2's dataset dicts.
 
-    Each has file_name, image_id, pan_seg_file_name, segments_info (contiguous category_id, isthing, id, iscrowd),
-    height and width (pixels) where the JSON has both and, where the dataset has class maps, sem_seg_file_name.
-    Raises DataError where the JSON is wrong, or annotates no image.
+    Each has file_name, image_id, pan_seg_file_name and segments_info (contiguous category_id, isthing, id, iscrowd).
+    Height and width (pixels) are there if the JSON has both, and sem_seg_file_name if the dataset has class maps.
+    Raises DataError if the JSON is wrong or annotates no image.
     """
     metadata = SimpleNamespace(**meta)
     content = read_registered(metadata)
@@ -134,10 +137,10 @@ def raise_unless_same(name: str, meta: dict) -> None:
     if different:
         raise ValueError(
             f"dataset {name!r} is already registered with other {different}: choose another name "
-            f"({different[0]}: {known.get(different[0])!r} there, {meta[different[0]]!r} here)"
+            f"({different[0]}: registered {known.get(different[0])!r}, now {meta[different[0]]!r})"
         )
 
 
 def _color(i: int, count: int) -> list[int]:
-    """A colour for a category that declares none: hues spread evenly."""
+    """A colour for a category without one: hues are spread evenly."""
     return [round(255 * c) for c in colorsys.hsv_to_rgb(i / count, 0.65, 0.9)]

@@ -1,7 +1,7 @@
 """DATASETS.CUSTOM: own datasets from YAML or the command line, e.g. "name=cells,images=a,panoptic=b,json=c.json".
 
-A dataset in COCO's detection format, for DETR, is "name=cells,images=a,boxes=b.json". In YAML an entry may be a mapping
-instead: {name: cells, images: a, panoptic: b, json: c.json}. Paths follow the rule of `paths.resolve`.
+A dataset in COCO's detection format, for DETR, is "name=cells,images=a,boxes=b.json". In YAML an entry may also be a
+mapping: {name: cells, images: a, panoptic: b, json: c.json}. `paths.resolve` resolves the paths.
 """
 
 import csv
@@ -21,17 +21,17 @@ from .paths import check_there, resolve
 logger = logging.getLogger(__name__)
 REQUIRED = ("name", "images", "panoptic", "json")
 OPTIONAL = ("instances", "sem_seg", "outside")
-BOXES = ("name", "images", "boxes")  # what a dataset of boxes needs
+BOXES = ("name", "images", "boxes")  # required for a dataset of boxes
 
 
 def parse_custom(spec: str | Mapping[str, str]) -> dict[str, str]:
     """The fields of one entry, a mapping or "key=value,key=value".
 
-    In the string form a part that holds a comma stands in double quotes, as in CSV: 'name=a,"images=b,c",...'.
-    Keys: name (to use in DATASETS.TRAIN or TEST), images (folder), panoptic (folder of PNGs), json (panoptic JSON),
-    and optionally instances (COCO instance JSON) and sem_seg (folder of class-map PNGs). Or name, images and boxes
-    (COCO detection JSON). outside=allowed lets file names in the JSON lead out of their folders.
-    Raises ValueError naming the key that is unknown, missing, doubled or empty.
+    In the string form, put double quotes around a part that contains a comma, as in CSV: 'name=a,"images=b,c",...'.
+    A panoptic dataset has name (for DATASETS.TRAIN or TEST), images (folder), panoptic (folder of PNGs) and json
+    (panoptic JSON). instances (COCO instance JSON) and sem_seg (folder of class-map PNGs) are optional. A dataset of
+    boxes has name, images and boxes (COCO detection JSON). outside=allowed lets file names leave their folders.
+    Raises ValueError naming the key that is unknown, missing, repeated or empty.
     """
     pairs = list(spec.items()) if isinstance(spec, Mapping) else _split(spec)
     of_boxes = any(key == "boxes" for key, _ in pairs)
@@ -45,13 +45,13 @@ def parse_custom(spec: str | Mapping[str, str]) -> dict[str, str]:
         if key in fields:
             raise ValueError(f"DATASETS.CUSTOM entry {spec!r}: {key!r} is given twice")
         if not isinstance(value, str) or not value:
-            raise ValueError(f"DATASETS.CUSTOM entry {spec!r}: {key!r} must be a text that is not empty, got {value!r}")
+            raise ValueError(f"DATASETS.CUSTOM entry {spec!r}: {key!r} must be a non-empty text, got {value!r}")
         fields[key] = value
     missing = [key for key in required if key not in fields]
     if missing:
         raise ValueError(f"DATASETS.CUSTOM entry {spec!r}: lacks {', '.join(missing)}")
     if fields.get("outside", "allowed") != "allowed":
-        raise ValueError(f"DATASETS.CUSTOM entry {spec!r}: outside must be allowed, or be left out")
+        raise ValueError(f"DATASETS.CUSTOM entry {spec!r}: outside must be 'allowed' or left out")
     return fields
 
 
@@ -67,8 +67,8 @@ def _split(spec: str) -> list[tuple[str, str]]:
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not value:
             raise ValueError(
-                f"DATASETS.CUSTOM entry {spec!r}: {part.strip()!r} is not of the form key=value; a part that holds a "
-                "comma stands in double quotes"
+                f"DATASETS.CUSTOM entry {spec!r}: {part.strip()!r} is not of the form key=value; put double quotes "
+                "around a part that contains a comma"
             )
         pairs.append((key, value))
     return pairs
@@ -77,14 +77,18 @@ def _split(spec: str) -> list[tuple[str, str]]:
 def register_from_config(
     specs: Iterable[str | Mapping[str, str]], training: Sequence[str] = (), absent_ok: bool = False
 ) -> list[str]:
-    """Registers every dataset that cfg.DATASETS.CUSTOM lists and returns their names, in order.
+    """Registers every dataset in cfg.DATASETS.CUSTOM and returns their names, in order.
 
-    training: DATASETS.TRAIN. Classes are numbered as in the first of these; where there is none, as in the first
-    dataset of the list: others that list the same categories in another order follow it. absent_ok: leave out those
-    whose JSON does not exist, as a model that only predicts can do without.
-    Raises ValueError or DataError where a description or its JSON is wrong. Calling it again does nothing new.
+    Classes are numbered as in the first dataset of `training`, or else as in the first of the list. Other datasets
+    with the same categories in another order follow it. Calling it again does nothing.
+
+    Args:
+        training: DATASETS.TRAIN.
+        absent_ok: leave out datasets whose JSON does not exist. A model that only predicts does not need them.
+
+    Raises ValueError or DataError if an entry or its JSON is wrong.
     """
-    if isinstance(specs, (str, Mapping)):  # a lone string would be taken letter by letter
+    if isinstance(specs, (str, Mapping)):  # iterating over a string gives its letters
         raise ValueError(f'DATASETS.CUSTOM must be a list of entries, got {specs!r}: write ["..."]')
     parsed = [fields for fields in (_resolved(parse_custom(spec), absent_ok) for spec in specs) if fields]
     known = [registered_categories(MetadataCatalog.get(name)) for name in training if name in DatasetCatalog.list()]
@@ -110,7 +114,7 @@ def register_from_config(
 
 
 def _resolved(written: Mapping[str, str], absent_ok: bool) -> dict[str, str] | None:
-    """The fields of an entry with its paths as they are; None for one that is absent and may be."""
+    """The fields of an entry with its paths resolved. None if its JSON is absent and `absent_ok` is set."""
     fields = {k: v if k in ("name", "outside") else resolve(v) for k, v in written.items()}
     annotation, kind = ("boxes", "detection") if "boxes" in fields else ("json", "panoptic")
     if absent_ok and not os.path.exists(fields[annotation]):
@@ -121,6 +125,6 @@ def _resolved(written: Mapping[str, str], absent_ok: bool) -> dict[str, str] | N
 
 
 def _categories(json_file: str, known: Sequence[list[dict]]) -> list[dict]:
-    """The categories of a panoptic JSON, in the order of the first of the known lists that has the same."""
+    """The categories of a panoptic JSON, in the order of the first known list with the same categories."""
     categories = [c.as_dict() for c in read_categories(json_file, PANOPTIC)]
     return next((in_order_of(k, categories) for k in known if same_categories(k, categories)), categories)

@@ -1,4 +1,4 @@
-"""Where the files of datasets lie: the root, and paths that users write."""
+"""Where datasets lie: the root folder, and the paths that users write."""
 
 import os
 import string
@@ -11,28 +11,31 @@ RULE = f"relative paths lie under ${ROOT} (./datasets if unset)"
 
 
 def datasets_root() -> Path:
-    """Where datasets lie: $DETECTRON2_DATASETS, or ./datasets."""
+    """$DETECTRON2_DATASETS, or ./datasets if it is unset."""
     return Path(os.path.expanduser(os.environ.get(ROOT, "datasets")))
 
 
 def resolve(path: str) -> str:
-    """A path that a user wrote: ~ and $VARIABLES are replaced, and a relative one lies under `datasets_root()`.
+    """Replaces ~ and $VARIABLES in a path that a user wrote. A relative path lies under `datasets_root()`.
 
-    Raises ValueError for a variable that is not set.
+    Raises ValueError if a variable is not set.
     """
     template = string.Template(path)
     values = {**os.environ, ROOT: os.path.abspath(datasets_root())}
     unset = [name for name in template.get_identifiers() if name not in values]
     if unset:
-        raise ValueError(f"path {path!r}: the environment variable {unset[0]} is not set: set it, or write it out")
+        raise ValueError(f"path {path!r}: the environment variable {unset[0]} is not set. Set it, or write its value")
     return str(datasets_root() / os.path.expanduser(template.safe_substitute(values)))
 
 
 def check_there(path: str, written: str, kind: str) -> None:
-    """Raises DataError where no JSON is at a path that the user wrote so; it says whether the file is elsewhere."""
+    """Raises DataError if there is no JSON at `path`.
+
+    written: the path as the user wrote it. If it exists in the working directory, the message says so.
+    """
     if os.path.exists(path):
         return
-    hint = "correct the path, or make the file as datasets/README.md tells"
+    hint = "correct the path, or make the file as datasets/README.md shows"
     if os.path.exists(written):
         hint = f"there is one in the working directory: write {os.path.abspath(written)}"
     raise DataError(
