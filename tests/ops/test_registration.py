@@ -218,7 +218,7 @@ def test_negative_sizes_are_refused():
         ms_deform_attn(case.value, [(-3, -4), (2, 5)], case.locations, case.weights)
 
 
-WRAPPED = [  # sizes whose product or sum wraps in 64 bits to the number of tokens of SHAPES, 22
+WRAPPED = [  # wrong sizes with as many tokens as SHAPES, 22, in arithmetic of 64 bits
     [(3, 4 + 2**62), (2, 5)],
     [(2**32, 2**32), (2, 11)],
     [(2**63 - 1, 2), (4, 6)],

@@ -121,7 +121,7 @@ def test_uncertain_points_prefer_small_logits():
     points = uncertain_points(ramp, 1000, 3.0, 0.75)
     assert points.shape == (1, 1000, 2)
     near = (points[0, :750, 0] - 0.5).abs()
-    # Of 3000 uniform points, the nearest 750 fill a quarter of the width. Zeros outside the map add a few at the border.
+    # Of 3000 uniform points, the nearest 750 fill a quarter of the width. Zeros outside the map add a few points.
     assert near.quantile(0.95) < 0.14
     assert (points[0, 750:, 0] - 0.5).abs().max() > 0.4  # the rest are uniform
 
