@@ -1,3 +1,3 @@
-"""ECO-M2F: Mask2Former whose transformer encoder each image may leave early."""
+"""ECO-M2F: a Mask2Former in which each image may leave the transformer encoder early."""
 
 __version__ = "0.1.0"

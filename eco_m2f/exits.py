@@ -1,8 +1,8 @@
-"""The paper's equations about exits: loss weights (Eq. 3), utility (Eq. 4), targets (Eq. 5) and gate losses (Table T2).
+"""The paper's equations on exits: loss weights (Eq. 3), utility (Eq. 4), exit targets (Eq. 5), gate losses (Table T2).
 
-Pure functions over tensors: no model, no dataset, no configuration. An exit is a plain int, the number of encoder
-layers run. Source: "Efficient Transformer Encoders for Mask2Former-style models" (arXiv 2404.15244). The values of
-alpha, the sampling of exits and the tie rule are this project's own choices, since the paper leaves them open.
+These are functions of tensors, without model, dataset or config. An exit is an int, the number of encoder layers run.
+Source: "Efficient Transformer Encoders for Mask2Former-style models" (arXiv 2404.15244). The paper leaves open the
+values of alpha, the sampling of exits and the tie rule; here they are this project's choices.
 """
 
 import math
@@ -14,19 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEATURE_SOURCES = ("res5", "projected")  # the maps that a gate may read
+FEATURE_SOURCES = ("res5", "projected")  # maps that a gate may read
 
 
 def exit_weights(kind: str | Sequence[float], exits: Sequence[int], num_layers: int) -> dict[int, float]:
-    """The loss weight alpha_k of every exit k (Eq. 3).
+    """The loss weight alpha_k of each exit k (Eq. 3).
 
-    kind: "linear" is k / num_layers; "uniform" weighs all exits 1 (the ablation USD); a sequence gives one positive
-    number per exit. Except for "uniform" the weights must strictly increase with k.
-    Raises ValueError for any other kind, a wrong length, or weights that do not increase.
+    kind: "linear" gives k / num_layers. "uniform" gives 1 (the ablation USD). A sequence gives one positive number per
+    exit; these must strictly increase. Raises ValueError for other kinds, lengths and weights.
     """
     exits = check_exits(exits)
     if exits[-1] > num_layers:
-        raise ValueError(f"exit {exits[-1]} lies beyond the encoder's {num_layers} layers: shorten the exits {exits}")
+        raise ValueError(f"exit {exits[-1]} is beyond the encoder's {num_layers} layers: shorten the exits {exits}")
     if kind == "uniform":
         return dict.fromkeys(exits, 1.0)
     if kind == "linear":
@@ -37,11 +36,11 @@ def exit_weights(kind: str | Sequence[float], exits: Sequence[int], num_layers: 
 
 
 class ExitSampler:
-    """Which exits are trained in an iteration, and with which weights: `sampler(iteration) -> {exit: weight}`.
+    """The exits that an iteration trains, and their weights: `sampler(iteration) -> {exit: weight}`.
 
-    With `exits_per_step` = len(exits) every step is Eq. 3 exactly. With fewer, that many exits are drawn without
-    replacement and their weights scaled by len(exits) / exits_per_step, so that the expected loss is that of Eq. 3.
-    The draw depends on (seed, iteration) alone: all ranks agree without talking, and a resumed run repeats it.
+    With `exits_per_step` = len(exits) each step is exactly Eq. 3. With fewer, it draws that many exits without
+    replacement and scales their weights by len(exits) / exits_per_step. The expected loss is then Eq. 3. The draw
+    depends only on (seed, iteration): all ranks draw the same, and a resumed run repeats it.
     """
 
     def __init__(self, exits: Sequence[int], weights: Mapping[int, float], exits_per_step: int, seed: int = 0):
@@ -49,7 +48,7 @@ class ExitSampler:
         if set(weights) != set(self.exits):
             raise ValueError(f"weights are given for exits {sorted(weights)}, but the exits are {list(self.exits)}")
         if not 1 <= exits_per_step <= len(self.exits):
-            raise ValueError(f"exits_per_step must lie in 1..{len(self.exits)}, one per exit at most: {exits_per_step}")
+            raise ValueError(f"exits_per_step must be in 1..{len(self.exits)}, the number of exits: {exits_per_step}")
         if seed < 0:
             raise ValueError(f"seed must not be negative: {seed}")
         self.weights = {k: float(weights[k]) for k in self.exits}
@@ -66,17 +65,17 @@ class ExitSampler:
 def combine_exit_losses(
     losses: Mapping[int, Mapping[str, Tensor]], weights: Mapping[int, float], last_exit: int
 ) -> dict[str, Tensor]:
-    """One flat dict of weighted losses, whose sum is sum_k alpha_k L_k (Eq. 3).
+    """One flat dict of weighted losses; their sum is sum_k alpha_k L_k (Eq. 3).
 
-    The last exit keeps the parent's names ("loss_ce", "loss_mask_3"); an earlier exit k gets "exit{k}/loss_ce".
-    losses: {exit: {name: scalar}} of the exits run in this step; weights: {exit: alpha_k} of the same exits;
-    last_exit: the largest of all configured exits, whether it was run or not.
+    The last exit keeps the parent's names ("loss_ce", "loss_mask_3"). An earlier exit k gets "exit{k}/loss_ce".
+    losses: {exit: {name: scalar}} of the exits of this step. weights: {exit: alpha_k} of the same exits.
+    last_exit: the largest configured exit, also if this step does not run it.
     """
     if set(losses) != set(weights):
         raise ValueError(f"losses are given for exits {sorted(losses)}, but weights for {sorted(weights)}")
     beyond = [k for k in losses if k > last_exit]
     if beyond:
-        raise ValueError(f"exits {beyond} lie beyond the last configured exit {last_exit}")
+        raise ValueError(f"exits {beyond} are beyond the last configured exit {last_exit}")
     combined = {}
     for k in sorted(losses):
         prefix = "" if k == last_exit else f"exit{k}/"
@@ -85,11 +84,11 @@ def combine_exit_losses(
 
 
 def utility(quality, exits: Sequence[int], beta: float, costs=None) -> Tensor:
-    """u(k) = q_k - beta * k (Eq. 4), k being the true layer number.
+    """u(k) = q_k - beta * k (Eq. 4), where k is the layer number.
 
-    quality [N, E]: per image and exit, higher is better. costs, if given, stands in place of k: [E] or [N, E],
-    for instance GFLOPs or milliseconds. Returns [N, E] float64, on which ties and tiny betas are still exact.
-    Raises ValueError for a negative or non-finite beta, a non-finite quality or cost, and shapes that disagree.
+    quality: [N, E], per image and exit; higher is better. costs: [E] or [N, E], used instead of k, for instance GFLOPs
+    or milliseconds. Returns [N, E] float64, in which ties and tiny betas stay exact. Raises ValueError for a beta that
+    is negative or not finite, a quality or cost that is not finite, and shapes that disagree.
     """
     exits = check_exits(exits)
     check_beta(beta)
@@ -103,10 +102,10 @@ def utility(quality, exits: Sequence[int], beta: float, costs=None) -> Tensor:
 
 
 def exit_targets(quality, exits: Sequence[int], beta: float, max_exit: int, costs=None) -> Tensor:
-    """t = argmax_k u(k) over the exits k <= max_exit (Eq. 5); ties go to the smaller k.
+    """t = argmax_k u(k) over the exits k <= max_exit (Eq. 5). Ties go to the smaller k.
 
-    Arguments as in `utility`. Returns exits (layer numbers, not indices), int64 [N].
-    Raises ValueError if max_exit is not one of the exits.
+    Arguments as in `utility`. Returns exits (layer numbers, not indices), int64 [N]. Raises ValueError if max_exit is
+    not one of the exits.
     """
     allowed = exits_up_to(exits, max_exit)
     utilities = utility(quality, exits, beta, costs)[:, : len(allowed)]
@@ -114,10 +113,10 @@ def exit_targets(quality, exits: Sequence[int], beta: float, max_exit: int, cost
 
 
 def gate_loss(name: str, logits: Tensor, utilities: Tensor) -> Tensor:
-    """The gate's training loss, mean over the batch: one of `GATE_LOSSES` (Table T2).
+    """The gate's training loss, one of `GATE_LOSSES` (Table T2), mean over the batch.
 
-    logits, utilities: [B, E'] over the same exits. Table T2 prints the cross-entropies without their minus sign;
-    these are the ones to minimise. A negative utility enters u_ce as it is.
+    logits, utilities: [B, E'] over the same exits. Table T2 prints the cross-entropies without their minus sign; here
+    they have it. Negative utilities enter u_ce unchanged.
     """
     if name not in GATE_LOSSES:
         raise ValueError(f"unknown gate loss {name!r}: choose one of {', '.join(GATE_LOSSES)}")
@@ -145,14 +144,14 @@ def _soft_mse(logits: Tensor, utilities: Tensor) -> Tensor:
 GATE_LOSSES = {"hard_ce": _hard_ce, "u_ce": _u_ce, "soft_ce": _soft_ce, "soft_mse": _soft_mse}
 
 
-# Minimised without bound where a mean utility is negative: a gate that rules this exit out more and more lowers it.
+# Without a minimum where an exit's mean utility is negative: the loss falls without end as the gate excludes that exit.
 UNBOUNDED_LOSSES = ("u_ce",)
 
 
 def largest_beta(loss: str, quality, exits: Sequence[int], max_exit: int, costs=None) -> float:
-    """The largest beta at which a gate loss has a minimum; infinity for most.
+    """The largest beta at which a gate loss has a minimum; infinity for most losses.
 
-    Of `UNBOUNDED_LOSSES` no mean utility of an exit may be negative, unless there is one exit alone. Arguments as in
+    `UNBOUNDED_LOSSES` have one if no exit's mean utility is negative, or if there is only one exit. Arguments as in
     `exit_targets`.
     """
     allowed = exits_up_to(exits, max_exit)
@@ -166,28 +165,28 @@ def largest_beta(loss: str, quality, exits: Sequence[int], max_exit: int, costs=
 
 
 def check_has_minimum(loss: str, quality, exits: Sequence[int], beta: float, max_exit: int, costs=None) -> None:
-    """Raises ValueError for a gate loss that sinks without end at this beta; see `largest_beta`."""
+    """Raises ValueError if a gate loss has no minimum at this beta; see `largest_beta`."""
     check_beta(beta)
     largest = largest_beta(loss, quality, exits, max_exit, costs)
     if beta > largest * (1 + 1e-9):
         raise ValueError(
             f"the loss {loss} has no minimum at beta {beta:g} and K {max_exit}: the mean utility of an exit is "
-            "negative, and the loss sinks without end as the gate rules that exit out. Take beta "
-            f"{largest:.4g} at most, or another loss; hard_ce is the paper's"
+            "negative, so the loss falls without end as the gate excludes that exit. Take a beta of at most "
+            f"{largest:.4g}, or another loss; the paper's is hard_ce"
         )
 
 
 def check_exits(exits: Sequence[int]) -> tuple[int, ...]:
     """The exits as a tuple of ints. Raises ValueError unless they are positive whole numbers that strictly increase."""
     values = tuple(int(k) for k in exits)
-    good = values and values == tuple(exits) and values[0] >= 1 and values[-1] < 2**31  # as a derived dataset has them
+    good = values and values == tuple(exits) and values[0] >= 1 and values[-1] < 2**31  # int32 in derived datasets
     if not good or any(a >= b for a, b in zip(values, values[1:])):
         raise ValueError(f"exits must be positive layer numbers in increasing order, such as [2, 3, 4, 5, 6]: {exits}")
     return values
 
 
 def exits_up_to(exits: Sequence[int], max_exit: int) -> tuple[int, ...]:
-    """The exits k <= max_exit. Raises ValueError if max_exit (the paper's K) is not one of them."""
+    """The exits k <= max_exit (the paper's K). Raises ValueError if max_exit is not one of them."""
     exits = check_exits(exits)
     if max_exit not in exits:
         raise ValueError(f"max_exit must be one of the exits {list(exits)}, not {max_exit}")
@@ -196,8 +195,8 @@ def exits_up_to(exits: Sequence[int], max_exit: int) -> tuple[int, ...]:
 
 def check_beta(beta: float) -> None:
     """Raises ValueError unless beta is a finite number >= 0."""
-    if not 0 <= beta <= sys.float_info.max:  # an int may be beyond every float
-        raise ValueError(f"beta must be a finite number >= 0, not {beta}: 10 already means the first exit for all")
+    if not 0 <= beta <= sys.float_info.max:  # an int may exceed all floats
+        raise ValueError(f"beta must be a finite number >= 0, not {beta}: at 10 all images take the first exit")
 
 
 def _check_increasing(weights: list[float], exits: Sequence[int]) -> list[float]:

@@ -1,4 +1,4 @@
-"""Every equation of the paper about exits, against explicit sums."""
+"""The paper's equations about exits, against sums written out by hand."""
 
 import math
 
@@ -20,7 +20,7 @@ EXITS = (2, 3, 4, 5, 6)
 
 
 def random_quality(n=300, seed=0, levels=None):
-    """[n, 5] in [0, 1]. With few levels many qualities are equal, as for real images."""
+    """Qualities [n, 5] in [0, 1]. With few levels many of them tie, as in real images."""
     quality = torch.rand(n, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return quality if levels is None else (quality * levels).floor() / levels
 
@@ -235,7 +235,7 @@ def test_table_t2_losses_pull_towards_the_utility(name):
 
 
 def test_table_t2_hard_ce_breaks_ties_as_eq5():
-    """Utilities that differ only beyond float32 must give the exit target of `exit_targets`."""
+    """Utilities that differ only beyond float32 must give the exit of `exit_targets`."""
     u = torch.tensor([[0.5, 0.5 + 1e-12]], dtype=torch.float64)
     logits = torch.tensor([[0.0, 5.0]])
     assert gate_loss("hard_ce", logits, u).item() == pytest.approx(math.log1p(math.exp(-5.0)), rel=1e-4)

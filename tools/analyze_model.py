@@ -1,17 +1,17 @@
-"""Counts the parameters of a config's model, and its GFLOPs at every exit or share of tokens, without an image.
+"""Counts the parameters of a config's model, and its GFLOPs at each exit or share of tokens, without an image.
 
     tools/analyze_model.py --config-file configs/cityscapes/panoptic-segmentation/maskformer2_R50_bs16_90k.yaml \\
         --size 1024 2048 --json analysis.json
-    # the mean over a dataset: a CSV with the columns height and width, a row per image
+    # the mean over a dataset: a CSV with the columns height and width, one row per image
     tools/analyze_model.py --config-file configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml \\
         --sizes-csv coco_val2017_sizes.csv MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS 5
-    # a DoViT, static and with 60, 40 and 30 % of the tokens going on after its decision points; or with the shares that
-    # tools/sweep_thresholds.py measured for some weights, a row per threshold
+    # a DoViT: static, with 60, 40 and 30 % of the tokens going on after its decision points, and with the shares that
+    # tools/sweep_thresholds.py measured, one row per threshold
     tools/analyze_model.py --config-file configs/toy/dovit_toy.yaml --size 96 96 --kept 0.6 0.4 0.3 \\
         --thresholds-csv thresholds.csv
 
-The images of the CSV are resized by INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST and padded as in evaluation, and their
-results resized back; the image of --size is only padded. eco_m2f/costs/exits.py says what is counted.
+Images of the CSV are resized by INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST and padded, as in evaluation. Their results are
+resized back. The image of --size is only padded. eco_m2f/costs/exits.py describes what counts.
 """
 
 import argparse
@@ -36,9 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--config-file", required=True, metavar="FILE", help="YAML file, see configs/")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="height and width of an image, in pixels")
     add("--sizes-csv", metavar="CSV", help="image sizes to take the mean over")
-    add("--kept", type=float, nargs="+", metavar="SHARE", help="DoViT: tokens that go on after each decision point")
+    add("--kept", type=float, nargs="+", metavar="SHARE", help="DoViT: shares of tokens after each decision point")
     add("--thresholds-csv", metavar="CSV", help="DoViT: shares measured by tools/sweep_thresholds.py")
-    add("--json", metavar="OUT", help="also write the numbers to this file")
+    add("--json", metavar="OUT", help="also write the numbers to this JSON file")
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config options, as MODEL.ECO.EXITS [2,4,6]")
     return parser
 
@@ -63,10 +63,10 @@ def main(args: argparse.Namespace) -> None:
 
 
 def costs_of(model: torch.nn.Module, kept: list[float] | None, thresholds_csv: str | None) -> CostTable:
-    """What is to be told of the model: its exits; of a DoViT, its shares of tokens."""
+    """The costs of the model's exits, or of a DoViT's shares of tokens."""
     if not isinstance(model, DoViT):
         if kept or thresholds_csv:
-            raise ValueError(f"--kept and --thresholds-csv are of a DoViT: this is a {type(model).__name__}")
+            raise ValueError(f"--kept and --thresholds-csv need a DoViT: this is a {type(model).__name__}")
         return cost_table(model)
     shares = {" ".join(map(str, kept)): kept} if kept else {}
     return cost_table(model, shares | (read_shares(thresholds_csv) if thresholds_csv else {}))

@@ -1,4 +1,4 @@
-"""GFLOPs: of a model at its exits or with its tokens stopped, for images of any size, without running it."""
+"""GFLOPs of a model at its exits or with stopped tokens, for images of any size, without running the model."""
 
 from .build import cost_table, costs_of_results
 from .exits import ExitCosts, Measurement, exits_of, postprocessing_flops

@@ -1,4 +1,4 @@
-"""Which costs a model has, told by its parts: a model with `auxiliary_heads` stops tokens, one with `exits` leaves."""
+"""Chooses the costs of a model by its parts: `auxiliary_heads` stop tokens, `exits` are early exits."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,17 +10,17 @@ from .tokens import TokenCosts, TokenTable
 
 
 def cost_table(model: nn.Module, shares: Mapping[str, Sequence[float]] | None = None) -> CostTable:
-    """The costs of a model by its exits; of a `DoViT`, static and with these shares of tokens that go on.
+    """The costs of a model by its exits. For a `DoViT`: static, and with these shares of tokens that go on.
 
     Raises:
-        ValueError: the model has no exits; or a share is none.
+        ValueError: the model has no exits, or a share is not valid.
     """
     model = getattr(model, "module", model)
     return TokenTable(model, shares or {}) if hasattr(model, "auxiliary_heads") else ExitCosts(model)
 
 
 def costs_of_results(model: nn.Module) -> ExitCosts | TokenCosts | None:
-    """What an image costs by its result, which tells its exit or its tokens; None where results tell neither."""
+    """The costs of an image by its result's exit or tokens. None if results of this model have neither."""
     model = getattr(model, "module", model)
     if hasattr(model, "exits"):
         return ExitCosts(model)

@@ -1,23 +1,24 @@
-"""GFLOPs of a model at each of its exits, in the convention of the paper, without running it.
+"""GFLOPs of a model at each exit, in the paper's convention, without running the model.
 
-The model's backbone and head run once on tensors that have a shape but no values, and a tape notes what each operator
-costs and which operators its inputs came from. The cost of exit k is that of the operators its prediction depends on;
-post-processing, which depends on values, is counted by its formula. Neither weights nor random state are touched. A run
-takes a fraction of a second; from the third size on costs are known in closed form, exactly (`closed_form.py`).
+Backbone and head run once on tensors without values. A tape records the cost of each operator and the operators that
+its inputs came from. The cost of exit k is that of all operators that its prediction depends on. Post-processing
+depends on values and is counted by a formula. Weights and random state stay as they are. A run takes a fraction of a
+second. From the third size on, costs are computed in closed form, exactly (`closed_form.py`).
 
 The `paper` convention is that of detectron2's `FlopCountAnalysis` on a traced Mask2Former with its CUDA op:
-- a multiply-add is one FLOP; convolutions and matrix products count, layer and group norm (5 per element), batch norm
-  (2) and bilinear resizing (4 per element of the output); softmax, element-wise operations and embeddings do not;
-- the core of deformable attention counts nothing, for the tool cannot see into a CUDA op;
-- of attention, weights times values counts, and queries times keys only where it is not masked (the tool does not know
-  `baddbmm`); here attention is one operator, so it is counted by that rule;
-- results that nothing depends on are not in a trace: the class logits of the auxiliary predictions do not count, but
-  their masks do, at full size, as attention follows them; inference here makes those smaller, and that is not counted;
-- "Tx. Enc.", here `pixel_decoder`, is what runs in submodules of the pixel decoder: not the resizing between them. Of
-  DETR it is the layers of the transformer encoder, where every product of queries and keys is masked.
+- A multiply-add is one FLOP. Convolutions and matrix products count. Layer and group norm cost 5 per element, batch
+  norm 2, bilinear resizing 4 per element of the output. Softmax, element-wise operations and embeddings cost nothing.
+- The core of deformable attention costs nothing, because the tool cannot look into a CUDA op.
+- In attention, weights times values counts. Queries times keys counts only without a mask, because the tool does not
+  know `baddbmm`. Attention is one operator here, so a rule does this.
+- A trace has no unused results. The class logits of auxiliary predictions do not count. Their masks count at full size,
+  since attention uses them. Inference here makes smaller masks; that is not counted.
+- "Tx. Enc.", here `pixel_decoder`, counts the submodules of the pixel decoder, without the resizing between them. In
+  DETR it is the layers of the transformer encoder, where all products of queries and keys are masked.
 
-The `full` convention adds the deformable core by its own formula. A gate's few thousand multiply-adds are in neither.
-The paper's means over COCO resize every result to its image's own size: `mean` takes that size beside the padded one.
+The `full` convention adds the deformable core by its own formula. Neither convention has a gate's few thousand
+multiply-adds. For its means over COCO, the paper resizes each result to the image's own size; `mean` takes that size
+too.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ from .tape import Op, OpTape, shapes_only, without_values
 
 
 class ExitCosts(CostTable):
-    """Costs per exit of a `Parent`, with or without early exits, for images of any size.
+    """The costs per exit of a `Parent`, with or without early exits, for images of any size.
 
-    Takes the architecture of the model as it is now and keeps no weights. Costs are remembered per size.
+    It copies the model's present architecture without weights, and keeps the costs of each size.
     """
 
     key, column, convention = "exits", "exit", CONVENTION
@@ -48,15 +49,15 @@ class ExitCosts(CostTable):
     def __init__(self, model: nn.Module, exits: Sequence[int] | None = None):
         """
         Args:
-            model: has `backbone`, `head` (an `ExitHead`) and `postprocessor`, and says its `cost_parts`; may be
-                wrapped for data-parallel training.
-            exits: those to cost; default: `exits_of(model)`.
+            model: has `backbone`, `head` (an `ExitHead`), `postprocessor` and `cost_parts`; may be wrapped for
+                data-parallel training.
+            exits: default: `exits_of(model)`.
 
         Raises:
-            ValueError: the model lacks a part, or an exit.
+            ValueError: the model lacks a part or an exit.
         """
         model = getattr(model, "module", model)
-        missing = [n for n in ("backbone", "postprocessor") if not hasattr(model, n)]  # a `Parent` has a head besides
+        missing = [n for n in ("backbone", "postprocessor") if not hasattr(model, n)]  # a `Parent` also has a head
         if missing:
             raise ValueError(
                 f"{type(model).__name__} has no {' and no '.join(missing)}, so no exits: costs are known for a "
@@ -81,7 +82,7 @@ class ExitCosts(CostTable):
 
         Args:
             padded_size: (height, width) of the padded batch.
-            output_size: (height, width) that the results are resized to; default: the padded size.
+            output_size: (height, width) of the results; default: the padded size.
 
         Returns:
             {exit: {"total", "encoder"}}; "encoder" is the paper's "Tx. Enc.".
@@ -94,9 +95,9 @@ class ExitCosts(CostTable):
     ) -> dict[int, dict[str, float]]:
         """GFLOPs by part: {exit: {"total", "backbone", "pixel_decoder", "predictor", "postprocessing", ..}}.
 
-        These are in the `paper` convention; "total_full" and "pixel_decoder_full" have the deformable core in them.
-        The parts do not add up to the total by the resizing inside the pixel decoder. Arguments as in `__call__`.
-        DETR's parts are "encoder" and "decoder"; its projection, classes and boxes are in the total alone.
+        They are in the `paper` convention; "total_full" and "pixel_decoder_full" include the deformable core. The total
+        also includes resizing inside the pixel decoder, which is in no part. DETR's parts are "encoder" and "decoder";
+        its projection, classes and boxes are only in the total. Arguments as in `__call__`.
         """
         padded = checked_size(padded_size)
         output = padded if output_size is None else checked_size(output_size)
@@ -111,15 +112,15 @@ class ExitCosts(CostTable):
         return result
 
     def _count(self, size: tuple[int, int]) -> tuple[int, ...]:
-        """What a run tells in integers: the number of queries; then of every exit the total, the core and the parts."""
+        """A run's numbers as integers: the number of queries, then for each exit the total, the core and the parts."""
         found = self.measure(size)
         numbers = ((cost.flops, cost.core, *cost.parts.values()) for cost in found.values())
         return (found[self.exits[0]].num_queries, *chain.from_iterable(numbers))
 
     def measure(self, padded_size: Sequence[int]) -> dict[int, Measurement]:
-        """{exit: what backbone and head cost}, in FLOPs, also by module, from a run without values.
+        """{exit: FLOPs of backbone and head, also by module}, by one run without values for all exits.
 
-        One pass for all exits; the decoder, which costs the same at each, runs on the last exit alone.
+        The decoder costs the same at all exits and runs only on the last.
         """
         size = checked_size(padded_size)
         tape = OpTape()
@@ -138,21 +139,21 @@ class ExitCosts(CostTable):
 
 
 def functions_of(backbone: nn.Module, head: nn.Module) -> SizeFunctions:
-    """What counts of these may depend on: maps of every stride, attention on the coarsest, the backbone's windows."""
+    """The functions that counts depend on: maps of each stride, attention on the coarsest, the backbone's windows."""
     coarsest = backbone.output_shape()[head.coarsest].stride
     windows = {getattr(m, "window_size", None) for m in backbone.modules()}
     return SizeFunctions([2, 4, 8, 16, 32], [coarsest], sorted(w for w in windows if isinstance(w, int)))
 
 
 def exits_of(model: nn.Module) -> tuple[int, ...]:
-    """The exits of a model with early exits; of a parent, the depths from 2 that its encoder offers, or the last."""
+    """The exits of a model with early exits. For a parent: its encoder's exits from 2 on, or else the last."""
     offered = model.head.exits
     return tuple(getattr(model, "exits", [k for k in offered if k >= 2])) or tuple(offered[-1:])
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """FLOPs up to a prediction: in all, of the parts, of every module with its children; and the deformable core's."""
+    """FLOPs of a prediction: total, of the deformable core, by part, and by module with its children."""
 
     flops: int
     core: int
@@ -177,9 +178,9 @@ def _measurement(ops: Iterable[Op], num_queries: int, prefixes: Mapping[str, str
 
 
 def postprocessing_flops(post, num_queries: int, padded: tuple[int, int], output: tuple[int, int]) -> int:
-    """What a `PostProcessor` costs: masks to the padded size, then to the output size, and the semantic product.
+    """The FLOPs of a `PostProcessor`: resizing masks to the padded and to the output size, and the semantic product.
 
-    Resizing counts even where source and target are of one size, as in the traced reference. Boxes cost nothing.
+    Resizing to the same size counts too, as in the traced reference. Boxes cost nothing.
     """
     if not post.resizes_masks:
         return 0

@@ -1,4 +1,4 @@
-"""A report on a model: its parameters, and its costs for one image and on the mean over many."""
+"""A report on a model: its parameters, its costs for one image, and the mean costs of many images."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
@@ -16,22 +16,23 @@ def analyze(
     images: Iterable[tuple[Sequence[int], Sequence[int]]] = (),
     costs: CostTable | None = None,
 ) -> dict:
-    """Parameters and costs of a model, as JSON takes them.
+    """Parameters and costs of a model, for JSON.
 
     Args:
-        model: a `Parent`, with or without early exits; with `costs` any that has `size_divisibility` and `cost_parts`.
-        size: (height, width) of an image that is neither resized before the model nor after it.
-        images: (size at which the model gets it, size of the result) of every image to take the mean over.
-        costs: what to tell of it; default: its exits.
+        model: a `Parent`, with or without early exits. With `costs`, any model with `size_divisibility` and
+            `cost_parts`.
+        size: (height, width) of an image that is resized neither before nor after the model.
+        images: (size of the model's input, size of the result) of each image of the mean.
+        costs: the cost table; default: the costs of the model's exits.
 
     Returns:
         "model", "params" (without a gate's), "params_by_part", "convention", and
-        - of `size`: "size", "padded_size", "exits" {exit: `ExitCosts.details`};
-        - of `images`: "mean" {"num_images", "padded_area" (pixels), "exits"}; without a `size` also as "exits".
-        With `costs`, their `key` stands for "exits".
+        - for `size`: "size", "padded_size", "exits" {exit: `ExitCosts.details`};
+        - for `images`: "mean" {"num_images", "padded_area" (pixels), "exits"}; without `size` also "exits".
+        With `costs`, their `key` replaces "exits".
 
     Raises:
-        ValueError: there is neither size nor image, a size is none, or the model is of another kind.
+        ValueError: there is neither size nor image, a size is not valid, or the model is of another kind.
     """
     costs = ExitCosts(model) if costs is None else costs
     params = parameter_counts(model)
@@ -53,7 +54,7 @@ def analyze(
 
 
 def format_report(report: dict, costs: CostTable | type[CostTable] = ExitCosts) -> str:
-    """What `analyze` returned for such costs, as text for a terminal."""
+    """The report of `analyze` for such costs, as text for a terminal."""
     parts = ", ".join(f"{name.replace('_', ' ')} {n / 1e6:.3f}" for name, n in report["params_by_part"].items() if n)
     lines = [f"{report['model']}: {report['params'] / 1e6:.3f} M parameters ({parts})"]
     if "size" in report:
@@ -76,10 +77,9 @@ def _table(settings: Mapping[object, Mapping[str, float]], heading: str) -> list
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Parameters of the parent's parts and their sum "total"; apart from it the weights of an "exit_policy".
+    """The number of parameters of each part, and their sum "total". "other" is in no part. Buffers do not count.
 
-    What is in no part is "other". Buffers do not count. A gate is no parameter of the parent; its policy tells its
-    size.
+    A model with early exits also has "exit_policy", the number of the policy's weights, which is not in the total.
     """
     model = getattr(model, "module", model)
     prefixes = {"backbone": "backbone.", **model.cost_parts}

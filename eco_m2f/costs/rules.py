@@ -1,6 +1,6 @@
-"""What an operator costs in the paper's convention, and the shape of what it returns.
+"""The cost of an operator in the paper's convention, and the shape of its output.
 
-A rule takes the output of an operator and its arguments, and gives FLOPs: a multiply-add is one.
+A rule takes the output and the arguments of an operator and returns FLOPs. A multiply-add is one FLOP.
 """
 
 from collections.abc import Callable
@@ -31,9 +31,9 @@ def _conv_general(out, x, weight, bias, stride, padding, dilation, transposed, *
 
 
 def _attention(out, q, k, v, attn_mask=None, *_, **__) -> int:
-    """q.k where it is not masked, and attention times v; q [..., L, E], k [..., S, E], v [..., S, Ev].
+    """The product of attention and v, and that of q and k unless it is masked.
 
-    A bias is no mask: Swin adds it in an operation of its own.
+    q [..., L, E], k [..., S, E], v [..., S, Ev]. A bias, such as Swin's, is no mask.
     """
     weights = prod(q.shape[:-1]) * k.shape[-2]
     masked = attn_mask is not None and attn_mask.dtype == torch.bool
@@ -45,7 +45,7 @@ def _batch_norm(out, x, weight, bias, mean, var, training, *_, **__) -> int:
 
 
 def _norm(affine: int) -> Callable:
-    """5 per element of the input, 4 without an affine weight, which is argument number `affine` (if given at all)."""
+    """5 per element of the input, or 4 without an affine weight. The weight is argument number `affine`, if given."""
     return lambda out, *args, **_: args[0].numel() * (4 if args[affine : affine + 1] in ((), (None,)) else 5)
 
 
@@ -57,7 +57,7 @@ def _per_output(scale: int) -> Callable:
     return lambda out, *_, **__: scale * out.numel()
 
 
-# By the operator's name; what is not here counts nothing.
+# By the operator's name. Other operators cost nothing.
 FLOPS: dict[str, Callable[..., int]] = {
     "aten::linear": _linear,
     "aten::mm": _mm,
@@ -88,15 +88,15 @@ def _like(x, *_, **__) -> Tensor:
 
 
 def _elementwise(a, b, **_) -> Tensor:
-    """Of floats alone: other types may mix to a third."""
+    """Only for floats: other types may combine to a third type."""
     if not a.is_floating_point():
         return NotImplemented
     shape = torch.broadcast_shapes(a.shape, b.shape) if isinstance(b, Tensor) else a.shape
     return torch.empty_like(a) if shape == a.shape else a.new_empty(shape)
 
 
-# PyTorch works the shapes of these out in Python, slowly; on tensors without values they are obvious. Where one is not,
-# the function returns NotImplemented.
+# PyTorch computes the shapes of these operators in Python, slowly. These functions are faster.
+# They return NotImplemented if the shape is not obvious.
 SHAPES: dict[str, Callable[..., Tensor]] = {
     "aten::linear": lambda x, weight, bias=None: x.new_empty(*x.shape[:-1], weight.shape[0]),
     "aten::layer_norm": _like,

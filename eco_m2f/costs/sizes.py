@@ -1,4 +1,4 @@
-"""Sizes of images: in files, after resizing for the test, after padding. Every size is (height, width) in pixels."""
+"""Sizes of images in files, after resizing for the test, and after padding. All are (height, width) in pixels."""
 
 import csv
 import os
@@ -8,34 +8,35 @@ from detectron2.data.transforms import ResizeShortestEdge
 
 
 def padded_size(size: Sequence[int], divisibility: int) -> tuple[int, int]:
-    """(height, width) after padding to multiples of `divisibility`. Raises ValueError for what is no size."""
+    """(height, width) after padding to multiples of `divisibility`. Raises ValueError if `size` is not valid."""
     height, width = checked_size(size)
     step = max(1, divisibility)
     return -(-height // step) * step, -(-width // step) * step
 
 
 def input_sizes(x: Mapping, divisibility: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The padded size and the output size of a model's input, where it is given to the model alone.
+    """The padded size and the output size of a model's input that runs alone.
 
     Args:
         x: `image` [3, H, W]; `height` and `width` of the result, by default the image's.
-        divisibility: what the model pads to.
+        divisibility: the model pads to multiples of this.
     """
     height, width = x["image"].shape[-2:]
     return padded_size((height, width), divisibility), (x.get("height", height), x.get("width", width))
 
 
 def at_test_size(size: Sequence[int], shortest: int, longest: int) -> tuple[int, int]:
-    """(height, width) of an image after INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST; a MIN_SIZE_TEST of 0 leaves it."""
+    """(height, width) of an image after INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST. MIN_SIZE_TEST 0 does not resize."""
     height, width = checked_size(size)
     return ResizeShortestEdge.get_output_shape(height, width, shortest, longest) if shortest else (height, width)
 
 
 def read_image_sizes(path: str | os.PathLike) -> list[tuple[int, int]]:
-    """(height, width) of every row of a CSV file, from its columns of these names.
+    """The columns height and width of a CSV file, row by row.
 
     Raises:
-        OSError: it cannot be opened. ValueError: no CSV, a column is missing, a value is no size, or there is no row.
+        OSError: the file cannot be opened. ValueError: it is no CSV, lacks a column or has no rows, or a value is no
+            size.
     """
     sizes = []
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:

@@ -1,4 +1,4 @@
-"""What every table of costs answers, whatever its settings are."""
+"""The base of all cost tables."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,23 +13,21 @@ CONVENTION = {
 
 
 class CostTable:
-    """GFLOPs of a model for images of any size, in several settings: its exits, or the tokens that go on."""
+    """GFLOPs of a model for images of any size, in several settings: its exits, or shares of tokens that go on."""
 
-    key: str  # of the settings in a report
+    key: str  # name of the settings in a report
     column: str  # their heading in a table
     convention: Mapping[str, str]  # what is counted
 
     def details(self, padded_size: Sequence[int], output_size: Sequence[int] | None = None) -> dict:
-        """{setting: {part: GFLOPs}} of an image; output_size: that of its results, by default the padded one."""
+        """{setting: {part: GFLOPs}} of an image; output_size: of its results, by default the padded size."""
         raise NotImplementedError
 
     def mean(self, images: Iterable[tuple[Sequence[int], Sequence[int]]]) -> dict:
-        """The mean of `details` over images, each of them (padded size, output size).
-
-        Every distinct pair is worked out once, and the model measured once per distinct padded size.
+        """The mean of `details` over images, given as (padded size, output size). Each distinct pair is computed once.
 
         Raises:
-            ValueError: there is no image, or a size is none.
+            ValueError: there is no image, or a size is not valid.
         """
         counts = Counter((checked_size(padded), checked_size(output)) for padded, output in images)
         if not counts:

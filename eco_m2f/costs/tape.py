@@ -1,4 +1,4 @@
-"""Runs a module on tensors that have a shape but no values, and notes what each operator costs and depends on."""
+"""Runs a module on tensors without values, and records the cost and the dependences of each operator."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .rules import FLOPS, SHAPES
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """An operator that ran: its cost, the modules it ran in (outermost first), the operators it depends on."""
+    """An operator that ran: its cost, the modules around it (outermost first), and the operators it depends on."""
 
     flops: int
     core: int
@@ -28,21 +28,21 @@ class Op:
 
 
 class OpTape(TorchDispatchMode):
-    """Notes the operators that run inside it; use it under `torch.inference_mode()`.
+    """Records the operators that run inside it. Use it under `torch.inference_mode()`.
 
-    Autograd would break attention and other composite operators up before they are seen. Dependence is taken from
-    memory: an operator depends on whatever wrote to the memory of its inputs.
+    Autograd would split attention and other composite operators before the tape sees them. Dependence follows memory:
+    an operator depends on those that wrote to the memory of its inputs.
     """
 
     def __init__(self):
         super().__init__()
         self._running: list[str] = []
         self._writer: dict[int, Op] = {}  # by memory
-        self._memory: list[Tensor] = []  # kept, for the next tensor must not get the address of one that is gone
+        self._memory: list[Tensor] = []  # kept alive, because a new tensor could get the address of a freed one
 
     @contextlib.contextmanager
     def attributing(self, **modules: nn.Module) -> Iterator[None]:
-        """Attribute what runs meanwhile to these modules and their submodules, by their forward calls."""
+        """Attributes the operators that run meanwhile to these modules and their submodules, by their forward calls."""
         hooks = []
         for root, module in modules.items():
             for name, m in module.named_modules(prefix=root):
@@ -56,11 +56,11 @@ class OpTape(TorchDispatchMode):
             self._running.clear()
 
     def writer(self, t: Tensor) -> Op | None:
-        """The operator that last wrote to a tensor's memory; None for memory from before the tape."""
+        """The operator that last wrote to a tensor's memory; None for memory older than the tape."""
         return self._writer.get(_memory(t))
 
     def ancestors(self, tensors: Iterable[Tensor]) -> dict[Op, None]:
-        """Every operator that the tensors depend on: an ordered set."""
+        """All operators that the tensors depend on, as an ordered set."""
         found: dict[Op, None] = {}
         todo = [op for t in tensors if (op := self.writer(t))]
         while todo:
@@ -113,20 +113,20 @@ def _tensors(values) -> Iterator[Tensor]:
 
 @functools.cache
 def _is_composite(func) -> bool:
-    """Whether PyTorch defines the operator by other operators, so that those are to be counted."""
+    """Whether PyTorch defines the operator by other operators. Then those are counted."""
     return func.namespace == "aten" and torch._C._dispatch_has_kernel_for_dispatch_key(
         func.name(), torch._C.DispatchKey.CompositeImplicitAutograd
     )
 
 
 def without_values(module: nn.Module) -> nn.Module:
-    """A copy for evaluation whose parameters and buffers have shapes and types only; hooks stay behind."""
+    """A copy for evaluation. Its parameters and buffers have shapes and types but no values; it has no hooks."""
     empty: dict[int, Tensor] = {}
     for p in module.parameters():
         empty[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
     for b in module.buffers():
         empty[id(b)] = torch.empty_like(b, device="meta")
-    bare = copy.deepcopy(module, empty)  # the second argument says what stands for what
+    bare = copy.deepcopy(module, empty)  # `empty` replaces tensors by their copies
     for m in bare.modules():
         m._forward_hooks.clear()
         m._forward_pre_hooks.clear()
@@ -134,9 +134,9 @@ def without_values(module: nn.Module) -> nn.Module:
 
 
 class _OnMeta(TorchFunctionMode):
-    """Every tensor is made without values, on the device `meta`, and says that it is on the CPU.
+    """Makes all tensors on the device `meta`, without values. They report the CPU as their device.
 
-    Code that asks for a tensor's device in order to choose a precision (torch.autocast) does not know `meta`.
+    Code that chooses a precision by the device (torch.autocast) does not know `meta`.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -151,7 +151,7 @@ class _OnMeta(TorchFunctionMode):
 
 @contextlib.contextmanager
 def shapes_only() -> Iterator[None]:
-    """Inference without values, in full precision, and with attention in its plain form."""
+    """Inference without values, in full precision, with plain attention."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -162,7 +162,7 @@ def shapes_only() -> Iterator[None]:
 
 
 def module_flops(module: nn.Module, *shapes: Sequence[int]) -> int:
-    """FLOPs, in the paper's convention, of calling a module in eval mode on a tensor of each shape."""
+    """The FLOPs, in the paper's convention, of a module in eval mode on tensors of these shapes."""
     tape, bare = OpTape(), without_values(module)
     with shapes_only(), tape:
         out = bare(*(torch.empty(*shape) for shape in shapes))

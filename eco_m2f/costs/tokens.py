@@ -1,4 +1,4 @@
-"""GFLOPs of a DoViT from the number of tokens in each layer, in the convention of `exits.py`."""
+"""GFLOPs of a DoViT from the number of tokens in each layer. The convention is that of `exits.py`."""
 
 import csv
 import os
@@ -13,7 +13,7 @@ from .tape import module_flops
 
 
 class TokenCosts:
-    """Costs of one image of any size. Nothing is run but parts of the model, on tensors without values."""
+    """The costs of one image of any size. Only parts of the model run, on tensors without values."""
 
     def __init__(self, backbone: nn.Module, head: nn.Module, auxiliary_heads: Sequence[nn.Module], num_classes: int):
         """backbone: a `TokenPassViT`; the others as in `DoViT`."""
@@ -21,14 +21,14 @@ class TokenCosts:
         self._num_classes = num_classes
         patch = self.size_divisibility = backbone.patch_size
         self._around = SizeCounts(self.around, SizeFunctions([patch], squared=[patch]), patch)
-        # A layer costs a n + b n^2 for n tokens: linear maps and norms, and attention.
+        # A layer costs a n + b n^2 for n tokens: a n for linear maps and norms, b n^2 for attention.
         one, two = (module_flops(backbone.blocks[0], (n, backbone.dim)) for n in (1, 2))
         self._square = (two - 2 * one) // 2
         self._linear = one - self._square
 
     @classmethod
     def of(cls, model: nn.Module) -> "TokenCosts":
-        """The costs of a `DoViT`, from the architecture that it has now."""
+        """The costs of a `DoViT`, by its present architecture."""
         return cls(model.backbone, model.head, model.auxiliary_heads, model.num_classes)
 
     def __call__(
@@ -40,12 +40,12 @@ class TokenCosts:
     def parts(
         self, padded_size: Sequence[int], output_size: Sequence[int], kept: Sequence[float] | None = None
     ) -> dict[str, float]:
-        """GFLOPs of an image: "total", and of it "backbone", "head", "auxiliary_heads", "postprocessing" (resizing).
+        """GFLOPs of an image: "total", "backbone", "head", "auxiliary_heads" and "postprocessing" (resizing).
 
         Args:
-            padded_size: (height, width) of the image as the backbone gets it; output_size: of the result.
-            kept: how many tokens, without cls, go on after each decision point; None: the static model, which decides
-                nothing and has no auxiliary heads.
+            padded_size: (height, width) of the backbone's input; output_size: of the result.
+            kept: the number of tokens, without cls, that go on after each decision point; None: the static model, whose
+                auxiliary heads do not run.
         """
         tokens = self.tokens(padded_size)
         running = [tokens, *(kept if kept is not None else [tokens] * self._backbone.num_decisions)]
@@ -60,7 +60,7 @@ class TokenCosts:
         return {name: value / 1e9 for name, value in {"total": sum(flops.values()), **flops}.items()}
 
     def tokens(self, padded_size: Sequence[int]) -> int:
-        """How many tokens an image has, without cls."""
+        """The number of tokens of an image, without cls."""
         return prod(padded_size) // self._backbone.patch_size**2
 
     def layer(self, tokens: float) -> float:
@@ -68,7 +68,7 @@ class TokenCosts:
         return self._linear * tokens + self._square * tokens**2
 
     def around(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """FLOPs of what surrounds the layers: patch embedding and last norm; the head; the auxiliary heads."""
+        """FLOPs outside the layers: of patch embedding and last norm, of the head, of the auxiliary heads."""
         vit = self._backbone
         height, width = (n // vit.patch_size for n in size)
         token_map = (1, vit.dim, height, width)
@@ -78,7 +78,7 @@ class TokenCosts:
 
 
 class TokenTable(CostTable):
-    """Costs of the static model, and with given shares of the tokens going on after each decision point."""
+    """Costs of the static model, and of given shares of tokens that go on after each decision point."""
 
     key, column = "tokens", "tokens"
     convention = {
@@ -90,10 +90,10 @@ class TokenTable(CostTable):
         """
         Args:
             model: a `DoViT`.
-            shares: by the name of the setting, of all tokens of an image, each at most the one before it.
+            shares: by name, shares of an image's tokens; each is at most the one before.
 
         Raises:
-            ValueError: other than one share per decision point, one that is none, or one that grows.
+            ValueError: not one share per decision point, or a share that is not in [0, 1] or exceeds the one before.
         """
         num_decisions = model.backbone.num_decisions
         for name, kept in shares.items():
@@ -116,10 +116,10 @@ class TokenTable(CostTable):
 
 
 def read_shares(path: str | os.PathLike) -> dict[str, list[float]]:
-    """The measured shares in a table of tools/sweep_thresholds.py, by dataset and threshold; static rows aside.
+    """The shares in a table of tools/sweep_thresholds.py, by dataset and threshold, without static rows.
 
     Raises:
-        OSError: it cannot be opened. ValueError: it is no such table.
+        OSError: the file cannot be opened. ValueError: it is no such table.
     """
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))

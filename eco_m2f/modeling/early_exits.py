@@ -1,13 +1,12 @@
-"""Early exits for any parent: trained at several exits of its encoder, it lets each image leave at its own.
+"""Early exits for any parent: the model trains at several exits of its encoder, and each image leaves at its own.
 
-`EarlyExits` stands before the parent among the bases of a meta-architecture: `EcoMaskFormer(EarlyExits, MaskFormer)`.
-Against the parent it overrides how losses are taken and how the exit is chosen, nothing else; with the last exit alone
-and linear weights it is bit-equal to the parent.
+`EarlyExits` comes before the parent in the bases of a meta-architecture: `EcoMaskFormer(EarlyExits, MaskFormer)`. It
+overrides the losses and the choice of the exit, nothing else. With only the last exit and linear weights it equals the
+parent bit for bit.
 
-What an image of a batch gets: its exit and its result do not depend on what the other images show, nor on where they
-leave. They do depend on the size that the batch is padded to, for a backbone's layers carry what they make of the
-padding into the image, as Mask2Former's do. So an image gets what it would get alone where the batch has the size that
-it would be padded to alone: images of one size. Tools and `load_predictor` take images one by one.
+The other images of a batch, and their exits, change neither the exit nor the result of an image. The padded size of the
+batch does change them: the backbone's layers carry the padding into the image, as Mask2Former's do. Images of one size
+therefore get the same results together as alone. The tools and `load_predictor` run images one by one.
 """
 
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from .sequential_exits import merge_rows, predict_exit_by_exit
 
 
 class EarlyExits(nn.Module):
-    """What arXiv 2404.15244, section 3, adds to a `Parent`."""
+    """Adds the method of arXiv 2404.15244, section 3, to a `Parent`."""
 
     @configurable
     def __init__(
@@ -38,8 +37,8 @@ class EarlyExits(nn.Module):
             exits: encoder layers after which an image may leave, ascending.
             sampler: Step A's iteration -> {exit: weight}.
             exit_policy: see `EXIT_POLICY_REGISTRY`.
-            recompute: decode exits again in the backward pass, so that the graph of one exit at a time is in memory.
-            parent: the arguments of the parent.
+            recompute: decode exits again in the backward pass; memory then holds the graph of one exit at a time.
+            parent: the parent's arguments.
         """
         super().__init__(**parent)
         offered = self.head.exits
@@ -64,7 +63,7 @@ class EarlyExits(nn.Module):
         }
 
     def losses(self, features: dict[str, Tensor], targets: list[dict], num_masks: Tensor) -> dict[str, Tensor]:
-        """Eq. 3: the parent's whole loss at each exit drawn for this iteration, weighted by alpha."""
+        """Eq. 3: the parent's loss at each exit that this iteration draws, times alpha."""
         weights = self.sampler(get_event_storage().iter)
         exits = sorted(weights)
         shared, states = self.head.encode(features, exits)
@@ -76,12 +75,12 @@ class EarlyExits(nn.Module):
         for k in exits:
             if self.recompute and k != exits[-1]:
                 losses[k] = checkpoint(exit_losses, shared, *states[k], use_reentrant=False)
-            else:  # the backward pass comes to it first and frees it before any other is decoded again
+            else:  # the backward pass starts here, and frees this graph before it decodes another exit again
                 losses[k] = exit_losses(shared, *states[k])
         return combine_exit_losses(losses, weights, self.exits[-1])
 
     def inference(self, features: dict[str, Tensor], images: ImageList, batched_inputs: list[dict]) -> list[dict]:
-        """As the parent, plus `exit` (int) of every image."""
+        """The parent's results, plus `exit` (int) for each image."""
         chosen, pred = self.choose_and_predict(features, images, batched_inputs)
         results = self.postprocess(pred, images, batched_inputs)
         for result, k in zip(results, chosen):
@@ -91,7 +90,7 @@ class EarlyExits(nn.Module):
     def choose_and_predict(
         self, features: dict[str, Tensor], images: ImageList, batched_inputs: list[dict]
     ) -> tuple[list[int], dict[str, Tensor]]:
-        """The exit of every image, by the policy, and the prediction of the batch."""
+        """The exit that the policy chooses for each image, and the prediction of the batch."""
         if getattr(self.exit_policy, "sequential", False):
             shapes = self.backbone.output_shape()
             strides = [shapes[name].stride for name in self.head.encoder_features]
@@ -103,10 +102,7 @@ class EarlyExits(nn.Module):
         return exits, self.predict(features, exits)
 
     def predict(self, features: dict[str, Tensor], exits: list[int]) -> dict[str, Tensor]:
-        """Each image at its own exit, as if alone with these features.
-
-        Images are grouped by exit, and no image runs a layer that it does not need.
-        """
+        """The prediction of each image at its own exit. Images run in groups by exit, through no further layer."""
         if len(set(exits)) == 1:
             return self.head(features, exits[0])
         parts = []
@@ -116,16 +112,16 @@ class EarlyExits(nn.Module):
         return merge_rows(parts)
 
     def policy_features(self, features: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-        """What a policy reads: the backbone's maps, and for "projected" also the coarsest after the projection."""
+        """The maps that a policy reads: the backbone's, and for "projected" also the coarsest after its projection."""
         return {**features, "projected": self.head.projected(features)} if source == "projected" else features
 
     def pooled_feature(self, features: dict[str, Tensor], image_sizes, source: str) -> Tensor:
-        """What a gate that reads `source` sees of every image: [B, C], see `pool_valid`."""
+        """The input of a gate that reads `source`: [B, C], see `pool_valid`."""
         stride = policy_shapes(self.backbone, self.head)[source].stride
         return pool_valid(self.policy_features(features, source)[source], image_sizes, stride)
 
 
 def policy_shapes(backbone: nn.Module, head: nn.Module) -> dict[str, ShapeSpec]:
-    """Channels and stride of every map that a policy may read: the backbone's, and "projected" where there is one."""
+    """Channels and stride of each map that a policy may read: the backbone's maps and "projected"."""
     maps = backbone.output_shape()
     return {**maps, "projected": ShapeSpec(channels=head.projected_channels, stride=maps[head.coarsest].stride)}

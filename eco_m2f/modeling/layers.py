@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """x, widened from half precision; float64 stays."""
+    """x, with half precision widened to float32; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -39,28 +39,28 @@ class MLP(nn.Module):
 def sine_position(height: int, width: int, dim: int, device: torch.device, temperature: float = 10000.0) -> Tensor:
     """Sine position code of a map without padding -> [1, dim, height, width], float32.
 
-    The first half of the channels codes y, the second x, each with dim / 2 frequencies, sine and cosine interleaved;
-    coordinates are 1-based and scaled to (0, 2 pi] (DETR, section A.4).
+    The first half of the channels codes y, the second half x. Each has dim / 2 frequencies, with sine and cosine
+    interleaved. Coordinates are 1-based and scaled to (0, 2 pi] (DETR, section A.4).
     """
     half = dim // 2
     period = _periods(half, device, temperature)
     code = [_axis_code(n, period) for n in (height, width)]  # [n, half]
     y = code[0][:, None, :].expand(height, width, half)
     x = code[1][None, :, :].expand(height, width, half)
-    return torch.cat((y, x), dim=2).permute(2, 0, 1)[None]
+    return torch.cat((y, x), dim=2).permute(2, 0, 1)[None]  # [1, dim, height, width]
 
 
 def padded_sine_position(padding: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
-    """As `sine_position`, for maps that are padded: each image's own part is scaled to (0, 2 pi].
+    """`sine_position` for padded maps: the coordinates of each image's own part are scaled to (0, 2 pi].
 
     padding: [B, h, w] bool, True where there is no image -> [B, dim, h, w], float32.
     """
     period = _periods(dim // 2, padding.device, temperature)
     codes = []
     for axis in (1, 2):
-        position = (~padding).cumsum(axis, dtype=torch.float32)
+        position = (~padding).cumsum(axis, dtype=torch.float32)  # [B, h, w]
         last = position.narrow(axis, position.shape[axis] - 1, 1)
-        codes.append(_waves((position / (last + 1e-6) * 2 * torch.pi)[..., None] / period))
+        codes.append(_waves((position / (last + 1e-6) * 2 * torch.pi)[..., None] / period))  # [B, h, w, dim / 2]
     return torch.cat(codes, dim=3).permute(0, 3, 1, 2)
 
 
@@ -80,14 +80,14 @@ def _waves(angle: Tensor) -> Tensor:
 
 
 def attend(attn: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
-    """Multi-head attention with the parameters of `attn`, through scaled_dot_product_attention.
+    """Multi-head attention with the parameters of `attn`, by scaled_dot_product_attention.
 
-    `nn.MultiheadAttention` holds the parameters under their published names, but wants one mask per head; here one
-    mask serves all heads, which is an eighth of the memory.
+    `nn.MultiheadAttention` has the published parameter names, but needs a mask per head. Here all heads share one mask,
+    which takes an eighth of the memory.
 
     Args:
         query: [B, Q, C]; key, value: [B, S, C].
-        allowed: [B, Q or 1, S] bool, True where a query may look, or None.
+        allowed: [B, Q or 1, S] bool, True where a query may look; None: everywhere.
 
     Returns:
         [B, Q, C].
@@ -99,13 +99,13 @@ def attend(attn: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tenso
         F.linear(x, w, b).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)  # [B, M, L, D]
         for x, w, b in ((query, w_q, b_q), (key, w_k, b_k), (value, w_v, b_v))
     )
-    mask = None if allowed is None else allowed[:, None]
+    mask = None if allowed is None else allowed[:, None]  # [B, 1, Q or 1, S]
     out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=attn.dropout if attn.training else 0.0)
     return attn.out_proj(out.transpose(1, 2).flatten(2))
 
 
 def xavier_matrices_(module: nn.Module) -> None:
-    """Xavier-uniform initialisation of every parameter with more than one dimension."""
+    """Initialises each parameter of two or more dimensions as Xavier-uniform."""
     for p in module.parameters():
         if p.dim() > 1:
             nn.init.xavier_uniform_(p)

@@ -1,4 +1,4 @@
-"""The op `eco_m2f::ms_deform_attn`, its fused form and the module around them; importable with nothing compiled."""
+"""The op `eco_m2f::ms_deform_attn`, its fused form, and the module around them. Works without compiled kernels."""
 
 from .extension import build_info, compiled_backends
 from .flops import FUSED_NAME, OP_NAME, ms_deform_attn_flop_jit

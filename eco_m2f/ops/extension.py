@@ -1,7 +1,7 @@
-"""Finds and loads the compiled kernels; the package works without them, only slower.
+"""Finds and loads the compiled kernels. Without them the package works too, but slower.
 
-The shared library holds nothing but `TORCH_LIBRARY_IMPL` registrations, so loading it is all that is needed: PyTorch's
-dispatcher then prefers its kernels over the PyTorch reference, per device.
+The shared library holds only `TORCH_LIBRARY_IMPL` registrations. Once it is loaded, PyTorch's dispatcher prefers its
+kernels over the PyTorch reference, per device.
 """
 
 import os
@@ -14,7 +14,7 @@ DISABLE_VARIABLE = "ECO_M2F_DISABLE_EXTENSION"
 
 
 def extension_path() -> Path | None:
-    """Where the compiled library lies, or None where nothing was built."""
+    """The path of the compiled library; None if nothing was built."""
     found = sorted(Path(__file__).parent.glob("_C*.so")) + sorted(Path(__file__).parent.glob("_C*.pyd"))
     return found[0] if found else None
 
@@ -23,7 +23,7 @@ def load_extension() -> bool:
     """Registers the compiled kernels and returns whether there are any.
 
     Raises:
-        ImportError: a library is there but this PyTorch cannot load it, as after an upgrade of PyTorch.
+        ImportError: this PyTorch cannot load the library, for instance after an upgrade of PyTorch.
     """
     path = extension_path()
     if path is None or os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0"):
@@ -39,13 +39,13 @@ def load_extension() -> bool:
 
 
 def compiled_backends() -> tuple[str, ...]:
-    """The devices that have a compiled kernel: a subset of ("cpu", "cuda")."""
+    """The devices with compiled kernels: a subset of ("cpu", "cuda")."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return tuple(key.lower() for key in ("CPU", "CUDA") if has_kernel("eco_m2f::ms_deform_attn", key))
 
 
 def build_info() -> str:
-    """One paragraph for humans: which kernels run on which device, and how to build those that are missing."""
+    """A paragraph for people: the kernels of each device, and how to build missing ones."""
     path, backends = extension_path(), compiled_backends()
     lines = [f"PyTorch {torch.__version__}, CUDA of PyTorch {torch.version.cuda}"]
     lines.append(f"compiled library: {path or 'none'}")

@@ -1,8 +1,8 @@
-"""What one call of the op costs.
+"""The cost of one call of the op.
 
-One multiply-add per corner, channel and sampling point: 4 * N * Lq * M * L * P * D, the same as fvcore charges the
-`grid_sampler` calls of a fallback. Published Mask2Former numbers leave the op out (a CUDA op has no handle in fvcore):
-that is the `paper` convention and fvcore's default here; the `full` convention adds the handle below.
+It is one multiply-add per corner, channel and sampling point: 4 * N * Lq * M * L * P * D. fvcore counts the same for
+the `grid_sampler` calls of a fallback. Published Mask2Former numbers leave out the op, since fvcore has no handle for a
+CUDA op. That is the `paper` convention, and fvcore's default here. The `full` convention adds the handle below.
 """
 
 from math import prod
@@ -10,7 +10,7 @@ from math import prod
 from torch.utils.flop_counter import register_flop_formula
 
 OP_NAME = "eco_m2f::ms_deform_attn"
-FUSED_NAME = "eco_m2f::ms_deform_attn_fused"  # the same arguments 0 and 2, as far as shapes go
+FUSED_NAME = "eco_m2f::ms_deform_attn_fused"  # its arguments 0 and 2 have the same shapes
 
 
 def multiply_adds(value_shape: list[int], location_shape: list[int]) -> int:
@@ -19,16 +19,16 @@ def multiply_adds(value_shape: list[int], location_shape: list[int]) -> int:
 
 
 def ms_deform_attn_flop_jit(inputs: list, outputs: list) -> int:
-    """Handle for fvcore: `FlopCountAnalysis(...).set_op_handle(OP_NAME, ms_deform_attn_flop_jit)`."""
+    """The handle for fvcore: `FlopCountAnalysis(...).set_op_handle(OP_NAME, ms_deform_attn_flop_jit)`."""
     from fvcore.nn.jit_handles import get_shape
 
     return multiply_adds(get_shape(inputs[0]), get_shape(inputs[2]))
 
 
 def register_torch_formulas(forward_op, backward_op) -> None:
-    """Teaches `torch.utils.flop_counter.FlopCounterMode`, which counts 2 per multiply-add, an op and its backward.
+    """Registers an op and its backward with `torch.utils.flop_counter.FlopCounterMode`.
 
-    The backward costs twice the forward: one dot product and one scatter per corner.
+    That counts 2 per multiply-add. The backward costs twice the forward: a dot product and a scatter per corner.
     """
 
     @register_flop_formula(forward_op)

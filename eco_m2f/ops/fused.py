@@ -1,9 +1,9 @@
-"""The op `eco_m2f::ms_deform_attn_fused`: `ms_deform_attn` with what comes before it, from the two projections on.
+"""The op `eco_m2f::ms_deform_attn_fused`: `ms_deform_attn` together with its softmax and sampling locations.
 
-It takes the offsets in pixels, the attention's logits and the reference points, and never writes the locations and the
-weights into memory, nor keeps them for the backward, which computes them anew. The compiled kernels do it in one pass
-(CUDA: up to 96 samples per query and head); else it is PyTorch operators and then `ms_deform_attn`. Both round alike:
-location = reference + offset / (w, h), the softmax in at least float32, and the pixel of `reference.py`.
+It takes offsets in pixels, attention logits and reference points. It neither writes locations and weights to memory nor
+keeps them for the backward, which computes them again. The compiled kernels run in one pass (CUDA: up to 96 samples per
+query and head). Else PyTorch operators run, and then `ms_deform_attn`. Both round in the same way: location =
+reference + offset / (w, h), a softmax in at least float32, and the pixel of `reference.py`.
 """
 
 from collections.abc import Sequence
@@ -39,34 +39,34 @@ def ms_deform_attn_fused(
         value: [N, S, M, D], S = sum of h * w over the levels; float64, float32, float16 or bfloat16.
         spatial_shapes: host ints, [(h, w), ...] or flat [h0, w0, h1, w1, ...].
         sampling_offsets: [N, Lq, M, L, P, 2], (x, y) in pixels of their level.
-        attention_logits: [N, Lq, M, L, P]; the softmax runs over all L * P of them.
-        reference_points: [N or 1, Lq, L or 1, 2], (x, y) in 0..1. These three are float32, float64 for such a value.
+        attention_logits: [N, Lq, M, L, P]; the softmax runs over all L * P.
+        reference_points: [N or 1, Lq, L or 1, 2], (x, y) in 0..1. All three: float32, or float64 for such a value.
 
     Returns:
         [N, Lq, M * D] in value's dtype.
 
     Raises:
-        ValueError: shapes that do not fit together. TypeError: dtypes, or shapes given as a tensor.
+        ValueError: shapes do not fit together. TypeError: a dtype is wrong, or spatial_shapes is a tensor.
     """
     return FUSED(value, flat_shapes(spatial_shapes), sampling_offsets, attention_logits, reference_points)
 
 
 def level_sizes(spatial_shapes: Sequence[int], like: Tensor) -> Tensor:
-    """(w, h) per level, [L, 1, 2], filled on the device: copying a list there can wait for the device."""
+    """(w, h) per level, [L, 1, 2], filled on the device, because a copy from the host can wait for the device."""
     sizes = [like.new_full((1,), spatial_shapes[i ^ 1]) for i in range(len(spatial_shapes))]
     return torch.cat(sizes).view(-1, 1, 2) if sizes else like.new_empty(0, 1, 2)
 
 
 def compose(spatial_shapes: Sequence[int], offsets: Tensor, logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """The locations and weights that `ms_deform_attn` would get, in the dtype of the offsets."""
-    locations = reference[:, :, None, :, None] + offsets / level_sizes(spatial_shapes, offsets)
+    """The locations and weights for `ms_deform_attn`, in the dtype of the offsets."""
+    locations = reference[:, :, None, :, None] + offsets / level_sizes(spatial_shapes, offsets)  # [N, Lq, M, L, P, 2]
     return locations, logits.flatten(3).softmax(-1).view(logits.shape)
 
 
 def check_fused_arguments(
     value: Tensor, shapes: Sequence[int], offsets: Tensor, logits: Tensor, reference: Tensor
 ) -> None:
-    """Raises ValueError or TypeError for what `ms_deform_attn` could not name as its caller knows it."""
+    """Raises ValueError or TypeError, with the fused op's argument names, for arguments that do not fit."""
     wide = torch.float64 if value.dtype == torch.float64 else torch.float32
     for tensor in (offsets, logits, reference):
         if tensor.dtype != wide:
@@ -128,7 +128,7 @@ def _autograd_backward(ctx, grad_output):
     value, offsets, logits, reference = ctx.saved_tensors
     grads = FUSED_BACKWARD(grad_output, value, ctx.spatial_shapes, offsets, logits, reference)
     grad_reference = None
-    if ctx.needs_input_grad[4]:  # a location moves with its point as with its offset times (w, h)
+    if ctx.needs_input_grad[4]:  # location = point + offset / (w, h)
         by_level = grads[1].sum((2, 4), keepdim=True) * level_sizes(ctx.spatial_shapes, offsets)
         grad_reference = by_level[:, :, 0, :, 0].sum_to_size(reference.shape)
     return grads[0], None, grads[1], grads[2], grad_reference
@@ -139,7 +139,7 @@ def _no_double_backward(ctx, *grads):
 
 
 def _autocast(value, spatial_shapes, sampling_offsets, attention_logits, reference_points):
-    """Value keeps its dtype, which its projection chose; all else goes to full precision."""
+    """Value keeps the dtype of its projection; the others get full precision."""
     wide = torch.float64 if value.dtype == torch.float64 else torch.float32
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
     keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)

@@ -1,4 +1,4 @@
-"""The attention module around the op: it projects, predicts where to look, and samples."""
+"""The attention module around the op: it projects, predicts sampling points, and samples."""
 
 import math
 
@@ -9,8 +9,8 @@ from .extension import compiled_backends
 from .fused import ms_deform_attn_fused
 from .ms_deform_attn import flat_shapes, ms_deform_attn
 
-# One pass takes two thirds of the time of PyTorch's softmax and locations and then the op (tools/benchmarks/op.py
-# --from-logits). On a GPU it has not been measured yet.
+# One pass takes two thirds of the time of PyTorch's softmax and locations followed by the op (tools/benchmarks/op.py
+# --from-logits). It has not been measured on a GPU.
 ONE_PASS_ON_CPU = "cpu" in compiled_backends()
 
 
@@ -19,7 +19,7 @@ class MSDeformAttn(nn.Module):
 
     Args:
         embed_dim: C, channels of query and value; a multiple of num_heads.
-        num_levels: L, maps that a query looks at.
+        num_levels: L, the number of maps.
         num_heads: M.
         num_points: P, sampling points per head and level.
     """
@@ -36,7 +36,7 @@ class MSDeformAttn(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Head m looks along the angle 2 pi m / M, point p at p + 1 pixels (on the square, not the circle)."""
+        """Head m looks along the angle 2 pi m / M; point p is p + 1 pixels away (on a square, not a circle)."""
         nn.init.zeros_(self.sampling_offsets.weight)
         angle = torch.arange(self.num_heads, dtype=torch.float32) * (2.0 * math.pi / self.num_heads)
         direction = torch.stack((angle.cos(), angle.sin()), dim=-1)
@@ -64,41 +64,41 @@ class MSDeformAttn(nn.Module):
             [N, Lq, C].
         """
         shapes = flat_shapes(spatial_shapes)
-        if not torch.jit.is_tracing():  # sizes are tensors there, and each comparison would warn
+        if not torch.jit.is_tracing():  # sizes are tensors in a trace, and each comparison would warn
             self._check(query, reference_points, value, shapes)
         batch, queries, _ = query.shape
         values = self.value_proj(value).view(batch, -1, self.num_heads, self.embed_dim // self.num_heads)
         logits = self.attention_weights(query).view(batch, queries, self.num_heads, self.num_levels, self.num_points)
-        # A trace, as fvcore takes, shows the plain op and what comes before it.
+        # A trace, as fvcore makes, shows the plain op and the operators before it.
         if ONE_PASS_ON_CPU and values.is_cpu and not torch.jit.is_tracing():
             sampled = self._in_one_pass(query, reference_points, values, logits, shapes)
         else:
             weights = logits.flatten(3).softmax(-1).view(logits.shape).to(values.dtype)
             locations = self.sampling_locations(query, reference_points, shapes)
-            sampled = ms_deform_attn(values, shapes, locations, weights)
+            sampled = ms_deform_attn(values, shapes, locations, weights)  # [N, Lq, C]
         return self.output_proj(sampled)
 
     def _in_one_pass(self, query, reference_points, values, logits, shapes) -> Tensor:
         wide = torch.promote_types(values.dtype, torch.float32)
-        offsets = self.offsets(query).view(*logits.shape, 2)
+        offsets = self.offsets(query).view(*logits.shape, 2)  # [N, Lq, M, L, P, 2]
         arguments = (offsets.to(wide), logits.to(wide), reference_points.to(wide))
         return ms_deform_attn_fused(values, shapes, *arguments)
 
     def offsets(self, query: Tensor) -> Tensor:
-        """In pixels, [N, Lq, M * L * P * 2]; not under autocast, for coordinates do not bear half precision."""
-        if query.is_meta:  # costs are counted there, and autocast does not know it
+        """In pixels, [N, Lq, M * L * P * 2]. Without autocast, because coordinates need full precision."""
+        if query.is_meta:  # `costs` uses meta, which autocast does not know
             return self.sampling_offsets(query)
         with torch.autocast(query.device.type, enabled=False):
             return self.sampling_offsets(query.to(self.sampling_offsets.weight.dtype))
 
     def sampling_locations(self, query: Tensor, reference_points: Tensor, shapes: list[int]) -> Tensor:
-        """Reference point + predicted offset in pixels / (w, h): [N, Lq, M, L, P, 2], in float32 or float64."""
+        """Reference point + predicted offset in pixels / (w, h): [N, Lq, M, L, P, 2], float32 or float64."""
         batch, queries, _ = query.shape
         offsets = self.offsets(query).view(batch, queries, self.num_heads, self.num_levels, self.num_points, 2)
         precision = torch.promote_types(offsets.dtype, torch.float32)
-        # Filled on the device: a tensor made from a list would be copied there, and the copy can wait for the device.
+        # Filled on the device, because a copy from the host can wait for the device.
         sizes = [reference_points.new_full((1,), shapes[i ^ 1], dtype=precision) for i in range(len(shapes))]
-        sizes = torch.cat(sizes).view(self.num_levels, 1, 2)  # (w, h) per level
+        sizes = torch.cat(sizes).view(self.num_levels, 1, 2)  # [L, 1, 2], (w, h) per level
         return reference_points[:, :, None, :, None].to(precision) + offsets.to(precision) / sizes
 
     def _check(self, query: Tensor, reference_points: Tensor, value: Tensor, shapes: list[int]) -> None:

@@ -1,7 +1,7 @@
-"""The op `eco_m2f::ms_deform_attn`: its schema, and what PyTorch must know about it whatever the device.
+"""The op `eco_m2f::ms_deform_attn`: its schema and its registrations with PyTorch for all devices.
 
-Kernels: compiled ones for CPU and CUDA (`csrc/`) where they were built, else the PyTorch reference. PyTorch's
-dispatcher picks by device; nothing here falls back silently after a failure. See `reference.py` for the mathematics.
+PyTorch's dispatcher chooses the kernel by device: a compiled one for CPU or CUDA (`csrc/`) if it was built, else the
+PyTorch reference. Nothing falls back silently after a failure. `reference.py` has the mathematics.
 """
 
 from collections.abc import Sequence
@@ -37,21 +37,21 @@ def ms_deform_attn(
     Args:
         value: [N, S, M, D], S = sum of h * w over the levels; float64, float32, float16 or bfloat16.
         spatial_shapes: host ints, [(h, w), ...] or flat [h0, w0, h1, w1, ...].
-        sampling_locations: [N, Lq, M, L, P, 2], (x, y) relative to the level's size, 0..1 inside; float32 (float64 for
-            a float64 value). Half precision displaces samples by up to 0.1 pixel, so it is refused.
+        sampling_locations: [N, Lq, M, L, P, 2], (x, y) relative to the level's size, 0..1 inside. float32, or float64
+            for a float64 value. Half precision would displace samples by up to 0.1 pixel and is refused.
         attention_weights: [N, Lq, M, L, P] in value's dtype.
 
     Returns:
         [N, Lq, M * D] in value's dtype.
 
     Raises:
-        ValueError: shapes that do not fit together. TypeError: dtypes, or shapes given as a tensor.
+        ValueError: shapes do not fit together. TypeError: a dtype is wrong, or spatial_shapes is a tensor.
     """
     return FORWARD(value, flat_shapes(spatial_shapes), sampling_locations, attention_weights)
 
 
 def flat_shapes(spatial_shapes: Sequence[int] | Sequence[tuple[int, int]]) -> list[int]:
-    """[(h, w), ...] or [h0, w0, ...] -> [h0, w0, ...]. A tensor is refused: reading it would wait for the device."""
+    """[(h, w), ...] or [h0, w0, ...] -> [h0, w0, ...]. Tensors are refused: reading one would wait for the device."""
     if isinstance(spatial_shapes, Tensor):
         raise TypeError("spatial_shapes must be host ints such as [(32, 64), (64, 128)], not a tensor")
     if len(spatial_shapes) and isinstance(spatial_shapes[0], (tuple, list)):
@@ -60,7 +60,7 @@ def flat_shapes(spatial_shapes: Sequence[int] | Sequence[tuple[int, int]]) -> li
 
 
 def check_arguments(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> None:
-    """Raises ValueError or TypeError, naming the offending argument, where the arguments do not fit together."""
+    """Raises ValueError or TypeError, with the wrong argument, if the arguments do not fit together."""
     if value.dim() != 4 or locations.dim() != 6 or weights.dim() != 5:
         raise ValueError(
             "expected value [N,S,M,D], sampling_locations [N,Lq,M,L,P,2], attention_weights [N,Lq,M,L,P], got "
@@ -81,7 +81,7 @@ def check_arguments(value: Tensor, shapes: list[int], locations: Tensor, weights
 
 
 def check_tokens(value: Tensor, shapes: Sequence[int]) -> None:
-    """Raises ValueError where value [N, S, M, D] is not made of maps of these sizes."""
+    """Raises ValueError unless value [N, S, M, D] consists of maps of these sizes."""
     if not all(size > 0 for size in shapes):
         raise ValueError(f"spatial_shapes must be positive, got {list(shapes)}")
     tokens = sum(h * w for h, w in zip(shapes[0::2], shapes[1::2]))
@@ -90,7 +90,7 @@ def check_tokens(value: Tensor, shapes: Sequence[int]) -> None:
 
 
 def check_grad_output(grad_output: Tensor, value: Tensor, queries: int) -> None:
-    """Raises ValueError or TypeError for a gradient that is not that of the op's output [N, queries, M * D]."""
+    """Raises ValueError or TypeError unless the gradient fits the op's output [N, queries, M * D]."""
     wanted = (value.shape[0], queries, value.shape[2] * value.shape[3])
     if tuple(grad_output.shape) != wanted:
         raise ValueError(f"grad_output must be [N, Lq, M*D] = {list(wanted)}, got {list(grad_output.shape)}")
@@ -153,7 +153,7 @@ def _no_double_backward(ctx, *grads):
 
 
 def _autocast(value, spatial_shapes, sampling_locations, attention_weights):
-    """Value keeps its dtype, which its projection chose; weights follow it; locations go to full precision."""
+    """Value keeps the dtype of its projection, weights get the same, locations get full precision."""
     locations = sampling_locations.to(torch.float64 if value.dtype == torch.float64 else torch.float32)
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
     keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)

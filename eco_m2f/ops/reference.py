@@ -1,20 +1,22 @@
-"""Multi-scale deformable attention in plain PyTorch: what runs where no kernel was built, and what kernels must equal.
+"""Multi-scale deformable attention in plain PyTorch: the fallback without kernels, and the reference for kernels.
 
-For query q, head m: out = sum over levels l and points p of weight[q, m, l, p] * bilinear(value of level l, location),
-zero outside the map. A location (x, y) in [0, 1] is the pixel (x * w - 0.5, y * h - 0.5) of a level of h x w, each
-computed as a product and then a difference (no fused multiply-add), so that every backend picks the same cell.
+For query q and head m: out = sum over levels l and points p of weight[q, m, l, p] * bilinear(value of level l,
+location), with zeros outside the map. A location (x, y) in [0, 1] is the pixel (x * w - 0.5, y * h - 0.5) of a level of
+h x w. Pixels are a product and then a difference, without fused multiply-add, so all backends choose the same cell.
 
-The rules that all backends share:
-- The derivative by the location is the one-sided derivative from above where a pixel coordinate is an exact integer.
-- Sums are in float32 for half and bfloat16 value, and the locations are float32.
-- Cells outside the map, and points that touch no cell of it, count as zero whatever their neighbours hold.
-- What is not finite is never hidden; NaN and infinity may turn into each other, but not into a number:
-    - a location: that query's head is NaN in the output, and NaN are the gradients of this location and its weight;
-      nothing is added to the gradient of value;
-    - an attention weight: that query's head in the output, and the gradients of its location and of the cells touched;
-    - a cell of value: each query's head that touches the cell, be it with a bilinear weight of 0, and no other; and
-      the gradients of the touching points' locations and weights;
-    - the output's gradient: the gradients of all locations and weights of that query's head, and of the cells touched.
+All backends follow these rules:
+- At an exact integer pixel coordinate, the derivative by the location is the one-sided derivative from above.
+- Sums are in float32 for a half or bfloat16 value, and the locations are float32.
+- Cells outside the map count as zero, and so do points that touch no cell, whatever their neighbours hold.
+- A value that is not finite never turns into a number; NaN and infinity may turn into each other:
+    - a location: the query's head in the output, and the gradients of this location and its weight, are NaN. Nothing is
+      added to the gradient of value;
+    - an attention weight: the query's head in the output is not finite, nor are the gradients of the location and of
+      the touched cells;
+    - a cell of value: the heads of the queries that touch it are not finite, even with a bilinear weight of 0, and no
+      others. Nor are the gradients of those points' locations and weights;
+    - the output's gradient: the gradients of all locations and weights of the query's head are not finite, nor those of
+      the touched cells.
 """
 
 from collections.abc import Iterator
@@ -23,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows of value touched at once: 2**18 indices are 2 MiB, and the backward gathers 32 MiB of 32 floats each.
+# Rows of value in one step: 2**18 indices take 2 MiB. The backward gathers 32 floats for each, which are 32 MiB.
 MAX_ROWS = 2**18
 
 
@@ -39,9 +41,9 @@ def level_table(spatial_shapes: list[int]) -> list[tuple[int, int, int]]:
 class Corners:
     """The four cells around each sampling point, in the order (y0, x0), (y0, x1), (y1, x0), (y1, x1).
 
-    token: [..., 4] int64, token index within one image, or -1 for a cell outside the map.
-    weight: [..., 4] bilinear weights, 0 for cells outside the map, NaN where the location is not finite.
-    dx, dy: [..., 4] derivatives of weight by the pixel coordinate, 0 and NaN likewise; None unless asked for.
+    token: [..., 4] int64, the token index within one image; -1 for a cell outside the map.
+    weight: [..., 4] bilinear weights, 0 for cells outside the map, NaN if the location is not finite.
+    dx, dy: [..., 4] derivatives of weight by the pixel coordinate, with the same 0 and NaN; None without `derivatives`.
     """
 
     def __init__(self, locations: Tensor, spatial_shapes: list[int], derivatives: bool = False):
@@ -74,7 +76,7 @@ class Corners:
 def reference_ms_deform_attn(
     value: Tensor, spatial_shapes: list[int], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """The op by one `embedding_bag` over the rows of value. Arguments as `ms_deform_attn`; [N, Lq, M*D]."""
+    """The op by one `embedding_bag` over the rows of value. Arguments as in `ms_deform_attn`; returns [N, Lq, M*D]."""
     batch, tokens, heads, channels = value.shape
     queries = sampling_locations.shape[1]
     compute = torch.promote_types(value.dtype, torch.float32)
@@ -94,7 +96,7 @@ def reference_ms_deform_attn(
 
 
 def _query_blocks(locations: Tensor) -> Iterator[slice]:
-    """Ranges of queries that touch at most about MAX_ROWS rows, so that what is made of each stays in the caches."""
+    """Ranges of queries that touch about MAX_ROWS rows at most, so their tensors stay in the caches."""
     batch, queries, heads, levels, points = locations.shape[:5]
     step = max(1, MAX_ROWS // (batch * heads * levels * points * 4))
     for begin in range(0, queries, step):
@@ -102,12 +104,12 @@ def _query_blocks(locations: Tensor) -> Iterator[slice]:
 
 
 def _padded_rows(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """value [N, S, M, D] -> [N*S*M + 1, D], the last row zero: what a cell outside the map holds."""
+    """value [N, S, M, D] -> [N*S*M + 1, D]. The last row is zero, for cells outside the map."""
     return F.pad(value.to(dtype).flatten(0, 2), (0, 0, 0, 1))
 
 
 def _row_index(token: Tensor, tokens: int) -> Tensor:
-    """Token index [N, Lq, M, L, P, 4], -1 for outside -> row of `_padded_rows`."""
+    """Token indices [N, Lq, M, L, P, 4], -1 for outside -> rows of `_padded_rows`."""
     batch, _, heads = token.shape[:3]
     image = torch.arange(batch, device=token.device).view(-1, 1, 1, 1, 1, 1)
     head = torch.arange(heads, device=token.device).view(1, 1, -1, 1, 1, 1)
@@ -117,7 +119,7 @@ def _row_index(token: Tensor, tokens: int) -> Tensor:
 def reference_ms_deform_attn_backward(
     grad_output: Tensor, value: Tensor, spatial_shapes: list[int], sampling_locations: Tensor, attention_weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, sampling_locations and attention_weights, some queries at a time to bound the memory."""
+    """Gradients of value, sampling_locations and attention_weights. Queries run in blocks, to bound the memory."""
     batch, tokens, heads, channels = value.shape
     queries = sampling_locations.shape[1]
     compute = torch.promote_types(value.dtype, torch.float32)
@@ -142,7 +144,7 @@ def _backward_part(
     corners = Corners(locations, spatial_shapes, derivatives=True)
     index = _row_index(corners.token, tokens)
     spread = (corners.weight * weights[..., None])[..., None] * grad_output[:, :, :, None, None, None]
-    grad_rows.index_add_(0, index.flatten(), spread.flatten(0, -2))  # [N, q, M, L, P, 4, D]
+    grad_rows.index_add_(0, index.flatten(), spread.flatten(0, -2))  # spread: [N, q, M, L, P, 4, D]
     gathered = rows[index.flatten()].view(*index.shape[:3], -1, rows.shape[1])
     dots = (gathered @ grad_output[..., None]).view(index.shape)  # <value at the corner, grad_output>
     grad_weights.copy_((dots * corners.weight).sum(-1))
@@ -155,9 +157,9 @@ def _backward_part(
 def grid_sample_ms_deform_attn(
     value: Tensor, spatial_shapes: list[int], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """The op by one `grid_sample` per level: slow, but made only of operators that exporters such as ONNX know.
+    """The op by one `grid_sample` per level: slow, but only of operators that exporters such as ONNX know.
 
-    It rounds coordinates differently near the edge of a cell, and so is not a bitwise reference.
+    It rounds coordinates differently near the edge of a cell, so it is no bitwise reference.
     """
     batch, _, heads, channels = value.shape
     queries, points = sampling_locations.shape[1], sampling_locations.shape[4]
@@ -165,7 +167,7 @@ def grid_sample_ms_deform_attn(
     total = 0.0
     for i, (height, width, start) in enumerate(level_table(spatial_shapes)):
         level = value[:, start : start + height * width].flatten(2).transpose(1, 2)  # [N, M*D, h*w]
-        level = level.reshape(batch * heads, channels, height, width)
+        level = level.reshape(batch * heads, channels, height, width)  # [N*M, D, h, w]
         grid = grids[:, :, :, i].transpose(1, 2).flatten(0, 1)  # [N*M, Lq, P, 2]
         sampled = F.grid_sample(level, grid.to(level.dtype), mode="bilinear", padding_mode="zeros", align_corners=False)
         weight = attention_weights[:, :, :, i].transpose(1, 2).reshape(batch * heads, 1, queries, points)

@@ -1,4 +1,4 @@
-"""Exit policies, one file each: which exit each image takes. Importing this package registers all of them."""
+"""Exit policies, one file each. They choose the exit of each image. Importing this package registers them."""
 
 from .fixed import FixedExit
 from .linear_gate import LinearGate

@@ -1,4 +1,4 @@
-"""A fixed depth: every image takes the same exit."""
+"""A fixed depth for all images."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,11 +12,11 @@ from .registry import EXIT_POLICY_REGISTRY
 
 @EXIT_POLICY_REGISTRY.register()
 class FixedExit(nn.Module):
-    """Every image takes the same exit."""
+    """All images take the same exit."""
 
     @configurable
     def __init__(self, exit: int, exits: Sequence[int] | None = None):
-        """exits: those the parent offers, if `exit` is to be checked against them."""
+        """exits: the parent's exits, to check `exit`; None: no check."""
         super().__init__()
         if exits is not None and exit not in check_exits(exits):
             raise ValueError(f"MODEL.ECO.EXIT is {exit}, but the parent offers the exits {list(exits)}")

@@ -15,29 +15,30 @@ from .registry import EXIT_POLICY_REGISTRY, check_feature_source
 
 @EXIT_POLICY_REGISTRY.register()
 class LinearGate(nn.Module):
-    """The learned policy: exit = argmax (W z + b), z being the mean of an image's valid tokens (Eq. 6).
+    """The learned policy: exit = argmax (W z + b), where z is the mean of an image's own tokens (Eq. 6).
 
-    Its weights are not in the parent's checkpoint. `prepare` loads those of MODEL.ECO.GATE. `load_gate` switches to
-    another budget at run time, also while another thread predicts: a call of `forward` uses one gate throughout.
+    The weights are in a gate's file, not in the parent's checkpoint. `prepare` loads MODEL.ECO.GATE. `load_gate`
+    switches to another budget at run time, also while other threads predict: each call of `forward` uses one gate.
     """
 
     @configurable
     def __init__(
         self, in_channels: int, stride: int, exits: Sequence[int], feature_source: str = "res5", gate: str = ""
     ):
-        """in_channels: C of the map pooled; stride: pixels per token of it; exits: the exits that the parent offers,
-        up to K; gate: path of a gate.
-
-        The gate at that path is only examined here (so that a mistake shows at once): it comes into force with
-        `prepare`, when the parent's weights are known.
+        """
+        Args:
+            in_channels: C of the pooled map; stride: pixels per token of that map.
+            exits: the parent's exits, up to K.
+            gate: path of a gate. It is only checked here, to show mistakes early. `prepare` puts it into use, when the
+                parent's weights are known.
         """
         super().__init__()
         check_feature_source(feature_source)
         self.in_channels, self.stride = in_channels, stride
         self.offered_exits = check_exits(exits)
         self.feature_source = feature_source
-        # Replaced as a whole and never changed: whoever has taken it keeps weights and exits that belong together.
-        self._in_force: Gate | None = None
+        # Replaced as a whole and never changed: a running call keeps weights and exits that belong together.
+        self._current: Gate | None = None
         self.gate = gate
         if gate:
             self._check_fits(Gate.load(gate), gate)
@@ -48,8 +49,8 @@ class LinearGate(nn.Module):
         check_feature_source(eco.FEATURE)
         if eco.FEATURE not in input_shape:
             raise ValueError(
-                f"the gate is to read MODEL.ECO.FEATURE {eco.FEATURE}, but the backbone yields {sorted(input_shape)}: "
-                "add it to the backbone's OUT_FEATURES, or let the gate read 'projected'"
+                f"the gate reads MODEL.ECO.FEATURE {eco.FEATURE}, but the backbone yields {sorted(input_shape)}: "
+                "add it to the backbone's OUT_FEATURES, or set MODEL.ECO.FEATURE to 'projected'"
             )
         return {
             "in_channels": input_shape[eco.FEATURE].channels,
@@ -64,10 +65,10 @@ class LinearGate(nn.Module):
         self.load_gate(self.gate, parent_sha256)
 
     def load_gate(self, path: str, parent_sha256: str) -> Gate:
-        """Puts the gate at `path` into force and returns it.
+        """Puts the gate at `path` into use and returns it.
 
-        parent_sha256: `checkpoint.parent_hash` of the weights that this policy runs beside. Raises ValueError if the
-        gate was fitted for other weights, or its exits, features or channels are not those of this parent.
+        parent_sha256: `checkpoint.parent_hash` of the parent's weights. Raises ValueError if the gate was fitted for
+        other weights, or does not fit the parent's exits, features or channels.
         """
         gate = Gate.load(path)
         self._check_fits(gate, path)
@@ -80,26 +81,26 @@ class LinearGate(nn.Module):
         return gate
 
     def use(self, gate: Gate) -> None:
-        """Puts a gate into force, whatever weights it was fitted for; a copy of it, which nobody else can change."""
-        self._in_force = copy.deepcopy(gate)
+        """Puts a copy of a gate into use, without a check of the weights that it was fitted for."""
+        self._current = copy.deepcopy(gate)
 
     @property
     def exits(self) -> tuple[int, ...]:
-        """Those of the gate in force; without one, those that the parent offers."""
-        gate = self._in_force
+        """The exits of the gate in use; without a gate, the parent's."""
+        gate = self._current
         return self.offered_exits if gate is None else gate.exits
 
     @property
     def num_weights(self) -> int:
-        """How many numbers the gate consists of."""
+        """The number of weights in the gate."""
         return (self.in_channels + 1) * len(self.exits)
 
     def logits(self, features: Mapping[str, Tensor], image_sizes: Sequence[tuple[int, int]]) -> Tensor:
-        """-> [B, len(self.exits)], in float32 at least."""
+        """The gate's logits, [B, len(self.exits)], at least float32."""
         return self._logits(self._gate(), features, image_sizes)
 
     def _gate(self) -> Gate:
-        gate = self._in_force
+        gate = self._current
         if gate is None:
             raise RuntimeError("LinearGate has no weights: set MODEL.ECO.GATE, or call load_gate(path, parent_sha256)")
         return gate
@@ -109,7 +110,7 @@ class LinearGate(nn.Module):
             raise ValueError(f"the gate reads the map {self.feature_source!r}, but the features are {sorted(features)}")
         z = pool_valid(features[self.feature_source], image_sizes, self.stride)  # [B, C]
         with torch.autocast(z.device.type, enabled=False):
-            return gate.logits(z)
+            return gate.logits(z)  # [B, E]
 
     def forward(self, features: Mapping[str, Tensor], image_sizes, image_ids=None) -> Tensor:
         gate = self._gate()

@@ -1,4 +1,4 @@
-"""The upper bound: every image takes the exit target of Eq. 5."""
+"""The upper bound: each image takes its exit target (Eq. 5)."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,13 +13,13 @@ from .registry import EXIT_POLICY_REGISTRY
 
 @EXIT_POLICY_REGISTRY.register()
 class OracleExit(nn.Module):
-    """The target exit of Eq. 5, looked up by image id in a derived dataset: what a perfect gate would choose."""
+    """Looks up each image's exit target (Eq. 5) in a derived dataset, as a perfect gate would choose."""
 
     @configurable
     def __init__(self, derived: str, beta: float, max_exit: int, exits: Sequence[int] | None = None):
-        """derived: path of the derived dataset; exits: those the parent offers, if they are to be compared."""
+        """derived: path of the derived dataset; exits: the parent's exits, to compare; None: no comparison."""
         super().__init__()
-        from ..derived.dataset import DerivedDataset  # only this policy needs pyarrow: the others must not wait for it
+        from ..derived.dataset import DerivedDataset  # imports pyarrow, which only this policy needs
 
         if not derived:
             raise ValueError("OracleExit needs MODEL.ECO.DERIVED, the path of a derived dataset")
@@ -50,15 +50,15 @@ class OracleExit(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor], image_sizes, image_ids=None) -> Tensor:
         if image_ids is None or None in image_ids:
-            raise ValueError("OracleExit looks images up: every image of the batch needs its image_id")
+            raise ValueError("OracleExit looks up images: each image of the batch needs its image_id")
         unknown = [i for i in image_ids if str(i) not in self.exit_of]
         if unknown:
-            raise ValueError(f"images {unknown[:5]} are not in {self.derived}: derive the split they belong to")
+            raise ValueError(f"images {unknown[:5]} are not in {self.derived}: derive their split")
         return torch.tensor([self.exit_of[str(i)] for i in image_ids], dtype=torch.int64)
 
 
 def _annotation(dataset_name: str) -> str:
-    """The annotation file of a dataset, or its name: a split may be registered twice, with and without class maps."""
+    """A dataset's annotation file, else its name. A split may have two names, with and without class maps."""
     metadata = MetadataCatalog.get(dataset_name) if dataset_name in DatasetCatalog.list() else None
     files = (getattr(metadata, key, None) for key in ("panoptic_json", "json_file"))
     return next((file for file in files if file), dataset_name)

@@ -1,4 +1,4 @@
-"""A policy without training: an image leaves once the encoder hardly changes it any more."""
+"""A policy without training: an image leaves when the encoder hardly changes it any more."""
 
 from collections.abc import Sequence
 
@@ -12,18 +12,18 @@ from .registry import EXIT_POLICY_REGISTRY
 
 @EXIT_POLICY_REGISTRY.register()
 class StateChangeExit(nn.Module):
-    """An image leaves at the first exit whose state differs little from that of the exit before.
+    """An image leaves at the first exit where its maps changed little since the exit before.
 
-    The change is the mean over the image's tokens of |new - old| / |old|, in Euclidean norms. At the first exit the
-    old state is the encoder's input. The GFLOPs of a result are those of its exit: `LiteEncoder`'s last layer, which
-    also runs for the exits that were looked at before, is not counted for these.
+    The change is the mean over the image's tokens of |new - old| / |old|, in Euclidean norms. At the first exit, old is
+    the encoder's input. The GFLOPs of a result are those of its exit. They leave out that `LiteEncoder`'s last layer
+    also runs for the exits before.
     """
 
     sequential = True
 
     @configurable
     def __init__(self, threshold: float, exits: Sequence[int]):
-        """threshold: an image leaves at a change below it; 0 leads everyone to the last exit, infinity to the first."""
+        """threshold: an image leaves if its change is below. At 0 all take the last exit, at infinity the first."""
         super().__init__()
         if not threshold >= 0:
             raise ValueError(f"MODEL.ECO.CHANGE_THRESHOLD must be a number >= 0, not {threshold}")
@@ -41,7 +41,7 @@ class StateChangeExit(nn.Module):
 
 
 def state_change(maps: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
-    """The mean relative change of the tokens of maps [C, h, w] -> [], in float32 at least."""
+    """The mean relative change of the tokens of maps [C, h, w] -> [], at least float32."""
     new, old = (torch.cat([m.flatten(1) for m in state], dim=1) for state in (maps, before))  # [C, S]
     dtype = torch.promote_types(new.dtype, torch.float32)
     new, old = new.to(dtype), old.to(dtype)

@@ -1,4 +1,4 @@
-"""Costs in closed form against those of a run, to the last FLOP, at sizes of every kind."""
+"""Costs in closed form against those of a run, to the last FLOP, at sizes of all kinds."""
 
 import math
 
@@ -56,7 +56,7 @@ def test_few_sizes_are_counted_directly_and_each_once():
         assert counts(size) == (math.prod(size),)
     assert counted == [(5, 7), (6, 8)]
     assert counts((100, 3)) == (300,)
-    assert counted == [(5, 7), (6, 8), *CHECKS]  # two sizes tell 1 and the area
+    assert counted == [(5, 7), (6, 8), *CHECKS]  # two sizes determine 1 and the area
 
 
 def area_and(extra):
@@ -74,7 +74,7 @@ def area_and(extra):
     ids=["one side", "rounded down", "windows", "a step"],
 )
 def test_what_is_no_combination_is_counted_directly(extra):
-    """The checks find it, and no size is told in closed form any more."""
+    """The checks notice it, and no later size is computed in closed form."""
     count = area_and(extra)
     counts = SizeCounts(count, SizeFunctions([1, 2], squared=[1]))
     for size in ((5, 7), (800, 1216), (6, 8), (333, 500), (640, 1999), (1200, 1), (2, 2)):
@@ -94,7 +94,7 @@ def test_windows_and_rounded_maps_are_known():
 
 
 def test_sizes_that_are_no_multiple_of_the_step_are_counted_directly():
-    """At multiples of 32 a map of stride 4 has a sixteenth of the pixels; elsewhere the functions do not tell."""
+    """At multiples of 32 a map of stride 4 has a sixteenth of the pixels. At other sizes the functions differ."""
     count = area_and(lambda h, w: (h // 4) * (w // 4))
     counts = SizeCounts(count, SizeFunctions([4], squared=[1]), step=32)
     for size in ((64, 64), (800, 1216), (640, 320), (333, 500), (32, 1333)):

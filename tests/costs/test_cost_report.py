@@ -1,4 +1,4 @@
-"""Parameters of a model, and what a report says."""
+"""Reports on a model: its parameters and costs."""
 
 import pytest
 import torch

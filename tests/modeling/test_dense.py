@@ -1,4 +1,4 @@
-"""DETR's encoder with padding, and with several maps; the contract of the other encoders is in test_encoders.py."""
+"""DETR's encoder with padding, and with several maps. The contract of encoders is in test_encoders.py."""
 
 import pytest
 import torch

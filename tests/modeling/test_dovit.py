@@ -1,4 +1,4 @@
-"""DoViT: each rule of stopping, against slow references; the plain ViT against timm's; losses, heads and costs."""
+"""DoViT: its rules of stopping against slow references, the plain ViT against timm's, losses, heads and costs."""
 
 import math
 
@@ -26,7 +26,7 @@ MINI = [
     *("MODEL.DOVIT.DECISION_LAYERS", [1, 3], "SOLVER.MAX_ITER", 11),
 ]
 
-STOP = 0.6  # a threshold at which tokens of the mini model stop at both points, other numbers of each image
+STOP = 0.6  # a threshold at which tokens of the mini model stop at both points, in numbers that differ by image
 
 
 def mini_model(*opts):
@@ -47,7 +47,7 @@ def photos(*sizes) -> list[dict]:
 
 
 def drawn_rule(seed=0, share=0.4):
-    """Stops tokens at random, and notes what it was shown and what it said."""
+    """Stops random tokens, and records its inputs and its decisions."""
     generator, seen, said = torch.Generator().manual_seed(seed), [], []
 
     def stop(point, features):
@@ -65,7 +65,7 @@ def drawn_rule(seed=0, share=0.4):
 @pytest.mark.parametrize("size", [(32, 32), (24, 48)])
 @torch.no_grad()
 def test_without_a_rule_it_is_timms_vit(size):
-    """Also where the position code is resized."""
+    """Also with a resized position code."""
     timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm")
     shape = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3}
     theirs = timm.models.VisionTransformer(**shape, num_classes=0, dynamic_img_size=True).eval()
@@ -107,7 +107,7 @@ def test_impossible_shapes_are_told(options, message):
 
 
 def masked_layer(block: Block, x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """A layer over all tokens [n, C] of one image, of which those not kept are masked as keys, and not updated."""
+    """A layer over all tokens [n, C] of one image. Tokens that are not kept are masked as keys, and not updated."""
     q, k, v = block.attn.qkv(block.norm1(x)).view(len(x), 3, block.attn.num_heads, -1).permute(1, 2, 0, 3)
     scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
     weights = scores.masked_fill(~kept, -math.inf).softmax(-1)
@@ -117,7 +117,7 @@ def masked_layer(block: Block, x: torch.Tensor, kept: torch.Tensor) -> torch.Ten
 
 
 def slow_vit(vit: TokenPassViT, image: torch.Tensor, said: list[torch.Tensor]) -> torch.Tensor:
-    """The whole of stopping for one image [3, H, W], by masks: what each decision said -> the last map [C, h, w]."""
+    """The last map [C, h, w] of one image [3, H, W]; decisions stop tokens by masks."""
     x = vit.embed(image[None])[0]
     kept = torch.ones(len(x), dtype=torch.bool)
     for i, block in enumerate(vit.blocks):
@@ -132,7 +132,7 @@ def slow_vit(vit: TokenPassViT, image: torch.Tensor, said: list[torch.Tensor]) -
 
 @torch.no_grad()
 def test_stopping_is_what_masks_would_do():
-    """Packed tokens of a batch whose images keep different numbers, against masks over all tokens, image by image."""
+    """Packed tokens of a batch, whose images keep different numbers, against masks over all tokens of each image."""
     vit, stop = mini_vit(), drawn_rule()
     images = torch.randn(3, 3, 32, 48, generator=torch.Generator().manual_seed(1))
     found, passed = vit(images, stop)
@@ -149,12 +149,12 @@ def test_a_token_that_has_stopped_never_goes_on():
     for after, said in zip(passed, stop.said, strict=True):
         kept &= ~said
         assert torch.equal(after, kept)
-    assert (stop.said[0] & ~stop.said[1]).any()  # some that had stopped would have been called back
+    assert (stop.said[0] & ~stop.said[1]).any()  # the second decision alone would restart some stopped tokens
 
 
 @torch.no_grad()
 def test_stopped_tokens_keep_their_value_and_the_map_is_restored():
-    """Heads and later decisions see full maps, each token in its place."""
+    """Heads and later decisions get full maps, with each token in its place."""
     vit, stop = mini_vit(), drawn_rule()
     found, passed = vit(torch.randn(2, 3, 32, 48), stop)
     at_first, at_second = (vit.norm(m.movedim(1, -1)) for m in stop.seen)  # [B, h, w, C]
@@ -196,7 +196,7 @@ def test_the_rule_stops_what_its_head_is_surer_of_than_the_threshold():
     logits[0, 1] = torch.tensor([math.log(9.0), math.log(9.2), -math.log(9.2)])  # 0.9, more, more of the other class
     rule = AuxiliaryRule([nn.Identity(), lambda x: 2 * x], 0.901)
     assert rule(0, logits).tolist() == [[[False, True, True]]]
-    assert rule(1, logits).all()  # each decision point has a head of its own
+    assert rule(1, logits).all()  # each decision point has its own head
     assert len(rule.logits) == 2 and rule.logits[0] is logits
     certain = torch.tensor([1000.0, 0.0]).view(1, 2, 1, 1)
     assert not AuxiliaryRule([nn.Identity()], 1.0)(0, certain).any()  # a probability of exactly 1 does not exceed 1
@@ -204,7 +204,7 @@ def test_the_rule_stops_what_its_head_is_surer_of_than_the_threshold():
 
 @torch.no_grad()
 def test_threshold_one_is_the_static_model_exactly():
-    """To the last bit, with the decisions taken and without them."""
+    """Bit for bit, with decisions and without them."""
     model, inputs = mini_model("MODEL.DOVIT.THRESHOLD", 1.0), photos((32, 48), (32, 48))
     images = model.preprocess(inputs).tensor
     static, _ = model.backbone(images)
@@ -227,7 +227,7 @@ def stopping_model(*opts):
 @pytest.mark.parametrize("head", ["MaskTransformerHead", "NaiveHead"])
 @torch.no_grad()
 def test_a_batch_gives_what_its_images_give_alone(head):
-    """Other sizes, and other numbers of tokens kept, in one batch."""
+    """The images of a batch have different sizes and keep different numbers of tokens."""
     model = stopping_model("MODEL.SEM_SEG_HEAD.NAME", head)
     inputs = photos((32, 48), (30, 41), (20, 56), (32, 48))
     together = model(inputs)
@@ -310,14 +310,14 @@ def test_every_parameter_learns_from_a_step_in_which_tokens_stop():
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_gradients_are_laid_out_as_their_parameters(number):
-    """Else DistributedDataParallel warns, and copies each of them in every step."""
+    """Else DistributedDataParallel warns, and copies them in each step."""
     losses, _ = losses_at(model := stopping_model(), 10, labelled(*[(32, 48)] * number))
     sum(losses.values()).backward()
     assert [n for n, p in model.named_parameters() if p.grad.stride() != p.stride()] == []
 
 
 def test_stopped_tokens_pass_gradients_from_where_they_stopped():
-    """The loss at a token that stopped at the first point reaches the layers before it, and none after."""
+    """The loss at a token that stopped at the first point reaches only the layers before it."""
     vit = mini_vit()
     images = torch.randn(1, 3, 32, 32)
     stop = drawn_rule()
@@ -338,7 +338,7 @@ def test_missing_class_maps_are_told():
 
 @pytest.fixture
 def teacher_file(tmp_path):
-    """Weights other than those of the model that is taught."""
+    """Weights that differ from the trained model's."""
     state = mini_model().state_dict()
     for name in ("head.project_tokens.weight", "backbone.blocks.2.mlp.fc1.weight"):
         state[name] = state[name] + 0.1 * torch.randn(state[name].shape, generator=torch.Generator().manual_seed(0))
@@ -458,8 +458,8 @@ def test_costs_of_an_image_by_hand(head):
 
 def test_config_mistakes_are_told_at_build_time():
     for opts, message in (
-        (("MODEL.MASK_FORMER.TEST.PANOPTIC_ON", True), "PANOPTIC_ON and INSTANCE_ON False"),
-        (("MODEL.MASK_FORMER.TEST.SEMANTIC_ON", False), "SEMANTIC_ON must be True"),
+        (("MODEL.MASK_FORMER.TEST.PANOPTIC_ON", True), "PANOPTIC_ON and INSTANCE_ON to False"),
+        (("MODEL.MASK_FORMER.TEST.SEMANTIC_ON", False), "set SEMANTIC_ON to True"),
         (("MODEL.DOVIT.THRESHOLD", 0.0), "THRESHOLD 0.0 is no probability"),
         (("MODEL.DOVIT.THRESHOLD", 1.5), "THRESHOLD 1.5 is no probability"),
     ):
@@ -487,7 +487,7 @@ def test_a_checkpoint_tells_that_it_is_a_vit():
 
 @torch.no_grad()
 def test_timms_weights_load_through_the_converter(tmp_path):
-    """A whole ViT-Ti's, into the backbone alone, found by their names."""
+    """A whole ViT-Ti's weights load into the backbone, by their names."""
     timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm")
     import convert_timm
 

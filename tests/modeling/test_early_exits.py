@@ -1,5 +1,4 @@
-"""Exits, of every parent and encoder that has them: what must be equal to the parent, to a shallower parent, and to one
-image at a time."""
+"""Exits of each parent and encoder: equal to the parent, to a shallower parent, and to one image at a time."""
 
 import copy
 import functools
@@ -23,13 +22,13 @@ from eco_m2f.gates.gate import Gate
 
 pytestmark = pytest.mark.slow
 
-SIZES = ((64, 96), (30, 70))  # the second is padded to the first: of boxes, half of its tokens
+SIZES = ((64, 96), (30, 70))  # the second is padded to the first; half of its tokens are padding for DETR
 
 
 @dataclass(frozen=True, eq=False)
 class System:
-    """A parent and its variant with exits: configs, options, the exits, and the key that has the number of layers where
-    exit k is a parent of k layers."""
+    """A parent and its variant with exits: configs, options and exits. If exit k equals a parent of k layers, also the
+    config key of the number of layers."""
 
     parent: str
     eco: str
@@ -46,14 +45,14 @@ class System:
 
     @functools.cache
     def models(self):
-        """(parent, the variant with exits), of the same weights."""
+        """(parent, variant with exits), with the same weights."""
         eco = fill(self.build_eco())
         parent = build(self.parent, *self.opts)
         parent.load_state_dict(eco.state_dict(), strict=True)
         return parent, eco
 
     def twin(self, *opts, **exits):
-        """Another variant with exits, of the same weights."""
+        """Another variant with exits, with the same weights."""
         model = self.build_eco(*opts, **exits)
         model.load_state_dict(self.models()[1].state_dict(), strict=True)
         return model
@@ -95,7 +94,7 @@ def same(a: dict, b: dict) -> bool:
 
 
 def step(model, double: bool = False) -> tuple[dict, dict]:
-    """Losses and gradients of a training step, the same random points each time."""
+    """Losses and gradients of a training step, always with the same random points."""
     model = copy.deepcopy(model).train()
     if double:
         model.double()
@@ -147,7 +146,7 @@ def test_forced_exit_equals_a_parent_with_k_layers(system):
 @each_parent
 @torch.no_grad()
 def test_auxiliary_outputs_are_made_in_training_alone(system):
-    """Nor is anything computed for them: classes are read off the queries once."""
+    """Inference computes nothing for them: it predicts classes once."""
     eco = copy.deepcopy(system.models()[1])
     calls = []
     getattr(eco.head, "predictor", eco.head).class_embed.register_forward_hook(lambda *_: calls.append(1))
@@ -163,7 +162,7 @@ def test_auxiliary_outputs_are_made_in_training_alone(system):
 @each_system
 @torch.no_grad()
 def test_mixed_exits_in_one_batch_equal_one_image_at_a_time(system):
-    """In float64, so that the order in which a batch is summed does not show."""
+    """In float64, where the order of summation in a batch does not matter."""
     eco = copy.deepcopy(system.models()[1]).double()
     chosen = [system.exits[0], system.last, system.exits[1], system.exits[0], system.exits[-2]]
     batch = make_batch(((64, 96), (30, 70), (64, 20), (64, 96), (33, 96)))
@@ -231,7 +230,7 @@ def test_results_tell_exit_and_cost(system):
 
 
 def sensitive(system: System, tmp_path):
-    """A gated model in float64 whose exits hang on small differences of the features."""
+    """A gated model in float64 whose exits depend on small differences of the features."""
     eco = system.twin("MODEL.ECO.POLICY", "LinearGate")
     channels = eco.backbone.output_shape()["res5"].channels
     weight = 10 * torch.randn(len(system.exits), channels, generator=torch.Generator().manual_seed(2))
@@ -244,7 +243,7 @@ def sensitive(system: System, tmp_path):
 @pytest.mark.parametrize("system", [SYSTEMS[name] for name in ("m2f", "detr")], ids=("m2f", "detr"))
 @torch.no_grad()
 def test_what_an_image_gets_depends_on_the_size_of_its_batch_alone(system, tmp_path):
-    """What the guide and early_exits.py say: not on what else is in the batch, but on how far that is padded."""
+    """As the guide and early_exits.py say: the other images do not matter, but the padded size does."""
     eco = sensitive(system, tmp_path)
     small, large = make_batch(((30, 70), (64, 96)))
     other = {**large, "image": 255 - large["image"]}
@@ -275,7 +274,7 @@ def numbers_of(result: dict) -> dict:
 
 @each_system
 def test_eq3_loss_is_the_weighted_sum_over_exits(system):
-    """Eq. 3 with alpha_k = k / K: names and values of every exit's losses."""
+    """Eq. 3 with alpha_k = k / K: names and values of the losses of each exit."""
     model = copy.deepcopy(system.models()[1]).train()
     losses, _ = step(model)
     torch.manual_seed(0)  # the same draws of points, exit by exit, without weights
@@ -295,7 +294,7 @@ def test_eq3_loss_is_the_weighted_sum_over_exits(system):
 
 @each_parent
 def test_decoding_again_changes_neither_losses_nor_gradients(system):
-    """With dropout, where the parent has any: the second pass draws what the first one drew."""
+    """Also with the parent's dropout: the second pass draws the same as the first."""
     joint, again = (
         step(system.twin(*DROPOUT, "MODEL.ECO.RECOMPUTE", recompute), double=True) for recompute in (False, True)
     )
@@ -304,7 +303,7 @@ def test_decoding_again_changes_neither_losses_nor_gradients(system):
 
 
 def train(config: str, opts: tuple, steps: int = 2):
-    """A mini's state before and after steps of the trainer, and the model."""
+    """The state of a mini model before and after steps of the trainer, and the model."""
     cfg = load_cfg(str(CONFIGS / config), [*MINI, *opts, "SOLVER.BASE_LR", 0.01, "SOLVER.AMP.ENABLED", False])
     model = fill(build_model(cfg)).train()
     before = copy.deepcopy(model.state_dict())
@@ -328,7 +327,7 @@ def test_a_step_of_step_a_trains_the_whole_head(system):
 
 @pytest.mark.parametrize("config", [PARENT, ECO], ids=["parent", "eco"])
 def test_rt_trains_whole_and_answers(config):
-    """As an ECO model it has its one exit, to which nothing can be added."""
+    """As an ECO model it has one exit, and accepts no others."""
     opts = (*RT, *(eco_opts(1) if config == ECO else ()))
     before, model = train(config, opts)
     assert unchanged(before, model, "pixel_decoder.") == []
@@ -339,7 +338,7 @@ def test_rt_trains_whole_and_answers(config):
 
 
 def kept_for_backward(model, exits: list[int], recompute: bool) -> int:
-    """Bytes that the forward pass of the head and the losses keeps for the backward pass, without the weights."""
+    """The bytes, without weights, that the forward pass of head and losses keeps for the backward pass."""
     model = copy.deepcopy(model).train()
     model.recompute, model.exits = recompute, tuple(exits)
     model.sampler = type(model.sampler)(exits, {k: k / 6 for k in exits}, len(exits))
@@ -411,7 +410,7 @@ def test_projected_feature_reaches_the_gate(system):
 
 @torch.no_grad()
 def test_a_gate_goes_by_the_stride_of_the_map_that_it_reads():
-    """Where the encoder takes no res5, "projected" is made of res4, at stride 16."""
+    """If the encoder does not read res5, "projected" comes from res4, at stride 16."""
     levels = ("MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES", ["res3", "res4"])
     model = build(ECO, *levels, "MODEL.ECO.POLICY", "LinearGate", "MODEL.ECO.FEATURE", "projected")
     assert model.head.coarsest == "res4" and model.exit_policy.stride == 16
@@ -441,7 +440,7 @@ def test_a_backbone_without_res5_needs_no_gate_that_reads_it():
 
 @each_parent
 def test_more_exits_than_layers_are_refused(system):
-    with pytest.raises(ValueError, match="lies beyond"):
+    with pytest.raises(ValueError, match="is beyond"):
         system.build_eco(system.layers, 4)
 
 

@@ -1,4 +1,4 @@
-"""The contract of TRANSFORMER_ENCODER_REGISTRY, for every member by existing."""
+"""The contract of TRANSFORMER_ENCODER_REGISTRY, for all members."""
 
 from collections import Counter
 from contextlib import contextmanager
@@ -67,7 +67,7 @@ def test_images_of_a_batch_do_not_meet(encoder):
 
 @contextmanager
 def layer_calls(encoder):
-    """A list that grows by (layer's number, images) at every call of a layer."""
+    """A list that gets (number of the layer, images) at each call of a layer."""
     ran = []
     hooks = [
         layer.register_forward_pre_hook(lambda m, args, i=i: ran.append((i, len(given(args)))))
@@ -79,7 +79,7 @@ def layer_calls(encoder):
 
 
 def given(args) -> torch.Tensor:
-    """What a layer refines: tokens, or the first of its maps."""
+    """A layer's input: tokens, or the first of its maps."""
     return args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
 
 
@@ -92,7 +92,7 @@ def test_exit_k_runs_k_layers(encoder):
 
 
 def steps(encoder, state, exits) -> dict:
-    """{exit: maps} of a run that stops at each of these exits."""
+    """{exit: maps} of a run that stops at these exits."""
     found = {}
     for k in exits:
         state, found[k] = encoder.advance(state, k)
@@ -101,7 +101,7 @@ def steps(encoder, state, exits) -> dict:
 
 @torch.no_grad()
 def test_step_by_step_is_one_go(encoder):
-    """Bit for bit, from every exit on; what a state held stays, so that another run can go on from it."""
+    """Bit for bit, from each exit on. A state does not change, so another run can go on from it."""
     maps, pos = inputs()
     wanted = encoder(maps, pos, encoder.exits)
     state = encoder.start(maps, pos)
@@ -121,7 +121,7 @@ def assert_equal(found: dict, wanted: dict, exits) -> None:
 
 @torch.no_grad()
 def test_no_layer_runs_twice_or_in_vain(encoder):
-    """The last layer alone may run again, for each exit, where every exit has it."""
+    """Only the last layer may run again, if it belongs to each exit."""
     with layer_calls(encoder) as together:
         encoder(*inputs(), encoder.exits)
     with layer_calls(encoder) as one_by_one:
@@ -191,7 +191,7 @@ def test_levels_survive_flattening():
 
 
 def test_maps_of_a_single_image_are_known_to_lie_channels_last():
-    """Strides of an axis of length 1 say nothing of where elements are, but decide how a map is resized."""
+    """The stride of an axis of length 1 does not matter for the elements, but it decides how a map is resized."""
     tokens = torch.randn(1, sum(h * w for h, w in SHAPES), 32)
     for level in split_levels(tokens, SHAPES):
         assert F.interpolate(level, scale_factor=2, mode="bilinear").stride(1) == 1

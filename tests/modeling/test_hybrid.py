@@ -13,8 +13,8 @@ from torch import nn
 
 from eco_m2f.engine.predict import load_predictor
 from eco_m2f.engine.setup import build_model, load_cfg
+from eco_m2f.modeling.encoders.dense import EncoderLayer
 from eco_m2f.modeling.encoders.hybrid import (
-    AttentionLayer,
     HybridEncoder,
     RepVGGBlock,
     doubled,
@@ -91,7 +91,7 @@ def test_a_predictor_is_fused_and_says_what_the_model_does(tmp_path, monkeypatch
 
 @torch.no_grad()
 def test_attention_is_pytorchs_encoder_layer_where_there_is_no_position():
-    layer = fill(AttentionLayer(16, 4, 24, 0.0)).eval()
+    layer = fill(EncoderLayer(16, 4, 24, 0.0, F.gelu)).eval()
     theirs = nn.TransformerEncoderLayer(16, 4, 24, 0.0, activation="gelu", batch_first=True).eval()
     theirs.load_state_dict(layer.state_dict(), strict=True)
     tokens = torch.randn(2, 7, 16)
@@ -100,8 +100,8 @@ def test_attention_is_pytorchs_encoder_layer_where_there_is_no_position():
 
 @torch.no_grad()
 def test_position_enters_queries_and_keys_but_not_values():
-    """The layer written out, with one head."""
-    layer = fill(AttentionLayer(16, 1, 24, 0.0)).eval()
+    """The layer is written out here, with one head."""
+    layer = fill(EncoderLayer(16, 1, 24, 0.0, F.gelu)).eval()
     tokens, pos = torch.randn(1, 5, 16), torch.randn(5, 16)
     w_q, w_k, w_v = layer.self_attn.in_proj_weight.split(16)
     b_q, b_k, b_v = layer.self_attn.in_proj_bias.split(16)
@@ -129,7 +129,7 @@ def test_doubling_is_nearest_neighbour():
 
 @torch.no_grad()
 def test_every_scale_reaches_every_other(encoder):
-    """A change of one map changes all three that come out."""
+    """A change of one map changes all three maps of the result."""
     before = encoder(maps(), None, [1])[1]
     for level in range(3):
         changed = maps()
@@ -141,7 +141,7 @@ def test_it_has_one_exit(encoder):
     assert encoder.exits == (1,)
     with pytest.raises(ValueError, match=r"offers \[1\]"):
         encoder(maps(), None, [2])
-    with pytest.raises(ValueError, match="lies beyond"):
+    with pytest.raises(ValueError, match="is beyond"):
         build("coco/panoptic-segmentation/eco/eco_maskformer2_R50_bs16_50ep.yaml", *RT)
 
 
@@ -166,7 +166,7 @@ def test_a_width_that_the_position_code_cannot_have_is_refused():
 
 
 def test_maps_that_do_not_double_are_refused(encoder):
-    """Those of a dilated backbone, for one."""
+    """A dilated backbone has such maps."""
     maps = [torch.zeros(1, 32, h, w) for h, w in ((4, 6), (4, 6), (8, 12))]
     with pytest.raises(ValueError, match=r"double in size .* not \[\(4, 6\), \(4, 6\), \(8, 12\)\].*OUTPUT_STRIDE 32"):
         encoder(maps, maps, encoder.exits)

@@ -1,4 +1,4 @@
-"""Lite-M2F's encoder: a cheap layer is a full layer whose finest outputs are put back."""
+"""Lite-M2F's encoder: a cheap layer equals a full layer, after which the finest level gets its old tokens back."""
 
 import pytest
 import torch

@@ -1,7 +1,7 @@
-"""The parent against the reference implementation: numbers recorded with it, and the head written out plainly.
+"""The parent against numbers recorded with the reference implementation, and against the plain head.
 
-All of the recorded numbers are in the reference data, which a checkout lacks. What needs none of it: the plain head,
-which is itself compared with all of them where they are, and the predictor's first layer, in assets/predictor.npz.
+The recorded numbers are reference data, which a checkout lacks. Two tests need none of it: the plain head, which is
+itself compared with the recorded numbers if they exist, and the predictor's first layer, in assets/predictor.npz.
 """
 
 import json
@@ -63,7 +63,7 @@ def test_every_exit_matches_the_reference(case):
 
 
 def with_aux(head, features, exits) -> dict[int, dict]:
-    """The predictions with what training reads besides."""
+    """The predictions with aux_outputs."""
     shared, states = head.encode(features, exits)
     return {k: head.decode(shared, states[k]) for k in exits}
 
@@ -100,7 +100,7 @@ def test_the_plain_head_matches_the_reference(case):
 @pytest.mark.parametrize("sizes", [((64, 96), (60, 80)), ((33, 129), (96, 40))])
 @torch.no_grad()
 def test_every_exit_matches_the_plain_head(build_mini, fill_weights, sizes):
-    """At these sizes no mask logit is within 1e-4 of the predictor's threshold, where rounding would decide."""
+    """At these sizes no mask logit is within 1e-4 of the predictor's threshold, so rounding decides nothing."""
     model = fill_weights(build_mini())
     plain = PlainHead(model.state_dict())
     features = model.backbone(model.preprocess(make_batch(sizes)).tensor)
@@ -125,7 +125,7 @@ def test_every_exit_matches_the_plain_head(build_mini, fill_weights, sizes):
 
 @torch.no_grad()
 def test_the_predictors_first_layer_matches_recorded_numbers(assets):
-    """Masks at the 2 x 3 pixels that the layer's attention looks at: resizing commutes with masks from queries."""
+    """Masks at the 2 x 3 pixels of the layer's attention. Resizing commutes with making masks."""
     data = {k: torch.from_numpy(v) for k, v in np.load(assets / "predictor.npz").items()}
     weights = {k.removeprefix("weights."): v for k, v in data.items() if k.startswith("weights.")}
     predictor = MultiScaleMaskedTransformerDecoder(

@@ -28,7 +28,7 @@ def close(actual, wanted) -> None:
 
 
 def stage_alone(encoder: ProScaleEncoder, first: int, layers: int, levels: int) -> MSDeformEncoder:
-    """The parent's encoder on the coarsest levels, with the weights of a stage."""
+    """The parent's encoder on the coarsest levels, with a stage's weights."""
     alone = MSDeformEncoder(dim=DIM, num_layers=layers, num_levels=levels).eval()
     alone.level_embed.data = encoder.level_embed.data[:levels]
     for i, layer in enumerate(alone.encoder.layers):
@@ -37,7 +37,7 @@ def stage_alone(encoder: ProScaleEncoder, first: int, layers: int, levels: int) 
 
 
 def score(encoder: ProScaleEncoder, finest: torch.Tensor, size) -> torch.Tensor:
-    """The 256 -> 1 projection of the finest map, then resized: both are linear, so that their order does not matter."""
+    """The 256 -> 1 projection of the finest map, then resized. Both are linear, so their order does not matter."""
     plane = torch.einsum("bchw,c->bhw", finest, encoder.recalibration.weight[0]) + encoder.recalibration.bias
     step = finest.shape[-1] // size[1]
     middle = [i for i in range(step) if step // 2 - 1 <= i <= step // 2]  # bilinear: halfway between these two
@@ -58,7 +58,7 @@ def test_stages_are_encoders_of_fewer_levels(inputs, temperature):
     second = stage_alone(encoder, 1, 2, 2)([*first, res4], pos[:2], [2])[2]
     third = stage_alone(encoder, 3, 2, 3)([*second, res3], pos, [1, 2])
     found = encoder(maps, pos, [1, 3, 4, 5])
-    close(found[1], [*first, maps[1], maps[2]])  # what has not joined is the projection, not recalibrated
+    close(found[1], [*first, maps[1], maps[2]])  # levels that have not joined are projections, not recalibrated
     close(found[3], [*second, maps[2]])
     close(found[4], third[1])
     close(found[5], third[2])
@@ -128,8 +128,8 @@ def test_every_key_changes_the_encoder(opts, look):
     [
         ((2, 2, 2), 9, "are 6 layers, but TRANSFORMER_ENC_LAYERS is 9: set it to 6"),
         ((3, 3), 6, "must be 3 numbers"),
-        ((3, 3, 0), 6, r"\[3, 3, 0\]: a stage cannot have fewer layers than 0, the last 1"),
-        ((7, -3, 2), 6, r"\[7, -3, 2\]: a stage cannot have fewer layers than 0"),
+        ((3, 3, 0), 6, r"\[3, 3, 0\]: each stage needs at least 0 layers, the last at least 1"),
+        ((7, -3, 2), 6, r"\[7, -3, 2\]: each stage needs at least 0 layers"),
     ],
 )
 def test_stages_that_do_not_fit_are_refused(stages, layers, message):

@@ -1,4 +1,4 @@
-"""Sequential exit policies: the contract, for every member of EXIT_POLICY_REGISTRY that is one, on every parent."""
+"""The contract of sequential exit policies, for all of them in EXIT_POLICY_REGISTRY, on each parent."""
 
 import math
 import re
@@ -26,7 +26,7 @@ SIZES = ((64, 96), (30, 70), (64, 20), (64, 96), (33, 96))  # padded to the firs
 
 @dataclass(frozen=True)
 class Options:
-    """How a policy is told when images leave. `some` is given the arguments of each call of `leaves` up to the last."""
+    """Options with which no, all or some images leave early; `some` gets the arguments of the calls of `leaves`."""
 
     never: tuple
     at_once: tuple
@@ -63,14 +63,14 @@ def inputs(eco, sizes=SIZES) -> tuple[dict[str, torch.Tensor], ImageList, list[d
 
 
 def one(i: int, features: Mapping[str, torch.Tensor], images: ImageList, batch: list[dict]) -> tuple:
-    """An image of a batch, padded as there."""
+    """One image of a batch, with the batch's padding."""
     alone = ImageList(images.tensor[i : i + 1], images.image_sizes[i : i + 1])
     return {n: f[i : i + 1] for n, f in features.items()}, alone, batch[i : i + 1]
 
 
 @torch.no_grad()
 def seen_by(eco, *batch) -> list[tuple]:
-    """The arguments of every call of the policy."""
+    """The arguments of all calls of the policy."""
     with mock.patch.object(eco.exit_policy, "leaves", wraps=eco.exit_policy.leaves) as leaves:
         eco.choose_and_predict(*batch)
     return [call.args for call in leaves.call_args_list]
@@ -78,7 +78,7 @@ def seen_by(eco, *batch) -> list[tuple]:
 
 @torch.no_grad()
 def mixed(system, name: str):
-    """(model, batch) of which images leave at different exits."""
+    """(model, batch) whose images leave at different exits."""
     eco = with_policy(system, name, POLICIES[name].never)
     batch = inputs(eco)
     return with_policy(system, name, POLICIES[name].some(seen_by(eco, *batch))), batch
@@ -88,7 +88,7 @@ def mixed(system, name: str):
 @each_system
 @torch.no_grad()
 def test_a_policy_can_choose_the_first_exit_and_the_last(system, name):
-    """Then the results are those of the fixed exit, bit for bit."""
+    """The results are those of the fixed exit, bit for bit."""
     for options, k in ((POLICIES[name].never, system.last), (POLICIES[name].at_once, system.exits[0])):
         eco = system.twin("MODEL.ECO.POLICY", name, *options)
         assert eco.exit_policy.exits == system.exits
@@ -100,7 +100,7 @@ def test_a_policy_can_choose_the_first_exit_and_the_last(system, name):
 @each_system
 @torch.no_grad()
 def test_a_batch_of_several_exits_equals_one_image_at_a_time(system, name):
-    """In float64, so that the order in which a batch is summed does not show."""
+    """In float64, where the order of summation in a batch does not matter."""
     eco, batch = mixed(system, name)
     exits, together = eco.choose_and_predict(*batch)
     assert len(set(exits)) > 1 and set(exits) <= set(system.exits)
@@ -125,7 +125,7 @@ def test_layers_run_on_images_under_way_and_the_decoder_once_on_each(system, nam
         exits, _ = eco.choose_and_predict(*batch)
     decoded = [len(call.args[1][0]) for call in decode.call_args_list]
     assert sum(decoded) == len(exits) and len(decoded) == len(set(exits))
-    again = [len([k for k in system.exits if k < left]) for left in exits]  # Lite's last layer, at exits before
+    again = [len([k for k in system.exits if k < left]) for left in exits]  # Lite's last layer runs at exits before
     extra = sum(again) if "lite" in str(system.opts).lower() else 0
     assert sum(layers) == sum(exits) + extra
 
@@ -134,7 +134,7 @@ def test_layers_run_on_images_under_way_and_the_decoder_once_on_each(system, nam
 @each_system
 @torch.no_grad()
 def test_padding_does_not_matter(system, name):
-    """A policy is shown an image's own tokens alone, so what the encoder makes of its padding cannot show."""
+    """A policy gets only an image's own tokens, so the encoder's results in the padding do not matter."""
     eco, (features, images, batch) = mixed(system, name)
     shapes = eco.backbone.output_shape()
     strides = [shapes[n].stride for n in eco.head.encoder_features]
@@ -162,7 +162,7 @@ def with_padding_of_nan(maps: list[torch.Tensor], cells) -> list[torch.Tensor]:
 @each_policy
 @torch.no_grad()
 def test_the_padding_of_detr_does_not_matter(name):
-    """Its encoder does not look at padding, so that whole predictions must not change."""
+    """Its encoder ignores padding, so whole predictions must not change."""
     eco, (features, images, batch) = mixed(SYSTEMS["detr"], name)
     padding = features["padding"]
     assert padding.any()
@@ -176,7 +176,7 @@ def test_the_padding_of_detr_does_not_matter(name):
 @pytest.mark.parametrize("let_in", [False, True])
 @torch.no_grad()
 def test_the_pixel_decoder_keeps_its_precision_from_exit_to_exit(name, let_in):
-    """Autocast stays out of it, or is let in by PIXEL_DECODER_AMP, as when it runs in one go."""
+    """It ignores autocast unless PIXEL_DECODER_AMP is set, as in one go."""
     eco = SYSTEMS["m2f"].twin(
         *("MODEL.ECO.POLICY", name, *POLICIES[name].never, "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_AMP", let_in)
     )

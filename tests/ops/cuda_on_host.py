@@ -1,4 +1,4 @@
-"""Runs the CUDA kernels' source on the processor, by a shim that stands in for CUDA (cuda_on_host.cpp)."""
+"""Runs the source of the CUDA kernels on the CPU, by a shim that replaces CUDA (cuda_on_host.cpp)."""
 
 import atexit
 import ctypes
@@ -20,7 +20,7 @@ GUARD = 64  # elements around each tensor, NaN, to betray a stray write
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Compiled once per process; skips the test where there is no C++ compiler."""
+    """The compiled library, built once per process. Skips the test without a C++ compiler."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -68,9 +68,9 @@ class Guarded:
 
 
 def run(value, flat_shapes, locations, weights, grad, reference=None) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """-> output, gradients; the launches are the CUDA build's. Inputs that were not aligned stay so.
+    """-> output, gradients. The launches are those of the CUDA build. Unaligned inputs stay unaligned.
 
-    With reference points, the fused kernels: locations are offsets, weights are logits.
+    Reference points select the fused kernels; locations are then offsets, and weights are logits.
     """
     batch, tokens, heads, channels = value.shape
     levels, points = locations.shape[3:5]

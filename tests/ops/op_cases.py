@@ -1,6 +1,6 @@
-"""Inputs of the deformable attention, and one way to call each of its backends on the CPU.
+"""Inputs of deformable attention, and one way to call each of its backends on the CPU.
 
-"cuda on host" is the CUDA kernels' source, compiled for the processor.
+"cuda on host" is the source of the CUDA kernels, compiled for the CPU.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ PYRAMID = [(3, 4), (6, 8), (12, 16)]
 
 @dataclass
 class Case:
-    """Arguments of one call, and the gradient that comes back."""
+    """The arguments of one call, and the gradient of its output."""
 
     value: Tensor
     shapes: list[tuple[int, int]]
@@ -40,7 +40,7 @@ class Case:
         return self.value, self.locations, self.weights
 
     def to(self, dtype: torch.dtype) -> "Case":
-        """In that dtype of value; locations stay in at least float32."""
+        """The case with value in that dtype; locations stay at least float32."""
         wide = torch.promote_types(dtype, torch.float32)
         return Case(
             self.value.to(dtype), self.shapes, self.locations.to(wide), self.weights.to(dtype), self.grad.to(dtype)
@@ -53,7 +53,7 @@ class Case:
 def make_case(
     shapes=PYRAMID, batch=2, queries=50, heads=8, channels=32, points=4, dtype=torch.float64, seed=0, margin=0.15
 ) -> Case:
-    """Random inputs, `margin` of the map's size beyond its borders included."""
+    """Random inputs, with points up to `margin` times the map's size outside the map."""
     generator = torch.Generator().manual_seed(seed)
     tokens, grid = sum(h * w for h, w in shapes), (batch, queries, heads, len(shapes), points)
     value = torch.randn(batch, tokens, heads, channels, generator=generator, dtype=torch.float64)
@@ -65,7 +65,7 @@ def make_case(
 
 
 def away_from_knots(case: Case, distance: float = 1e-3) -> Case:
-    """Moves the points so that no pixel coordinate is within `distance` of an integer, where slopes jump."""
+    """Moves the points: no pixel coordinate stays within `distance` of an integer, where slopes jump."""
     sizes = torch.tensor([(w, h) for h, w in case.shapes], dtype=torch.float64)[:, None]
     pixels = case.locations.double() * sizes - 0.5
     base = pixels.floor()
@@ -75,16 +75,16 @@ def away_from_knots(case: Case, distance: float = 1e-3) -> Case:
 
 @contextmanager
 def cpu_sampler(limit: str) -> Iterator[str]:
-    """Within it, the compiled CPU kernels use no more than this instruction set, in all threads.
+    """Limits the compiled CPU kernels to this instruction set, in all threads.
 
     Args:
         limit: "avx512", "avx2", "baseline" (the compiler's own target), "portable" (kernels without staging).
 
     Yields:
-        The one in use: a lesser one where the processor lacks what was asked for.
+        The instruction set in use: a lesser one if the processor lacks the given one.
 
     Raises:
-        RuntimeError: no CPU kernels were built. ValueError: limit is none of these.
+        RuntimeError: no CPU kernels were built. ValueError: limit is unknown.
     """
     if "cpu" not in compiled_backends():
         raise RuntimeError(f"no CPU kernels are loaded; build them: {BUILD_COMMAND}")
@@ -96,7 +96,7 @@ def cpu_sampler(limit: str) -> Iterator[str]:
 
 @contextmanager
 def use(backend: str) -> Iterator[None]:
-    """Skips the test where this machine or build lacks the backend."""
+    """Selects a backend, or skips the test if this machine or build lacks it."""
     if backend in ("reference", "cuda on host"):
         yield
         return

@@ -1,4 +1,4 @@
-"""What setup.py decides to build, and that the built library stands alone. Nothing is compiled here."""
+"""setup.py's decision what to build, and the independence of the built library. Nothing is compiled here."""
 
 import os
 import re
@@ -21,7 +21,7 @@ NO_TOOLKIT = "/nonexistent/cuda"
 
 
 def decide(mode: str | None, **environment: str) -> subprocess.CompletedProcess:
-    """Runs setup.py as far as its decision: a command that builds nothing."""
+    """Runs setup.py up to its decision, with a command that builds nothing."""
     clean = {k: v for k, v in os.environ.items() if k not in ("ECO_M2F_BUILD", "CUDA_HOME", "CUDA_PATH")}
     clean |= environment | ({"ECO_M2F_BUILD": mode} if mode else {})
     command = [sys.executable, "setup.py", "--quiet", "--version"]
@@ -35,7 +35,7 @@ def test_none_builds_nothing():
 
 
 def test_cuda_fails_where_it_cannot_be_built():
-    """With the words in which auto says why it leaves CUDA out."""
+    """With the reason that auto gives when it leaves CUDA out."""
     done = decide("cuda", CUDA_HOME=NO_TOOLKIT)
     why = f"no bin/nvcc of a CUDA toolkit (CUDA_HOME is {NO_TOOLKIT})" if torch.version.cuda else "has no CUDA"
     assert done.returncode == 1 and why in done.stderr
@@ -49,7 +49,7 @@ def test_unknown_modes_are_refused():
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch without CUDA")
 def test_toolkit_is_found_behind_a_wrapper_of_nvcc(tmp_path):
-    """As some machines have it: a script on PATH, whose folder is no toolkit."""
+    """Some machines have a script on PATH, in a folder that is no toolkit."""
     real = shutil.which("nvcc")
     if real is None:
         pytest.skip("nvcc is not installed")
@@ -80,7 +80,7 @@ def test_library_without_a_gpu():
 
 
 def test_library_of_another_pytorch_is_named(tmp_path):
-    """A library that cannot be loaded is an error that says what to do, not a silent fallback."""
+    """A library that cannot be loaded is an error with a remedy, not a silent fallback."""
     shutil.copytree(
         ROOT / "eco_m2f", tmp_path / "eco_m2f", ignore=shutil.ignore_patterns("*.so", "csrc", "__pycache__")
     )

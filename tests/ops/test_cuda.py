@@ -1,4 +1,4 @@
-"""The op on a GPU; all skip without one. Under a sanitizer:
+"""The op on a GPU. Without one, all tests skip. Under a sanitizer:
 
 compute-sanitizer --tool memcheck python -m pytest tests/ops/test_cuda.py -k "layout or dtype"
 compute-sanitizer --tool racecheck ..., --tool synccheck ..., --tool initcheck ...
@@ -43,7 +43,7 @@ def test_values_and_gradients_of_each_dtype(dtype, heads, channels):
 @pytest.mark.parametrize("dtype", PRECISION, ids=str)
 @pytest.mark.parametrize("heads, channels, points", ((8, 32, 4), (4, 64, 4), (3, 7, 2), (2, 32, 40)))
 def test_fused_values_and_gradients(dtype, heads, channels, points, reference):
-    """Against the CPU's in float64; 3 * 40 samples are more than the fused kernels take, and take the plain ones."""
+    """Against the CPU in float64. 3 * 40 samples are too many for the fused kernels, and use the plain ones."""
     case = make_case(ENCODER, 2, 101, heads, channels, points)
     offsets, logits = 3 * torch.randn_like(case.locations), torch.randn_like(case.weights)
     places = torch.rand(reference[0], 101, reference[1], 2, dtype=torch.float64)

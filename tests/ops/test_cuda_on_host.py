@@ -1,5 +1,6 @@
-"""How the CUDA kernels' launches are cut and indexed, at sizes that need no memory; what they compute is tested
-with the other backends in test_ms_deform_attn.py.
+"""How the launches of the CUDA kernels are cut and indexed, at sizes that need no memory.
+
+test_ms_deform_attn.py tests their results, with the other backends.
 """
 
 import ctypes
@@ -20,7 +21,7 @@ def sizes(**changes):
 
 
 def plan(vector=4, element_bytes=4, fused=False, **changes) -> dict:
-    """Raises ValueError with what is too large."""
+    """The plan of a launch. Raises ValueError with the quantity that is too large."""
     result = cuda_on_host.ints([0] * 4)
     error = cuda_on_host.library().host_plan(
         sizes(**changes), ctypes.c_int64(vector), ctypes.c_int64(element_bytes), int(fused), result
@@ -64,7 +65,7 @@ def test_fused_plan_refuses_more_samples():
 
 
 def test_image_strides_beyond_32_bits():
-    """At 195 images the output of shape A has more than 2^31 elements; with a stride-4 level the locations at 48."""
+    """At 195 images the output of shape A exceeds 2^31 elements; with a stride-4 level the locations do at 48."""
     strides = cuda_on_host.ints([0] * 3)
     cuda_on_host.library().host_strides(sizes(batch=195), strides)
     assert list(strides) == [43008 * 256, 43008 * 256, 43008 * 8 * 12]
@@ -75,7 +76,7 @@ def test_image_strides_beyond_32_bits():
 
 @pytest.mark.parametrize("block, image", ((0, 0), (7, 3), (28_671, 65_534)))
 def test_first_point_of_a_block_beyond_32_bits(block, image):
-    """12 units of 12 points to a block; the last case is point 2.7e11."""
+    """A block has 12 units of 12 points. The last case is point 2.7e11."""
     first = cuda_on_host.library().host_first_point(sizes(), ctypes.c_int64(block), ctypes.c_int64(image))
     assert first == (image * 43008 * 8 + block * 12) * 12
 
@@ -95,7 +96,7 @@ def test_what_32_bits_cannot_count_is_refused(change, message):
 
 
 def test_large_batches_take_several_launches():
-    """The host's limit is two images a launch, where a grid has 65535."""
+    """The limit here is two images per launch; a grid's is 65535."""
     run("cuda on host", make_case([(2, 3)], 5, 3, 2, 4, 1))
     assert cuda_on_host.library().host_launches() == 3
 

@@ -1,9 +1,9 @@
-"""What the CUDA kernels compile to, without a GPU: instructions, registers, loads and atomic operations.
+"""The compiled CUDA kernels, without a GPU: instructions, registers, loads and atomic operations.
 
-How instructions are counted. In the kernels for Mask2Former's sizes (8 heads of 32 channels, 3 levels, 4 points)
-everything is unrolled: the forward has no backward branch but the endless loop that follows its last EXIT, so no
-instruction runs twice, and the number of instructions up to that loop bounds what one warp executes. Of float a warp
-handles 4 pairs of query and head (8 lanes of 16 bytes each), of half precision 8.
+How instructions are counted: the kernels for Mask2Former's sizes (8 heads of 32 channels, 3 levels, 4 points) are fully
+unrolled. The only backward branch of the forward is the endless loop after its last EXIT, so no instruction runs twice.
+The number of instructions before that loop therefore bounds the instructions of a warp. A warp handles 4 pairs of query
+and head in float (8 lanes of 16 bytes each), and 8 in half precision.
 """
 
 import re
@@ -23,11 +23,11 @@ TORCH_INCLUDE = SITE / "torch" / "include"
 ARCHITECTURES = ("sm_86", "sm_90")
 STORAGE = {"f": ("float", 4), "N3c104HalfE": ("half", 8), "N3c108BFloat16E": ("bfloat16", 8), "d": ("double", 2)}
 BUDGET = 160  # warp instructions per query and head, forward
-FUSED_BUDGET = 290  # with the softmax, of which each point's thread takes its share by itself, and the locations
+FUSED_BUDGET = 290  # with the locations and the softmax, which each point's thread computes by itself
 
 
 def find_tool(name: str) -> str:
-    """From the toolkit, or from triton, which comes with PyTorch; skips the test where neither is there."""
+    """A tool of the CUDA toolkit, or of triton, which comes with PyTorch. Skips the test without both."""
     found = shutil.which(name) or shutil.which(name, path=SITE / "triton" / "backends" / "nvidia" / "bin")
     if found is None:
         pytest.skip(f"{name} is not installed")
@@ -36,7 +36,7 @@ def find_tool(name: str) -> str:
 
 @dataclass
 class Kernel:
-    """One kernel's machine code."""
+    """The machine code of one kernel."""
 
     instructions: list[tuple[int, str]]  # (address, text) without the closing loop and its padding
     usage: dict[str, int]  # REG, STACK, SHARED, LOCAL
@@ -122,7 +122,7 @@ def test_nothing_spills(kernels, architecture):
 
 @architectures
 def test_occupancy_is_not_bound_by_shared_memory_or_registers(kernels, architecture):
-    """Mask2Former's kernels: half of the threads of a multiprocessor at least (64K registers, 100 KiB)."""
+    """Mask2Former's kernels use at least half of the threads of a multiprocessor (64K registers, 100 KiB)."""
     for key, kernel in kernels[architecture].items():
         if key[3]:
             registers = 96 * -(-kernel.usage["REG"] // 8) * 8  # of a block; they come in eights
@@ -153,7 +153,7 @@ def test_forward_reads_sixteen_bytes_at_a_time(kernels, architecture, storage, v
 
 @architectures
 def test_additions_are_fire_and_forget(kernels, architecture):
-    """RED, never ATOM, and no loop of compare and swap, which is what half-precision atomics become before sm_90."""
+    """RED, never ATOM, and no loop of compare and swap, as half-precision atomics have before sm_90."""
     for key, kernel in kernels[architecture].items():
         assert kernel.count(r"\bATOM|CAS") == 0, key
         assert (kernel.count(r"\bRED[G]?\b") > 0) == (key[0] == "backward"), key
@@ -168,7 +168,7 @@ def test_sm_90_adds_four_floats_at_once(kernels, storage, vector):
 
 @architectures
 def test_pixels_are_a_product_and_then_a_difference(kernels, architecture):
-    """A fused multiply-add would pick other cells than the CPU does."""
+    """A fused multiply-add would choose other cells than the CPU."""
     for direction in ("forward", "backward"):
         kernel = kernels[architecture][direction, "float", 4, True, False]
         assert kernel.count(r"\bFFMA.*-0\.5") == 0 and kernel.count(r"\bFADD.*-0\.5") >= 2

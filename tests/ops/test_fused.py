@@ -1,4 +1,4 @@
-"""The fused op: equal to the softmax, the locations and the op one after the other, gradients included."""
+"""The fused op equals softmax, locations and op one after another, also in the gradients."""
 
 import cuda_on_host
 import pytest
@@ -17,7 +17,7 @@ backends = pytest.mark.parametrize("backend", (*COMPILED, "cuda on host"))
 def make_inputs(
     shapes=SHAPES, batch=2, queries=21, heads=8, channels=32, points=4, dtype=torch.float64, reference=(2, 3)
 ):
-    """(value, offsets in pixels, logits, reference points, gradient); reference: its batch and levels."""
+    """(value, offsets in pixels, logits, reference points, gradient); reference: the points' batch and levels."""
     case = make_case(shapes, batch, queries, heads, channels, points)
     generator = torch.Generator().manual_seed(1)
     offsets = 3 * torch.randn(case.locations.shape, generator=generator, dtype=torch.float64)
@@ -28,7 +28,7 @@ def make_inputs(
 
 
 def run(backend, shapes, value, offsets, logits, points, grad):
-    """-> output, gradients of value, offsets and logits, and of the points where the op's autograd makes them."""
+    """-> output, gradients of value, offsets and logits, and of the points if autograd gives them."""
     if backend == "cuda on host":
         flat = [size for shape in shapes for size in shape]
         return cuda_on_host.run(value.detach(), flat, offsets.detach(), logits.detach(), grad, points.detach())
@@ -39,7 +39,7 @@ def run(backend, shapes, value, offsets, logits, points, grad):
 
 
 def by_parts(value, shapes, offsets, logits, points):
-    """The definition, by operators of PyTorch that autograd knows."""
+    """The definition in PyTorch operators, with autograd."""
     sizes = torch.tensor([(w, h) for h, w in shapes], dtype=offsets.dtype)[:, None]
     weights = logits.flatten(3).softmax(-1).view(logits.shape)
     flat = [size for shape in shapes for size in shape]
@@ -59,7 +59,7 @@ def test_values_and_gradients(backend, reference):
 
 
 def test_without_the_fused_kernels():
-    """What runs on other devices, and where nothing was compiled."""
+    """The form for other devices, and without compiled kernels."""
     *inputs, grad = make_inputs()
     flat = [size for shape in SHAPES for size in shape]
     leaves = [t.requires_grad_() for t in inputs]
@@ -124,7 +124,7 @@ def test_strided_inputs(backend):
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
 @backends
 def test_softmax_of_extreme_logits(backend, dtype):
-    """Far apart, all large, all small, some at minus infinity: as PyTorch's softmax."""
+    """Logits that are far apart, large, small, or minus infinity, as in PyTorch's softmax."""
     value, offsets, logits, points, grad = make_inputs(dtype=dtype)
     logits[:, 0] *= 100
     logits[:, 1] += 1e4

@@ -1,4 +1,4 @@
-"""The attention module: names, first values, its two ways to compute, precision under autocast, export, errors."""
+"""The attention module: names, initial values, its two ways to compute, precision under autocast, export, errors."""
 
 import math
 
@@ -15,7 +15,7 @@ TOKENS = sum(h * w for h, w in SHAPES)
 
 @pytest.fixture
 def attention():
-    """With nothing left at its first value."""
+    """A module without initial values."""
     torch.manual_seed(0)
     attention = MSDeformAttn(64, 3, 8, 4)
     for parameter in attention.parameters():
@@ -31,7 +31,7 @@ def inputs():
 
 
 def by_hand(attention: MSDeformAttn, query, points, value, shapes):
-    """Deformable DETR, eq. 3, from the parameters."""
+    """Deformable DETR, Eq. 3, from the parameters."""
     batch, queries, _ = query.shape
     values = attention.value_proj(value).view(batch, -1, 8, 8)
     offsets = attention.sampling_offsets(query).view(batch, queries, 8, 3, 4, 2)
@@ -81,7 +81,7 @@ def test_names_and_shapes_of_parameters():
 
 
 def test_first_values_look_in_eight_directions():
-    """Head m along 2 pi m / 8 on the square, point p at p + 1 pixels, on every level alike."""
+    """Head m looks along 2 pi m / 8 on the square, with point p at p + 1 pixels, on all levels."""
     attention = MSDeformAttn(64, 3, 8, 4)
     bias = attention.sampling_offsets.bias.view(8, 3, 4, 2)
     for head in range(8):
@@ -136,7 +136,7 @@ def test_compile_in_one_graph(attention, inputs, choose, one_pass):
 
 
 def test_a_trace_shows_the_plain_op(attention, inputs):
-    """For tools that know its name alone."""
+    """For tools that know only its name."""
     from fvcore.nn import FlopCountAnalysis
 
     from eco_m2f.ops import OP_NAME, ms_deform_attn_flop_jit

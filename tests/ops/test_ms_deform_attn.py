@@ -1,4 +1,4 @@
-"""The op on every CPU backend: values, gradients, precision, layout of the inputs, borders, and what is not finite."""
+"""The op on all CPU backends: values, gradients, precision, input layouts, borders, and values that are not finite."""
 
 import math
 
@@ -25,7 +25,7 @@ backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def recorded(path) -> list[Case]:
-    """The recorded cases of a file; the expected output and gradients come as attributes of each."""
+    """The recorded cases of a file, with the expected output and gradients as attributes."""
     data, cases = load_file(path), []
     for i in range(len({name.split(".")[0] for name in data})):
         part = {name.split(".")[1]: t for name, t in data.items() if name.startswith(f"case{i}.")}
@@ -100,7 +100,7 @@ PRECISION[torch.bfloat16] = (4e-3, 5e-3)
 @pytest.mark.parametrize("dtype", PRECISION, ids=str)
 @backends
 def test_precision_of_each_dtype(backend, dtype):
-    """Against float64 of the unrounded inputs, locations apart: these are exact in float32."""
+    """Against float64 with unrounded inputs. The locations are exact in float32."""
     exact = away_from_knots(make_case([(8, 16), (16, 32), (32, 64)], 1, 230))
     exact = exact.with_(locations=exact.locations.float().double())
     expected, expected_grads = run("reference", exact)
@@ -166,7 +166,7 @@ def test_no_levels(backend):
 
 @backends
 def test_images_and_heads_do_not_mix(backend):
-    """A batch equals its images one by one, whatever the parity of the counts."""
+    """A batch equals its images one by one, for odd and even counts."""
     case = make_case([(5, 3), (2, 7)], 3, 13, 5, 8, 3)
     out, grads = run(backend, case)
     for i in range(3):
@@ -200,13 +200,13 @@ def point_case(locations, shape=(4, 6), dtype=torch.float64, channels=8) -> Case
 
 
 def at_pixels(pixels, shape=(4, 6), **kwargs) -> Case:
-    """Points at these (column, row), which must be numbers that divide exactly."""
+    """Points at these (column, row). The division by the size must be exact."""
     return point_case([((x + 0.5) / shape[1], (y + 0.5) / shape[0]) for x, y in pixels], shape, **kwargs)
 
 
 @backends
 def test_exact_integer_coordinates_take_the_slope_from_above(backend):
-    """On a cell's centre: its value; the derivative is the difference to the next cell, right and below."""
+    """At a cell's centre the value is the cell's. The derivative is the difference to the next cell, right or below."""
     case = at_pixels([(1, 1), (3, 2), (7, 3), (-1, 0), (3, 3), (0, -1)], (4, 8))
     out, (grad_value, grad_locations, grad_weights) = run(backend, case)
     maps = F.pad(case.value[0, :, 0].view(4, 8, 8), (0, 0, 1, 1, 1, 1))  # zeros around it; [row + 1, column + 1]
@@ -221,7 +221,7 @@ def test_exact_integer_coordinates_take_the_slope_from_above(backend):
 
 @backends
 def test_border_points_see_zeros_beyond_the_map(backend):
-    """Between the last cell and the outside, with a border value large enough to betray a clamped corner."""
+    """Points between the last cell and the outside. The border value is large and would show a clamped corner."""
     case = at_pixels([(-0.5, 1.0), (5.5, 1.0), (2.0, -0.5), (2.0, 3.5), (5.75, 3.75), (-0.75, -0.25)])
     case = case.with_(value=case.value + 100)
     expected, expected_grads = run("reference", case)
@@ -241,7 +241,7 @@ FAR = [(-1.0, 0.5), (0.5, 2.0), (1e10, 0.5), (0.5, -1e10), (3e38, -3e38), (1e20,
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
 @backends
 def test_points_far_outside_count_nothing(backend, dtype):
-    """Also where a neighbour that a clamped index would read is NaN."""
+    """Also if the neighbour that a clamped index would read is NaN."""
     case = point_case(FAR, (2, 3), dtype)
     out, grads = run(backend, case.with_(value=torch.full_like(case.value, math.nan)))
     if dtype == torch.float32:  # 3e38 * 3 is infinite, and that is not a number on the map
@@ -293,7 +293,7 @@ def test_attention_weight_that_is_not_finite(backend, bad, place):
 @pytest.mark.parametrize("bad", (math.nan, math.inf))
 @backends
 def test_cell_that_is_not_finite(backend, bad):
-    """It reaches who touches it, with a bilinear weight of zero too, and nobody else."""
+    """It reaches only the points that touch it, also with a bilinear weight of zero."""
     pixels = [(2, 1), (1, 1), (1.5, 0.5), (3, 1), (2, 2), (0.5, 0.5), (2, 0), (-8, 1), (2, -1), (2, 40)]
     touches = [True, True, True, False, False, False, True, False, False, False]
     case = at_pixels(pixels, (4, 8), dtype=torch.float32)
@@ -308,7 +308,7 @@ def test_cell_that_is_not_finite(backend, bad):
 @pytest.mark.parametrize("cell", (0, 5, 18, 23))
 @backends
 def test_corner_cell_that_is_not_finite(backend, cell):
-    """The cells that clamped indices would pick for points beyond the map."""
+    """These are the cells that clamped indices would read for points outside the map."""
     pixels = [(-2, -2), (-2, 1.5), (7, 5), (2.5, 9), (2.5, 1.5)]
     case = at_pixels(pixels)
     case.value[0, cell] = math.nan
@@ -337,7 +337,7 @@ def test_gradient_that_is_not_finite(backend, bad):
 @pytest.mark.parametrize("width", (3, 5, 7, 11, 13, 100, 167, 1333))
 @backends
 def test_points_next_to_a_knot_fall_into_the_same_cell(backend, width):
-    """Around each cell centre, where product then difference and a fused multiply-add differ."""
+    """Around each cell centre a fused multiply-add would differ from a product and a difference."""
     knots = (torch.arange(-1, width + 1, dtype=torch.float32) + 0.5) / width
     near = torch.cat([knots, torch.nextafter(knots, knots + 1), torch.nextafter(knots, knots - 1)])
     case = make_case([(1, width)], 1, len(near), 1, 4, 1, torch.float32)
@@ -362,7 +362,7 @@ def test_one_cell_maps(backend):
 
 @backends
 def test_all_queries_on_one_cell(backend):
-    """Gradients that pile up on one row."""
+    """All gradients add up in one row."""
     case = make_case([(4, 4)], 1, 500, 2, 8, 4, torch.float32)
     case.locations.fill_(0.375)  # the centre of cell (1, 1)
     _, grads = run(backend, case)
@@ -373,7 +373,7 @@ def test_all_queries_on_one_cell(backend):
 
 
 def test_few_queries_on_a_large_map():
-    """A decoder's call, for which staging the maps does not pay."""
+    """In a decoder's call, staging the maps does not pay."""
     case = make_case([(40, 60), (20, 30)], 1, 9, 4, 32, 4, torch.float32)
     with use("avx512") if "cpu" in compiled_backends() else use("reference"):
         out = ms_deform_attn(case.value, case.shapes, case.locations, case.weights)
@@ -382,7 +382,7 @@ def test_few_queries_on_a_large_map():
 
 @pytest.mark.parametrize("limit", COMPILED)
 def test_samplers_are_told_apart(limit):
-    """Forcing an instruction set must change what runs: sums in another order differ in the last bits."""
+    """A forced instruction set must change the kernel: another order of sums differs in the last bits."""
     with use(limit):
         with cpu_sampler(limit) as used:
             assert used == limit
@@ -391,6 +391,6 @@ def test_samplers_are_told_apart(limit):
 
 
 def test_pyramid_uses_the_staged_kernels():
-    """The cases above must not fall back to the portable kernels for want of queries."""
+    """The cases above have enough queries, and do not use the portable kernels."""
     for queries in (9, 11, 50):
         assert 4 * queries * len(PYRAMID) * 4 >= sum(h * w for h, w in PYRAMID)

@@ -1,4 +1,4 @@
-"""What PyTorch must know about the op: checks, fake kernels, autograd, compile, export, autocast, FLOPs, errors."""
+"""The op's registrations with PyTorch: checks, fake kernels, autograd, compile, export, autocast, FLOPs, errors."""
 
 import importlib
 import os
@@ -103,7 +103,7 @@ def test_onnx_export_of_the_grid_sample_form(tmp_path):
 
 
 def test_grid_sample_form_exports_without_custom_operators():
-    """What an exporter to other runtimes must find: operators of PyTorch alone."""
+    """Exporters to other runtimes need PyTorch's operators only."""
     case = small()
     program = torch.export.export(Attend(case.flat_shapes, grid_sample_ms_deform_attn), case.leaves)
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
@@ -175,7 +175,7 @@ def test_flops_of_fvcore():
 
 
 def wrong(change):
-    """A call with one thing wrong, as (value, shapes, locations, weights)."""
+    """A call (value, shapes, locations, weights) with one mistake."""
     case = small()
     arguments = {"value": case.value, "shapes": case.shapes, "locations": case.locations, "weights": case.weights}
     return (arguments | change(case)).values()
@@ -218,7 +218,7 @@ def test_negative_sizes_are_refused():
         ms_deform_attn(case.value, [(-3, -4), (2, 5)], case.locations, case.weights)
 
 
-WRAPPED = [  # sizes whose product in 64 bits is that of SHAPES, 22 in all, or whose sum is
+WRAPPED = [  # wrong sizes with as many tokens as SHAPES, 22, in arithmetic of 64 bits
     [(3, 4 + 2**62), (2, 5)],
     [(2**32, 2**32), (2, 11)],
     [(2**63 - 1, 2), (4, 6)],
@@ -260,7 +260,7 @@ GRADIENTS = {
 @pytest.mark.parametrize("mode", ("real", "reference"))
 @pytest.mark.parametrize("message", GRADIENTS)
 def test_the_backward_checks_the_gradient_that_it_gets(message, mode):
-    """A gradient on another device included, of which PyTorch's dispatcher would not say anything."""
+    """Also a gradient on another device, which PyTorch's dispatcher would accept."""
     case = small()
     backward = BACKWARD if mode == "real" else _reference_backward
     with pytest.raises((ValueError, TypeError), match=message):

@@ -1,4 +1,4 @@
-"""Exit policies: a contract test over the registry, and each policy's own behaviour."""
+"""Exit policies: the contract of the registry, and the behaviour of each policy."""
 
 import threading
 
@@ -70,8 +70,7 @@ def build(**options):
 
 @pytest.fixture
 def ready(tmp_path, derived_dir):
-    """{policy name: a policy fit to run}; a new entry of the registry must be added here, or a sequential one in
-    test_sequential_exits.py."""
+    """{policy name: a policy that can run}. Add new policies here, sequential ones in test_sequential_exits.py."""
     make_gate(tmp_path / "gate.pth")
     gate = build(POLICY="LinearGate", GATE=str(tmp_path / "gate.pth"))
     gate.load_gate(str(tmp_path / "gate.pth"), PARENT)
@@ -127,7 +126,7 @@ def test_pooling_leaves_the_padding_out():
 
 
 def test_pooling_and_the_gate_go_by_the_stride_of_the_map(tmp_path):
-    """DETR-DC5's res5, for one, has 16 pixels a token."""
+    """DETR-DC5's res5, for instance, has 16 pixels per token."""
     feature = make_features()["res5"]
     pooled = pool_valid(feature, [(-(-s[0] // 2), -(-s[1] // 2)) for s in SIZES], 16)
     assert torch.equal(pooled, pool_valid(feature, SIZES, 32))
@@ -212,7 +211,7 @@ def test_gates_are_switched_at_run_time(tmp_path):
 
 
 class SwitchingFeatures(dict):
-    """Maps at whose first reading another thread has put another gate into force."""
+    """Maps whose first reading switches the gate, as another thread would."""
 
     def __init__(self, features, switch):
         super().__init__(features)
@@ -226,7 +225,7 @@ class SwitchingFeatures(dict):
 
 @pytest.mark.parametrize("moment", ["before the features are read", "once the logits are there"])
 def test_a_gate_that_is_switched_in_the_middle_of_a_choice_does_not_mix_with_the_new_one(tmp_path, monkeypatch, moment):
-    """The old one chooses the last of five exits, of which the new one has two."""
+    """The old gate chooses the last of five exits; the new one has two of them."""
     deep, shallow = make_gate(tmp_path / "deep.pth"), make_gate(tmp_path / "shallow.pth", exits=(2, 3))
     for gate, path, bias in ((deep, "deep.pth", [0, 0, 0, 0, 1.0]), (shallow, "shallow.pth", [0, 1.0])):
         gate.weight.zero_()
@@ -330,7 +329,7 @@ def test_oracle_names_what_it_lacks(derived_dir):
 
 @pytest.fixture
 def derived_dir(tmp_path):
-    """A derived dataset of the images 7, 8, 9, whose best exits are 6, 3 and (all equal) 2."""
+    """A derived dataset of the images 7, 8 and 9. Their best exits are 6, 3 and, with equal qualities, 2."""
     from eco_m2f.derived.writer import ShardWriter, make_row
 
     provenance = {

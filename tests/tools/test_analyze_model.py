@@ -211,8 +211,8 @@ def test_a_table_without_shares(capsys, thresholds, text, expected):
 
 
 def test_shares_of_a_model_that_stops_no_tokens(capsys):
-    printed = message(capsys, start("--size", 64, 64, "--kept", 0.5, 0.5, 0.5))
-    assert "--kept and --thresholds-csv are of a DoViT: this is a EcoMaskFormer" in printed
+    told = message(capsys, start("--size", 64, 64, "--kept", 0.5, 0.5, 0.5))
+    assert "--kept and --thresholds-csv need a DoViT: this is a EcoMaskFormer" in told
 
 
 def test_neither_size_nor_csv(capsys):

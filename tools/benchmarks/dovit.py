@@ -1,10 +1,10 @@
-"""Measures images per second through a whole DoViT with random weights, of whose tokens a given share stops.
+"""Measures images per second of a whole DoViT with random weights, while a given share of the tokens stops.
 
     python tools/benchmarks/dovit.py --threads 2 --output output/dovit_cpu.csv --config-file \\
         configs/cityscapes/semantic-segmentation/dovit/dovit_vit_base_naive_bs16_90k.yaml
 
-The share is drawn at random, and stops at the first decision point; 0 is the static model. The auxiliary heads run all
-the same where tokens stop. timing.py says how times are taken.
+Random tokens stop at the first decision point. Share 0 is the static model; else the auxiliary heads run as usual.
+timing.py describes the timing.
 """
 
 import argparse
@@ -24,14 +24,14 @@ from eco_m2f.modeling import DoViT
 
 
 class StopShare:
-    """A stop rule: that share of each image's tokens, drawn at random, at the first decision point, none later."""
+    """A stop rule: at the first decision point, a random share of each image's tokens stops; later none."""
 
     def __init__(self, heads: Sequence[torch.nn.Module], share: float):
         self.heads, self.share = heads, share
         self.generator = torch.Generator().manual_seed(0)
 
     def __call__(self, point: int, features: Tensor) -> Tensor:
-        self.heads[point](features)  # what a decision costs
+        self.heads[point](features)  # for its time
         sure = torch.zeros(len(features), features[0, 0].numel(), dtype=torch.bool)  # [B, h * w]
         if point == 0:
             order = torch.rand(sure.shape, generator=self.generator).argsort(dim=1)
@@ -42,7 +42,7 @@ class StopShare:
 def dovit_contestants(
     cfg, size: tuple[int, int], batch: int, shares: Sequence[float]
 ) -> tuple[DoViT, dict[str, Callable[[], list[dict]]]]:
-    """The model; name -> a call that segments a batch, the largest share first. Raises ValueError for another model."""
+    """The model, and {name: call that segments a batch}, the largest share first. Raises ValueError without DoViT."""
     torch.manual_seed(0)
     model = build_model(cfg).eval()
     if not isinstance(model, DoViT):
@@ -63,10 +63,10 @@ def with_throughput(row: dict, batch: int, gflops: float, static_gflops: float) 
 
 
 def gflops_of(model: DoViT, size: tuple[int, int], kept: Sequence[float]) -> tuple[float, float]:
-    """GFLOPs of an image of which these shares of the tokens go on, and of the static model."""
+    """GFLOPs of an image with these shares of tokens that go on, and of the static model."""
     costs = cost_table(model, {"stopped": kept}).details(padded_size(size, model.size_divisibility), size)
     static = costs["static"]["total"]
-    return (costs["stopped"]["total"] if min(kept) < 1 else static), static  # nothing stopped: no auxiliary heads
+    return (costs["stopped"]["total"] if min(kept) < 1 else static), static  # without stops no auxiliary heads run
 
 
 def share(text: str) -> float:
@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = timing.argument_parser(__doc__, rounds=5)
     timing.add_model_options(parser, "a DoViT", [512, 512])
     parser.add_argument("--batch", type=positive, default=2)
-    parser.add_argument("--stopped", type=share, nargs="+", default=[0.0, 0.5], help="shares of the tokens")
+    parser.add_argument("--stopped", type=share, nargs="+", default=[0.0, 0.5], help="shares of the tokens that stop")
     return parser
 
 

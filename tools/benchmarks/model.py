@@ -3,10 +3,9 @@
     python tools/benchmarks/model.py --threads 2 --exits 2 6 --output output/model_cpu.csv --config-file \\
         configs/coco/panoptic-segmentation/eco/eco_maskformer2_swin_tiny_bs16_50ep.yaml
 
-The map is of 20 queries. The deepest exit is measured also with the op in PyTorch (embedding_bag, grid_sample).
-transformers' Mask2Former of the same sizes is measured where that is installed and the backbone is Swin. A batch of the
-first and the last exit is measured, and the gate alone. With --dtype all of them run under autocast. timing.py says how
-times are taken.
+The panoptic map has 20 queries. The deepest exit is also measured with the op in PyTorch (embedding_bag, grid_sample).
+If transformers is installed and the backbone is Swin, its Mask2Former of the same sizes is measured. So are a batch of
+the first and the last exit, and the gate alone. With --dtype all run under autocast. timing.py describes the timing.
 """
 
 import argparse
@@ -32,12 +31,12 @@ from eco_m2f.modeling.early_exits import policy_shapes
 from eco_m2f.ops import module as op_module
 from eco_m2f.policies.linear_gate import LinearGate
 
-QUERIES = 20  # in the panoptic map; of 100 on COCO about so many have a class with a score above 0.8
+QUERIES = 20  # in the panoptic map; on COCO, about 20 of 100 queries have a class with a score above 0.8
 PANOPTIC_ALONE = ("MODEL.MASK_FORMER.TEST.SEMANTIC_ON", False, "MODEL.MASK_FORMER.TEST.INSTANCE_ON", False)
 
 
 class WholeModel:
-    """A model, and a random image that it segments at any exit with `QUERIES` queries in the panoptic map."""
+    """A model and a random image. At each exit, the image's panoptic map has `QUERIES` queries."""
 
     def __init__(self, model: torch.nn.Module, size: tuple[int, int]):
         if not hasattr(model, "sem_seg_head"):
@@ -56,7 +55,7 @@ class WholeModel:
         self.gate = random_gate(model, images.tensor.device)
 
     def segment(self, exits: Sequence[int]) -> object:
-        """A batch of the image, once for each exit."""
+        """The results of a batch with the image once per exit."""
         self.model.exit_policy = ListedExits(exits)
         self.model.postprocessor = self.postprocessors[exits[0]]
         height, width = self.image.shape[1:]
@@ -75,7 +74,7 @@ def random_gate(model: torch.nn.Module, device: torch.device) -> LinearGate:
 
 
 class ListedExits(torch.nn.Module):
-    """An exit policy that is told the exits."""
+    """An exit policy that returns given exits."""
 
     def __init__(self, exits: Sequence[int]):
         super().__init__()
@@ -86,7 +85,7 @@ class ListedExits(torch.nn.Module):
 
 
 def score_threshold(logits: Tensor) -> float:
-    """The score [Q, C + 1] above which `QUERIES` queries lie, those that say no-object aside."""
+    """The score above which `QUERIES` queries have a class; logits: [Q, C + 1]."""
     scores, labels = logits.float().softmax(-1).max(-1)
     scores = scores[labels != logits.shape[1] - 1].sort(descending=True).values
     return float(scores[min(QUERIES, len(scores) - 1)]) if len(scores) else 0.0
@@ -98,9 +97,8 @@ def model_contestants(
 ) -> dict[str, Callable[[], object]]:
     """Name -> a call that segments one image of `size` (height, width) in pixels; the deepest exit comes first.
 
-    Ours may be compiled; the op in PyTorch, which would be compiled in the op's place, is left out then.
-
-    Raises ValueError for a config without exits, or an exit that it does not have.
+    `compiled` compiles our model, and leaves out the op in PyTorch. Raises ValueError if the config does not have these
+    exits.
     """
     whole = whole_model(cfg, size, exits)
     if compiled:
@@ -127,7 +125,7 @@ def whole_model(cfg, size: tuple[int, int], exits: Sequence[int]) -> WholeModel:
 
 
 def with_op_in_pytorch(whole: WholeModel, exit: int) -> dict[str, Callable[[], object]]:
-    """The whole model with each way of PyTorch's to compute the op."""
+    """The whole model with the op in PyTorch, in two ways."""
     functions = {"embedding_bag": ops.reference_ms_deform_attn, "grid_sample": ops.grid_sample_ms_deform_attn}
     segment = functools.partial(whole.segment, [exit])
     return {f"{OURS} exit {exit}, op {name}": op_replaced_by(f)(segment) for name, f in functions.items()}
@@ -135,7 +133,7 @@ def with_op_in_pytorch(whole: WholeModel, exit: int) -> dict[str, Callable[[], o
 
 @contextlib.contextmanager
 def op_replaced_by(function: Callable) -> Iterator[None]:
-    """Lets every attention module call `function` instead of the compiled op."""
+    """Makes all attention modules call `function` instead of the compiled op."""
     saved = op_module.ONE_PASS_ON_CPU, op_module.ms_deform_attn
     op_module.ONE_PASS_ON_CPU, op_module.ms_deform_attn = False, function
     try:
@@ -145,7 +143,7 @@ def op_replaced_by(function: Callable) -> Iterator[None]:
 
 
 def transformers_model(cfg, image: Tensor) -> Callable[[], object]:
-    """The Mask2Former of the package transformers, of the same sizes, and its panoptic post-processing."""
+    """transformers' Mask2Former of the same sizes, with its panoptic post-processing."""
     from transformers import Mask2FormerForUniversalSegmentation
     from transformers.models.mask2former.image_processing_mask2former import Mask2FormerImageProcessor
 
@@ -168,7 +166,7 @@ def transformers_model(cfg, image: Tensor) -> Callable[[], object]:
 
 
 def transformers_config(cfg):
-    """The sizes of our model, in the words of the package transformers."""
+    """The sizes of our model, as a config of the package transformers."""
     from transformers import Mask2FormerConfig, SwinConfig
 
     swin, head, former = cfg.MODEL.SWIN, cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER
@@ -195,7 +193,7 @@ def transformers_config(cfg):
 
 
 def model_figures(rows: list[dict], costs: dict[int, dict[str, float]], exits: Sequence[int]) -> list[str]:
-    """What the rows say of early exits, a line for each figure: a saving, a batch of mixed exits, the gate."""
+    """Lines on early exits: the saving, a batch of mixed exits, and the gate."""
     first, last, wall = min(exits), max(exits), {row["contestant"]: float(row["wall_ms"]) for row in rows}
     if first == last:
         return []
@@ -213,8 +211,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = timing.argument_parser(__doc__, rounds=5)
     timing.add_model_options(parser, "an EcoMaskFormer", [800, 1216])
     parser.add_argument("--exits", type=positive, nargs="+", default=[2, 6])
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of autocast")
-    parser.add_argument("--compile", action="store_true", help="our model through torch.compile")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="for autocast")
+    parser.add_argument("--compile", action="store_true", help="compile our model with torch.compile")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config options")
     return parser
 

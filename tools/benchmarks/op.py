@@ -1,12 +1,12 @@
-"""Measures the deformable attention alone, forward and with its backward, against PyTorch's own operators.
+"""Measures deformable attention alone, forward and with its backward, compared with PyTorch's own operators.
 
     python tools/benchmarks/op.py --threads 2 --rounds 15 --output output/op_cpu.csv
     python tools/benchmarks/op.py --threads 2 --rounds 15 --from-logits --output output/op_cpu_from_logits.csv
     python tools/benchmarks/op.py --device cuda --dtype float16 --rounds 50 --output output/op_cuda.csv
 
-The package torch-ms-deform-attn is measured too where it is installed. With --from-logits the softmax and the sampling
-locations are part of the work, and the fused op is measured too. The bound is the time that only moving each input and
-output once would take, at the speed of copying memory, measured in the same run. timing.py says how times are taken.
+If torch-ms-deform-attn is installed, it is measured too. With --from-logits the softmax and the sampling locations are
+part of the work, and the fused op is measured too. The bound is the time to move each input and output once, at the
+speed of copying memory in the same run. timing.py describes the timing.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from eco_m2f import ops
 from eco_m2f.engine.command_line import run
 from eco_m2f.ops.fused import compose
 
-COPY_BYTES = 2**28  # beyond every cache
+COPY_BYTES = 2**28  # larger than all caches
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one model's call; `queries` 0 means one per token, as in an encoder."""
+    """The sizes of one model's call. `queries` 0 means one per token, as in an encoder."""
 
     levels: tuple[tuple[int, int], ...]
     queries: int = 0
@@ -60,7 +60,7 @@ SHAPES = {
 
 @dataclass
 class OpInputs:
-    """Arguments of one call, before and after the softmax and the locations, and the gradient that comes back."""
+    """The arguments of one call, before and after the softmax and the locations, and the output's gradient."""
 
     shape: Shape
     value: Tensor
@@ -72,14 +72,15 @@ class OpInputs:
     grad: Tensor
 
     def leaves(self, from_logits: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """What a contestant is called with, and differentiated by."""
+        """The arguments of a contestant, by which it is also differentiated."""
         pair = (self.offsets, self.logits) if from_logits else (self.locations, self.weights)
         return self.value, *pair
 
 
 def op_inputs(shape: Shape, batch: int, pattern: str, dtype: torch.dtype, device: str) -> OpInputs:
-    """Random inputs. "encoder": around the query's own position, as an untrained encoder looks (1 to `points` pixels
-    along the head's direction, 1 pixel of noise; a decoder's queries sit anywhere). "uniform": anywhere, the worst.
+    """Random inputs. Points of the pattern "encoder" are around the query, as in an untrained encoder: 1 to `points`
+    pixels along the head's direction, with 1 pixel of noise. A decoder's queries are anywhere. Points of "uniform" are
+    anywhere, the worst case.
     """
     generator = torch.Generator().manual_seed(0)
     queries = shape.queries or shape.tokens
@@ -97,7 +98,7 @@ def op_inputs(shape: Shape, batch: int, pattern: str, dtype: torch.dtype, device
 
 
 def reference_points(shape: Shape, generator: torch.Generator) -> Tensor:
-    """(x, y) of each query, [1, queries, 1, 2]: the pixel centres of an encoder, or random points of a decoder."""
+    """(x, y) of each query, [1, queries, 1, 2]: pixel centres for an encoder, random points for a decoder."""
     if shape.queries:
         return torch.rand(1, shape.queries, 1, 2, generator=generator)
     centres = [torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w) for h, w in shape.levels]
@@ -107,7 +108,7 @@ def reference_points(shape: Shape, generator: torch.Generator) -> Tensor:
 def sampling_offsets(
     shape: Shape, grid: tuple[int, ...], reference: Tensor, pattern: str, generator: torch.Generator
 ) -> Tensor:
-    """Pixels from the reference, [*grid, 2], by the pattern of `op_inputs`."""
+    """Offsets in pixels from the reference, [*grid, 2]; pattern: see `op_inputs`."""
     if pattern == "uniform":
         sizes = torch.tensor([(w, h) for h, w in shape.levels], dtype=torch.float32)[:, None]
         return (torch.rand(*grid, 2, generator=generator) - reference[:, :, None, :, None]) * sizes
@@ -123,7 +124,7 @@ def op_contestants(inputs: OpInputs, names: Sequence[str], from_logits: bool = F
     """Name -> function of `inputs.leaves(from_logits)`; ours comes first.
 
     Raises:
-        ValueError: a name that is unknown, or whose package is not installed.
+        ValueError: a name is unknown, or its package is not installed.
     """
     flat = inputs.shape.flat
     table: dict[str, Contestant] = {
@@ -153,7 +154,7 @@ def rival(inputs: OpInputs) -> Contestant:
 
 
 def after_softmax(function: Contestant, inputs: OpInputs) -> Contestant:
-    """The same from offsets and logits, with PyTorch's softmax and arithmetic."""
+    """The contestant from offsets and logits, with PyTorch's softmax and arithmetic before it."""
 
     def call(value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
         locations, weights = compose(inputs.shape.flat, offsets, logits, inputs.reference)
@@ -163,14 +164,14 @@ def after_softmax(function: Contestant, inputs: OpInputs) -> Contestant:
 
 
 def copy_speed(device: str, rounds: int = 5, size: int = COPY_BYTES) -> float:
-    """Bytes per millisecond, read and written, of copying a tensor: the best of some rounds."""
+    """Bytes per millisecond, read and written, of copying a tensor; the best of several rounds."""
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     return 2 * size / min(timing.timed(lambda: target.copy_(source), device)[0] for _ in range(rounds + 1))
 
 
 def compulsory_bytes(inputs: OpInputs, from_logits: bool) -> dict[str, int]:
-    """What must be moved at least: each input read, each output written. The backward reads the inputs again."""
+    """The bytes that must move: each input is read, each output written. The backward reads the inputs again."""
     leaves = sum(t.nbytes for t in inputs.leaves(from_logits)) + (inputs.reference.nbytes if from_logits else 0)
     return {"forward": leaves + inputs.grad.nbytes, "forward_backward": 3 * leaves + 2 * inputs.grad.nbytes}
 
@@ -178,7 +179,7 @@ def compulsory_bytes(inputs: OpInputs, from_logits: bool) -> dict[str, int]:
 def measure_op(
     inputs: OpInputs, names: Sequence[str], rounds: int, device: str, from_logits: bool = False, calls: int = 1
 ) -> list[dict]:
-    """One row per contestant: medians of the forward, and of the forward with its backward."""
+    """One row per contestant, with medians of the forward, and of the forward with its backward."""
     contestants = op_contestants(inputs, names, from_logits)
     leaves = [t.detach().clone().requires_grad_() for t in inputs.leaves(from_logits)]
     turns = {}
@@ -192,7 +193,7 @@ def measure_op(
 
 
 def passes(function: Contestant, leaves: list[Tensor], grad: Tensor) -> tuple[Callable, Callable]:
-    """A call of the forward, and one of the forward with its backward."""
+    """Two calls: the forward, and the forward with its backward."""
 
     def forward() -> None:
         with torch.no_grad():
@@ -205,7 +206,7 @@ def passes(function: Contestant, leaves: list[Tensor], grad: Tensor) -> tuple[Ca
 
 
 def columns(own: dict[str, list], ours: dict[str, list], bounds: dict[str, float]) -> dict[str, str]:
-    """Column -> number, from the rounds' (wall, CPU) milliseconds."""
+    """{column: number}, from the (wall, CPU) milliseconds of the rounds."""
     made = {}
     for kind, bound in bounds.items():
         wall, cpu = (statistics.median(times[i] for times in own[kind]) for i in range(2))
@@ -221,11 +222,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--shapes", nargs="+", choices=sorted(SHAPES), default=["mask2former-cityscapes"])
     add("--patterns", nargs="+", choices=("encoder", "uniform"), default=["encoder", "uniform"])
-    add("--contestants", nargs="+", default=[], help="besides eco_m2f; default: all that are installed")
-    add("--from-logits", action="store_true", help="with the softmax and the locations")
+    add("--contestants", nargs="+", default=[], help="contestants besides eco_m2f; default: all that are installed")
+    add("--from-logits", action="store_true", help="include the softmax and the locations")
     add("--batch", type=positive, default=1)
     add("--dtype", choices=sorted(DTYPES), default="float32")
-    add("--calls", type=positive, help="per contestant and round; default: 1, on cuda 10")
+    add("--calls", type=positive, help="calls per contestant and round; default: 1, on cuda 10")
     return parser
 
 
@@ -249,7 +250,7 @@ def rows_of(args: argparse.Namespace, shape: str, pattern: str) -> list[dict]:
 
 
 def setting(args: argparse.Namespace, shape: str, pattern: str) -> dict:
-    """The columns that say what was measured."""
+    """The columns that name the setting."""
     options = {"batch": args.batch, "dtype": args.dtype, "from_logits": args.from_logits, "calls": args.calls}
     return {"shape": shape, "pattern": pattern, **options}
 

@@ -1,10 +1,10 @@
-"""Measures a training step of Step A with 1, 2 and all exits: seconds, and the peak of memory.
+"""Measures a training step of Step A with 1, 2 and all exits: seconds and peak memory.
 
     python tools/benchmarks/step_a.py --threads 2 --rounds 2 --size 384 384 --config-file \\
         configs/coco/panoptic-segmentation/eco/eco_maskformer2_R50_bs16_50ep.yaml
 
-All graphs are held at once (joint), or exits are decoded again in the backward pass (recompute). The peak is above the
-memory before the first step. Each setting has a process of its own. timing.py says how times are taken.
+A step holds all graphs at once (joint), or decodes exits again in the backward pass (recompute). The peak is relative
+to the memory before the first step. Each setting runs in its own process. timing.py describes the timing.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from eco_m2f.engine.setup import build_model, load_cfg
 
 
 def training_step(config: str, opts: Sequence, size: Sequence[int], batch: int, rounds: int) -> tuple[float, float]:
-    """(median seconds of a step, peak MiB above the memory before the first), on random images of 20 masks each."""
+    """(median seconds of a step, peak MiB above the memory before the first step), on random images of 20 masks."""
     timing.keep_freed_memory("cpu")
     cfg = load_cfg(config, list(opts))
     torch.manual_seed(0)
@@ -64,7 +64,7 @@ def peak_bytes(device: str) -> int:
 
 
 def row_of(args: argparse.Namespace, exits: list[int], recompute: bool) -> dict:
-    """One setting, in a process of its own."""
+    """Measures one setting in its own process."""
     opts = ["MODEL.DEVICE", args.device, "MODEL.WEIGHTS", "", "MODEL.ECO.EXITS", exits]
     opts += ["MODEL.ECO.EXITS_PER_STEP", len(exits), "MODEL.ECO.RECOMPUTE", recompute, "MODEL.ECO.EXIT", exits[-1]]
     spawn = multiprocessing.get_context("spawn")

@@ -1,9 +1,9 @@
-"""Measures Step B on one image: derived at all exits in one pass, against one evaluation per exit.
+"""Measures Step B on one image: all exits in one pass, compared with one evaluation per exit.
 
     python tools/benchmarks/step_b.py --threads 2 --rounds 2 --config-file \\
         configs/coco/panoptic-segmentation/eco/eco_maskformer2_swin_tiny_bs16_50ep.yaml
 
-The per-image PQ of 5 exits is measured too. timing.py says how times are taken.
+The PQ of one image at 5 exits is measured too. timing.py describes the timing.
 """
 
 import argparse
@@ -27,22 +27,22 @@ from eco_m2f.quality.panoptic_quality import PanopticComparison, to_dataset_cate
 
 
 @dataclass
-class RandomTruth:
-    """Stands in for `PanopticGroundTruth`: Voronoi cells of random categories."""
+class RandomGroundTruth:
+    """Replaces `PanopticGroundTruth` by Voronoi cells of random categories."""
 
     ids: np.ndarray
     categories: list[int]
     dataset_id: dict[int, int]
 
     @classmethod
-    def of(cls, size: Sequence[int], num_segments: int, num_classes: int, seed: int) -> "RandomTruth":
+    def of(cls, size: Sequence[int], num_segments: int, num_classes: int, seed: int) -> "RandomGroundTruth":
         rng = np.random.default_rng(seed)
         sites = rng.uniform(0, 1, (num_segments, 2)) * size
         y, x = np.mgrid[: size[0], : size[1]]
         cells = np.argmin((y - sites[:, 0, None, None]) ** 2 + (x - sites[:, 1, None, None]) ** 2, axis=0)
         return cls(cells + 1, rng.integers(num_classes, size=num_segments).tolist(), {i: i for i in range(num_classes)})
 
-    def image(self, image_id) -> "RandomTruth":
+    def image(self, image_id) -> "RandomGroundTruth":
         return self
 
     def id_map(self) -> np.ndarray:
@@ -54,10 +54,10 @@ class RandomTruth:
 
 
 class InTurn(PanopticQuality):
-    """The exits come in their order. Each gets its own score threshold, so that as many queries are in each map."""
+    """Gives each exit, in their order, its own score threshold, so all maps have the same number of queries."""
 
-    def __init__(self, truth: RandomTruth, whole: WholeModel):
-        super().__init__(truth)
+    def __init__(self, ground_truth: RandomGroundTruth, whole: WholeModel):
+        super().__init__(ground_truth)
         self.whole, self.turn = whole, itertools.cycle(whole.model.exits)
 
     def prepare(self, model, pred: dict, images, x: dict) -> tuple:
@@ -67,18 +67,18 @@ class InTurn(PanopticQuality):
 
 @torch.no_grad()
 def contestants(cfg, size: Sequence[int]) -> dict[str, Callable[[], object]]:
-    """Both ways to the qualities of one random image at all exits."""
+    """Two ways to compute the qualities of one random image at all exits."""
     torch.manual_seed(0)
     whole = WholeModel(build_model(cfg).eval(), tuple(size))
-    truth = RandomTruth.of(size, 20, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, seed=0)
+    ground_truth = RandomGroundTruth.of(size, 20, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, seed=0)
     x = {"image": whole.image, "image_id": 0, "file_name": "", "height": size[0], "width": size[1]}
-    quality, costs = InTurn(truth, whole), ExitCosts(whole.model)
+    quality, costs = InTurn(ground_truth, whole), ExitCosts(whole.model)
 
     def separately() -> None:
         for k in whole.model.exits:
             panoptic, segments = whole.segment([k])[0]["panoptic_seg"]
-            comparison = PanopticComparison(truth.ids, truth.segments)
-            comparison.compare(panoptic.cpu().numpy(), to_dataset_categories(segments, truth.dataset_id))
+            comparison = PanopticComparison(ground_truth.ids, ground_truth.segments)
+            comparison.compare(panoptic.cpu().numpy(), to_dataset_categories(segments, ground_truth.dataset_id))
 
     def in_one_pass() -> object:
         return predict_exits(whole.model, quality, x, "res5", costs).row()
@@ -87,11 +87,11 @@ def contestants(cfg, size: Sequence[int]) -> dict[str, Callable[[], object]]:
 
 
 def pq_milliseconds(rounds: int = 20) -> float:
-    """Median time of preparing a 640x480 truth and comparing five predictions with it."""
-    truth, *predictions = (RandomTruth.of((480, 640), 20, 10, seed) for seed in range(6))
+    """The median time to prepare a ground truth of 640x480 and compare five predictions with it."""
+    ground_truth, *predictions = (RandomGroundTruth.of((480, 640), 20, 10, seed) for seed in range(6))
 
     def once() -> None:
-        comparison = PanopticComparison(truth.ids, truth.segments)
+        comparison = PanopticComparison(ground_truth.ids, ground_truth.segments)
         for other in predictions:
             comparison.compare(other.ids, other.segments)
 

@@ -1,8 +1,8 @@
-"""Measures Step C on generated features: one gate by each optimizer, and the frontier of 240 gates.
+"""Measures Step C on generated features: one gate with each optimizer, and the frontier of 240 gates.
 
     python tools/benchmarks/step_c.py --threads 2 --output output/step_c.csv
 
-By default there are as many images as COCO has. timing.py says how times are taken.
+The default number of images is that of COCO. timing.py describes the timing.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SOURCE = {"feature_source": "res5", "parent_sha256": "0" * 64}
 
 
 def random_images(count: int, channels: int) -> tuple[torch.Tensor, np.ndarray]:
-    """Features [N, C], and qualities [N, 5] in which deeper exits pay by what a feature says."""
+    """Features [N, C], and qualities [N, 5] in which a feature decides how much deeper exits pay."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(count, channels, generator=generator)
     need = torch.sigmoid(features[:, :1] + 0.5 * torch.randn(count, 1, generator=generator))
@@ -34,7 +34,7 @@ def random_images(count: int, channels: int) -> tuple[torch.Tensor, np.ndarray]:
 
 
 def works(args: argparse.Namespace) -> Iterator[tuple[str, int, Callable[[], object]]]:
-    """What is fitted, how many gates that are, and the call."""
+    """(what is fitted, the number of gates, the call)."""
     features, quality = random_images(args.images, args.channels)
     for optimizer in ("lbfgs", "adam"):
         fit = functools.partial(fit_gate, features, quality, EXITS, 0.0005, 6, optimizer=optimizer, **SOURCE)
@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = timing.argument_parser(__doc__, rounds=3, with_device=False)
     parser.add_argument("--images", type=positive, default=118287)
     parser.add_argument("--channels", type=positive, default=2048)
-    parser.add_argument("--betas", type=positive, default=20, help="of the frontier, beside 3 K and 4 losses")
+    parser.add_argument("--betas", type=positive, default=20, help="in the frontier, with 3 K and 4 losses each")
     return parser
 
 

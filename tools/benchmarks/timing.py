@@ -1,8 +1,8 @@
-"""What the benchmarks share: clocks, turns, common options, and a CSV that names the versions and the machine.
+"""The common part of the benchmarks: clocks, rounds, options, and a CSV with the versions and the machine.
 
-The contestants take turns within each round, so that a busy machine slows them alike. Times are medians over the
-rounds: wall time, and on a CPU also the CPU time of the process, which neighbours disturb less. A ratio is the median
-of the rounds' quotients, contestant over eco_m2f: above 1 where eco_m2f is faster.
+The contestants take turns within each round, so a busy machine slows all of them. Times are medians over the rounds:
+wall time, and on a CPU also the CPU time of the process, which other processes disturb less. A ratio is the median of
+the rounds' quotients, contestant over eco_m2f. Above 1, eco_m2f is faster.
 """
 
 import argparse
@@ -24,7 +24,7 @@ OURS = "eco_m2f"
 
 
 def timed(function: Callable[[], object], device: str, calls: int = 1) -> tuple[float, float]:
-    """(wall, CPU) milliseconds per call; the device has finished before and after all of them."""
+    """(wall, CPU) milliseconds per call. The device is idle before and after the calls."""
     if device == "cuda":
         return _timed_on_gpu(function, calls), math.nan
     wall, cpu = time.perf_counter(), time.process_time()
@@ -45,7 +45,7 @@ def _timed_on_gpu(function: Callable[[], object], calls: int) -> float:
 
 
 def take_turns(calls: dict[str, Callable[[], object]], rounds: int, device: str, repeat: int = 1) -> dict[str, list]:
-    """Name -> the (wall, CPU) milliseconds of each round. A round before the first warms up."""
+    """Name -> the (wall, CPU) milliseconds of each round. One more round warms up."""
     samples = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, call in calls.items():
@@ -62,7 +62,7 @@ def median_ratio(own: list, ours: list) -> float:
 
 @torch.no_grad()
 def measure(contestants: dict[str, Callable[[], object]], rounds: int, device: str) -> list[dict]:
-    """One row per contestant: medians over the rounds, and the median quotient over the first contestant."""
+    """One row per contestant: medians over the rounds, and the median ratio to the first contestant."""
     samples = take_turns(contestants, rounds, device)
     ours = samples[next(iter(samples))]
     rows = []
@@ -80,13 +80,13 @@ def positive(text: str) -> int:
 
 
 def argument_parser(description: str, rounds: int, with_device: bool = True) -> argparse.ArgumentParser:
-    """The options of every benchmark. Without a device it runs on the CPU."""
+    """The options of all benchmarks. Without a device they run on the CPU."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     if with_device:
         add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=positive, help="CPU threads; default: PyTorch's choice")
-    add("--rounds", type=positive, default=rounds, help=f"after one that warms up; default: {rounds}")
+    add("--rounds", type=positive, default=rounds, help=f"rounds after one that warms up; default: {rounds}")
     add("--output", type=Path, help="CSV file to write")
     parser.set_defaults(device="cpu")
     return parser
@@ -94,12 +94,12 @@ def argument_parser(description: str, rounds: int, with_device: bool = True) -> 
 
 def add_model_options(parser: argparse.ArgumentParser, kind: str, size: Sequence[int]) -> None:
     """The config of a model of this kind, and the size of its images."""
-    parser.add_argument("--config-file", required=True, help=f"of {kind}")
-    parser.add_argument("--size", type=positive, nargs=2, default=size, metavar=("H", "W"), help="pixels")
+    parser.add_argument("--config-file", required=True, help=f"config of {kind}")
+    parser.add_argument("--size", type=positive, nargs=2, default=size, metavar=("H", "W"), help="image size in pixels")
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Sets the threads. Raises ValueError where the device is missing or the output cannot be written."""
+    """Sets the threads. Raises ValueError if the device is missing or the output cannot be written."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no GPU here (nvidia-smi); take --device cpu")
     if args.output:
@@ -124,7 +124,7 @@ def model_setting(args: argparse.Namespace) -> dict:
 
 
 def machine(device: str) -> dict[str, str]:
-    """What a number means nothing without."""
+    """The machine and the versions behind the numbers."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda), "commit": commit or "unknown"}
@@ -139,14 +139,14 @@ def _cpu_name() -> str:
 
 
 def as_line(row: dict) -> str:
-    """A row to be printed."""
+    """A row as text."""
     return ", ".join(
         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
     )
 
 
 def save(args: argparse.Namespace, rows: list[dict]) -> None:
-    """Writes the rows to --output, if it is given, with what the run was."""
+    """Writes the rows, with the settings of the run, to --output if it is given."""
     about = {"threads": torch.get_num_threads(), "rounds": args.rounds, "device": args.device, **machine(args.device)}
     if args.output:
         write_csv(args.output, [{**row, **about} for row in rows])

@@ -1,4 +1,4 @@
-"""The ResNet of DETR-DC5: detectron2's, with a res5 that keeps the stride of res4."""
+"""DETR-DC5's ResNet: detectron2's, with a res5 that keeps the stride of res4."""
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
@@ -7,9 +7,9 @@ from detectron2.modeling.backbone import ResNet, build_resnet_backbone
 
 @BACKBONE_REGISTRY.register()
 def build_dc5_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
-    """A ResNet whose res5 has stride 16: dilated by 2, but for its first block, as in torchvision and in DETR's DC5.
+    """A ResNet whose res5 has stride 16. All its blocks but the first are dilated by 2, as in torchvision and DETR-DC5.
 
-    detectron2 dilates the first block as well, where published weights give other maps.
+    detectron2 dilates the first block too; published weights would then give other maps.
     """
     if cfg.MODEL.RESNETS.RES5_DILATION != 2:
         raise ValueError(

@@ -1,8 +1,8 @@
 """Mask2Former's `D2SwinTransformer`: an adapter over detectron2's own SwinTransformer.
 
-The parameters have the published names already; what differs is the names of the maps (res2..res5), the size
-divisibility, that stochastic depth comes from torchvision instead of timm, and for speed that attention is one operator
-and that the masks of shifted windows are made in fewer passes, which torch.compile takes too.
+detectron2's parameters already have the published names. The adapter changes the names of the maps (res2..res5) and the
+size divisibility. Stochastic depth comes from torchvision instead of timm. For speed, attention is one operator, and
+the masks of shifted windows take fewer passes; torch.compile accepts both.
 """
 
 import torch
@@ -17,9 +17,9 @@ from torchvision.ops import StochasticDepth
 
 @BACKBONE_REGISTRY.register()
 class D2SwinTransformer(SwinTransformer):
-    """Swin whose maps are called res2..res5 (strides 4..32); built from MODEL.SWIN.
+    """A Swin with maps res2..res5 (strides 4..32), built from MODEL.SWIN.
 
-    MODEL.BACKBONE.FREEZE_AT n keeps the stem (1), res2 (2) and so on as they are; 0 nothing.
+    MODEL.BACKBONE.FREEZE_AT: 0 freezes nothing, 1 the stem, 2 also res2, and so on.
     """
 
     def __init__(self, cfg, input_shape: ShapeSpec):
@@ -40,7 +40,7 @@ class D2SwinTransformer(SwinTransformer):
             drop_path_rate=0.0,
             ape=s.APE,
             patch_norm=s.PATCH_NORM,
-            frozen_stages=cfg.MODEL.BACKBONE.FREEZE_AT or -1,  # to detectron2's Swin 0 is the stem
+            frozen_stages=cfg.MODEL.BACKBONE.FREEZE_AT or -1,  # detectron2's Swin freezes the stem at 0
             use_checkpoint=s.USE_CHECKPOINT,
         )
         self.layers = nn.ModuleList(Stage(layer) for layer in self.layers)
@@ -48,7 +48,7 @@ class D2SwinTransformer(SwinTransformer):
         self._rename_maps(s.OUT_FEATURES)
 
     def _set_drop_path(self, rate: float) -> None:
-        """Stochastic depth, its rate rising linearly from 0 to `rate` over all blocks."""
+        """Adds stochastic depth; its rate rises linearly from 0 to `rate` over all blocks."""
         blocks = [block for layer in self.layers for block in layer.blocks]
         for block, p in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist()):
             if p > 0:
@@ -66,7 +66,7 @@ class D2SwinTransformer(SwinTransformer):
 
     @property
     def size_divisibility(self) -> int:
-        """Pixels; detectron2's own property reads an attribute that its constructor misspells."""
+        """In pixels. detectron2's own property reads an attribute that its constructor misspells."""
         return 32
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -76,10 +76,10 @@ class D2SwinTransformer(SwinTransformer):
 
 
 class Stage(nn.Module):
-    """The blocks of one stride, and the merging of patches after them."""
+    """The blocks of one stride, and the patch merging after them."""
 
     def __init__(self, layer: nn.Module):
-        """Takes over the parts of detectron2's `BasicLayer`, under their names."""
+        """Takes the parts of detectron2's `BasicLayer`, under their names."""
         super().__init__()
         self.window_size, self.shift_size, self.use_checkpoint = (
             layer.window_size,
@@ -91,8 +91,8 @@ class Stage(nn.Module):
             block.attn = WindowAttention(block.attn)
 
     def forward(self, x: Tensor, height: int, width: int) -> tuple[Tensor, int, int, Tensor, int, int]:
-        """[B, height*width, C] -> that after the blocks, height and width, and all three after merging."""
-        mask = shifted_window_mask(height, width, self.window_size, self.shift_size, x.device)
+        """x [B, height * width, C] -> (x, height, width) after the blocks, and the same three after merging."""
+        mask = shifted_window_mask(height, width, self.window_size, self.shift_size, x.device)  # [W, N, N]
         for block in self.blocks:
             block.H, block.W = height, width
             x = checkpoint(block, x, mask, use_reentrant=False) if self.use_checkpoint else block(x, mask)
@@ -102,9 +102,9 @@ class Stage(nn.Module):
 
 
 def shifted_window_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:
-    """[W, N, N], -100 between places of one of the W windows that are no neighbours in the image, else 0; N = window^2.
+    """The masks [W, N, N] of W windows, N = window^2: -100 between places that are no neighbours in the image, else 0.
 
-    The map is padded to whole windows and rolled by `shift` up and left: windows at its end hold two sides of it.
+    The map is padded to whole windows and rolled up and left by `shift`. Its last windows hold two sides of the map.
     """
     rows, columns = (
         torch.bucketize(
@@ -117,13 +117,13 @@ def shifted_window_mask(height: int, width: int, window: int, shift: int, device
 
 
 class WindowAttention(nn.Module):
-    """Attention within windows, with a bias per pair of places, through scaled_dot_product_attention.
+    """Attention within windows, with a bias per pair of places, by scaled_dot_product_attention.
 
-    On a CPU in float32 that is a quarter of Swin-T's time less than with the weights written out.
+    On a CPU in float32 this saves a quarter of Swin-T's time.
     """
 
     def __init__(self, attn: nn.Module):
-        """Takes over the parameters of detectron2's `WindowAttention`, under their names."""
+        """Takes the parameters of detectron2's `WindowAttention`, under their names."""
         super().__init__()
         self.num_heads, self.scale = attn.num_heads, attn.scale
         self.qkv, self.proj = attn.qkv, attn.proj
@@ -134,8 +134,8 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """
         Args:
-            x: [B*W, N, C], the windows of each image one after the other.
-            mask: [W, N, N], added to the products of queries and keys, or None.
+            x: [B*W, N, C], the windows of one image after another.
+            mask: [W, N, N], added to the products of queries and keys; or None.
 
         Returns:
             [B*W, N, C].
@@ -143,9 +143,9 @@ class WindowAttention(nn.Module):
         windows, n, _ = x.shape
         q, k, v = self.qkv(x).view(windows, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # [B*W, M, N, C/M]
         bias = self.relative_position_bias_table[self.relative_position_index.flatten()].view(1, n, n, -1)
-        bias = bias.permute(0, 3, 1, 2)
+        bias = bias.permute(0, 3, 1, 2)  # [1, M, N, N]
         if mask is not None:
-            bias = (bias + mask[:, None]).repeat(windows // len(mask), 1, 1, 1)
+            bias = (bias + mask[:, None]).repeat(windows // len(mask), 1, 1, 1)  # [B*W, M, N, N]
         p = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype).expand(windows, -1, -1, -1), p, scale=self.scale)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))

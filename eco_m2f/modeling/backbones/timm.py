@@ -1,4 +1,4 @@
-"""Any backbone of the package timm that yields maps of strides 4 to 32, under detectron2's names res2..res5."""
+"""Backbones of the package timm with maps of strides 4 to 32, under detectron2's names res2..res5."""
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -13,17 +13,16 @@ STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 
 @BACKBONE_REGISTRY.register()
 class TimmBackbone(Backbone):
-    """A timm model without its head; built from MODEL.TIMM. tools/convert_timm.py makes its MODEL.WEIGHTS.
+    """A timm model without its head, built from MODEL.TIMM. tools/convert_timm.py makes its MODEL.WEIGHTS.
 
-    MODEL.TIMM.OUTPUT_STRIDE 16 dilates res5 in place of halving its size, as in DETR-DC5; not every model of timm can.
-    MODEL.BACKBONE.FREEZE_AT n keeps what the maps of strides up to 2^n are made with as it is: 2 all up to res2, 5 the
-    whole backbone, 0 nothing. Models that take images of one size only (timm's Swin and ViT) refuse others in their
-    own words.
+    MODEL.TIMM.OUTPUT_STRIDE 16 dilates res5 instead of halving its size, as in DETR-DC5. Some models cannot do this.
+    MODEL.BACKBONE.FREEZE_AT n freezes the parameters of the maps of strides up to 2^n: 2 up to res2, 5 all, 0 none.
+    Models for one image size (timm's Swin and ViT) refuse other sizes with timm's own message.
 
     Raises:
         ImportError: timm is missing.
-        ValueError: timm has no such model, or the model no map of a wanted stride; says which there are. Or it cannot
-            be dilated; or parts are to be frozen, but not their batch normalisation.
+        ValueError: timm has no such model, or the model has no map of a wanted stride, or cannot be dilated. Or a part
+            is frozen, but not its batch normalisation.
     """
 
     def __init__(self, cfg, input_shape: ShapeSpec):
@@ -37,7 +36,7 @@ class TimmBackbone(Backbone):
         self.model = timm_features(t.NAME, strides, input_shape.channels, t.OUTPUT_STRIDE)
         if cfg.MODEL.BACKBONE.FREEZE_AT:
             self._freeze(cfg.MODEL.BACKBONE.FREEZE_AT, t)
-        self._channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"  # timm's enum is a str
+        self._channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"  # timm's enum is a string
         self._out_feature_channels = dict(zip(self._out_features, self.model.feature_info.channels()))
         self._out_feature_strides = dict(zip(self._out_features, self.model.feature_info.reduction()))
         if t.FREEZE_BN:
@@ -61,7 +60,7 @@ class TimmBackbone(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """Pixels."""
+        """In pixels."""
         return 32
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -71,7 +70,7 @@ class TimmBackbone(Backbone):
 
 
 def parameters_up_to(stride: int, name: str) -> set[str]:
-    """The names of the parameters of timm's model that its maps of this stride and of finer ones are made with."""
+    """The names of the parameters of a timm model that its maps of this stride and finer strides depend on."""
     timm = require("timm", f"the backbone {name!r}")
     with torch.device("meta"), torch.enable_grad():
         model = timm.create_model(name, features_only=True).eval()
@@ -83,16 +82,16 @@ def parameters_up_to(stride: int, name: str) -> set[str]:
 
 
 def timm_features(name: str, strides: list[int], channels: int, output_stride: int = 32) -> torch.nn.Module:
-    """timm's feature extractor of that name, its weights random, that returns the deepest map of each stride.
+    """timm's feature extractor of that name, with random weights. It returns the deepest map of each stride.
 
-    With an output_stride of 16 (or 8) the maps of greater strides come with that one, from dilated layers.
+    An output_stride of 16 (or 8) dilates the layers after it, so all coarser maps have that stride.
     """
     if output_stride not in (8, 16, 32):
         raise ValueError(f"MODEL.TIMM.OUTPUT_STRIDE must be 8, 16 or 32, not {output_stride}")
     timm = require("timm", f"the backbone {name!r}")
     if not timm.is_model(name):
         alike = timm.list_models(f"*{name.split('_')[0]}*")[:8]
-        raise ValueError(f"MODEL.TIMM.NAME {name!r} is no model of timm {timm.__version__}; alike: {alike}")
+        raise ValueError(f"MODEL.TIMM.NAME {name!r} is no model of timm {timm.__version__}; similar names: {alike}")
     options = {"features_only": True, "pretrained": False, "in_chans": channels}
     with torch.device("meta"):
         there = timm.create_model(name, **options).feature_info.reduction()

@@ -1,4 +1,4 @@
-"""The parent for boxes: DETR as a detectron2 meta-architecture. It knows nothing of exits."""
+"""DETR, the parent for boxes, as a detectron2 meta-architecture. It knows nothing of exits."""
 
 import torch
 from detectron2.config import configurable
@@ -17,7 +17,7 @@ from .postprocessing import BoxPostProcessor
 class Detr(Parent):
     """DETR (Carion et al., ECCV 2020) for object detection.
 
-    Results, per image: `instances` with pred_boxes (pixels of the wanted output), scores and pred_classes.
+    Results per image: `instances` with pred_boxes (in pixels of the output), scores and pred_classes.
     """
 
     head_name = "detr"
@@ -55,13 +55,13 @@ class Detr(Parent):
         }
 
     def extract(self, images: ImageList) -> dict[str, Tensor]:
-        """The backbone's maps, and which tokens of the coarsest are "padding" [B, h, w]."""
+        """The backbone's maps, and the "padding" of the coarsest, [B, h, w] bool."""
         features, name = super().extract(images), self.detr.coarsest
         stride = self.backbone.output_shape()[name].stride
         return {**features, "padding": padded_tokens(features[name], images.image_sizes, stride)}
 
     def prepare_targets(self, batched_inputs: list[dict], size: tuple[int, int]) -> list[dict]:
-        """labels [G] and boxes [G, 4] of every image, in parts of its own size: the batch's padding has no part."""
+        """labels [G] and boxes [G, 4] of each image, as fractions of its own size without padding."""
         targets = []
         for x in batched_inputs:
             instances = x["instances"].to(self.device)
@@ -72,7 +72,7 @@ class Detr(Parent):
         return targets
 
     def postprocess(self, pred: dict, images: ImageList, batched_inputs: list[dict]) -> list[dict]:
-        """Detections of every image at the size that its input asks for."""
+        """The detections of each image, at the size that its input asks for."""
         return [
             {"instances": self.postprocessor(logits, boxes, self.output_size(x, size))}
             for logits, boxes, size, x in zip(
@@ -82,7 +82,7 @@ class Detr(Parent):
 
 
 def padded_tokens(feature: Tensor, image_sizes: list[tuple[int, int]], stride: int) -> Tensor:
-    """Which tokens of a map [B, C, h, w] no image covers: [B, h, w] bool; an image covers ceil(side / stride)."""
+    """The tokens of a map [B, C, h, w] that no image covers, [B, h, w] bool. An image covers ceil(side / stride)."""
     padding = feature.new_ones(len(feature), *feature.shape[-2:], dtype=torch.bool)
     for row, (height, width) in zip(padding, image_sizes):
         row[: -(-int(height) // stride), : -(-int(width) // stride)] = False
@@ -90,7 +90,7 @@ def padded_tokens(feature: Tensor, image_sizes: list[tuple[int, int]], stride: i
 
 
 def build_criterion(cfg) -> BoxCriterion:
-    """The losses of MODEL.DETR; the matcher weighs as they do."""
+    """The losses of MODEL.DETR. The matcher has the same weights."""
     m = cfg.MODEL.DETR
     return BoxCriterion(
         cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,

@@ -1,4 +1,4 @@
-"""DETR without its backbone: projection, transformer, and what reads classes and boxes off the queries."""
+"""DETR without its backbone: projection, transformer, and the layers that predict classes and boxes."""
 
 from collections.abc import Sequence
 
@@ -15,9 +15,9 @@ from .transformer import DetrDecoder
 
 
 class DetrHead(ExitHead):
-    """The coarsest backbone map -> class logits and boxes, at one exit or at several.
+    """From the backbone's coarsest map to class logits and boxes, at one exit or several.
 
-    Parameter names are those of the published checkpoints, the backbone's aside.
+    Parameter names are those of the published checkpoints.
     """
 
     @configurable
@@ -35,10 +35,9 @@ class DetrHead(ExitHead):
         dropout: float = 0.1,
         in_feature: str = "res5",
     ):
-        """in_channels: of the map `in_feature`; num_classes: without "no object", which is the last logit."""
+        """in_channels: of the map `in_feature`; num_classes: without "no object", the last logit."""
         super().__init__()
         self.encoder_features = [in_feature]
-        self.num_classes = num_classes
         self.transformer = nn.Module()  # a plain holder, for the published parameter names
         self.transformer.encoder = DetrEncoder(dim, enc_layers, num_heads, dim_feedforward, dropout)
         self.transformer.decoder = DetrDecoder(dim, dec_layers, num_heads, dim_feedforward, dropout)
@@ -87,14 +86,14 @@ class DetrHead(ExitHead):
             features: the backbone's maps, and "padding" [B, h, w] bool, True where there is no image (may be missing).
 
         Returns:
-            (position code [B, C, h, w], padding), the same for every exit; and {exit: [map of [B, C, h, w]]}. Padding
-            is handed to attention also where there is none, as in the reference, on which the GFLOPs depend.
+            (position code [B, C, h, w], padding), the same for all exits, and {exit: [map [B, C, h, w]]}. Attention
+            always gets a padding mask, as in the reference. The GFLOPs depend on this.
         """
         x, pos, padding = self._encoder_input(features)
         return (pos, padding), self.transformer.encoder([x], [pos], exits, [padding])
 
     def start(self, features: dict[str, Tensor]) -> tuple[tuple[Tensor, Tensor], list[Tensor], EncoderState]:
-        """(position code and padding as of `encode`, [the encoder's input], its state before the first layer)."""
+        """((position code, padding) as in `encode`, [the encoder's input], its state before the first layer)."""
         x, pos, padding = self._encoder_input(features)
         return (pos, padding), [x], self.transformer.encoder.start([x], [pos], [padding])
 
@@ -111,11 +110,11 @@ class DetrHead(ExitHead):
         return x, padded_sine_position(padding, x.shape[1]).to(x.dtype), padding
 
     def decode(self, shared: tuple[Tensor, Tensor], maps: Sequence[Tensor], aux: bool = True) -> dict:
-        """The prediction of one exit, from what `encode` gives.
+        """The prediction of one exit, from the results of `encode`.
 
         Returns:
-            pred_logits [B, Q, C + 1]; pred_boxes [B, Q, 4], (centre x, centre y, width, height) in parts of the
-            image's width and height; with `aux` aux_outputs: the same of every decoder layer but the last.
+            pred_logits [B, Q, C + 1] and pred_boxes [B, Q, 4], (centre x, centre y, width, height) as fractions of the
+            image's size. With `aux` also aux_outputs: the same of each decoder layer but the last.
         """
         pos, padding = shared
         memory, pos = (m.flatten(2).transpose(1, 2) for m in (maps[0], pos))  # [B, S, C]

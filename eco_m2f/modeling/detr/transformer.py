@@ -1,17 +1,19 @@
-"""DETR's transformer decoder: queries, and dense attention over the tokens of one map, post-norm.
+"""DETR's transformer decoder: queries with dense attention over the tokens of one map, post-norm.
 
-Parameter names are those of the published checkpoints: `layers.N...`, `norm`. Tensors are batch first. Its encoder is
+Parameter names are those of the published checkpoints: `layers.N...`, `norm`. Tensors are batch first. The encoder is
 in `encoders/dense.py`.
 """
 
 import torch
 from torch import Tensor, nn
 
-from ..encoders.dense import AttentionLayer
+from ..encoders.dense import DetrLayer
 from ..layers import attend
 
 
-class DecoderLayer(AttentionLayer):
+class DecoderLayer(DetrLayer):
+    """Self-attention of the queries, attention to the encoder's tokens, and a feed-forward network."""
+
     def __init__(self, dim: int, num_heads: int, dim_feedforward: int, dropout: float):
         super().__init__(dim, num_heads, dim_feedforward, dropout)
         self.multihead_attn = nn.MultiheadAttention(dim, num_heads, dropout)
@@ -26,7 +28,7 @@ class DecoderLayer(AttentionLayer):
 
 
 class DetrDecoder(nn.Module):
-    """Queries that look at the encoder's tokens; one norm, shared by the outputs of all layers."""
+    """Queries that look at the encoder's tokens. The outputs of all layers share one norm."""
 
     def __init__(self, dim: int, num_layers: int, num_heads: int, dim_feedforward: int, dropout: float):
         super().__init__()
@@ -38,9 +40,9 @@ class DetrDecoder(nn.Module):
     ) -> list[Tensor]:
         """queries [Q, C], memory [B, S, C], pos [B or 1, S, C], allowed [B or 1, 1, S] or None.
 
-        Returns the normed output of each layer, or without `aux` of the last alone, [B, Q, C].
+        Returns the normed outputs [B, Q, C] of all layers, or without `aux` only of the last.
         """
-        query_pos = queries.expand(len(memory), -1, -1)
+        query_pos = queries.expand(len(memory), -1, -1)  # [B, Q, C]
         x = torch.zeros_like(query_pos)
         key = memory + pos
         outputs = []

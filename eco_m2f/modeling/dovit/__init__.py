@@ -1,4 +1,4 @@
-"""DoViT: a vision transformer for semantic segmentation whose tokens stop once they are sure of their class."""
+"""DoViT: a vision transformer for semantic segmentation. Tokens stop as soon as their class is certain."""
 
 from .dovit import DoViT
 from .heads import MaskTransformerHead, NaiveHead

@@ -1,7 +1,7 @@
 """DoViT, "Dynamic Token-Pass Transformers for Semantic Segmentation": the meta-architecture.
 
-At each decision point an auxiliary head classifies every token; one whose best probability exceeds the threshold stops
-there and keeps its value. It stops tokens, not layers: it has nothing to do with exits.
+At each decision point an auxiliary head classifies all tokens. A token stops there and keeps its value if its best
+probability exceeds the threshold. DoViT stops tokens, not layers; it has no exits.
 """
 
 from collections import defaultdict
@@ -25,7 +25,7 @@ from .vit import TokenPassViT
 
 @META_ARCH_REGISTRY.register()
 class DoViT(Classified):
-    """Semantic segmentation by a vision transformer that spends its layers on the tokens that need them."""
+    """Semantic segmentation by a vision transformer whose tokens may stop early."""
 
     cost_parts = {"head": "head.", "auxiliary_heads": "auxiliary_heads."}
 
@@ -47,8 +47,8 @@ class DoViT(Classified):
         """
         Args:
             head: see `heads.py`; auxiliary_heads: the same, one per decision point.
-            threshold: the probability beyond which a token stops; at 1 none does, and the model is the static one.
-            num_iterations: of a training, over which the threshold falls from 1 to its value.
+            threshold: tokens stop above this probability; 1 stops none, which is the static model.
+            num_iterations: the length of a training, in which the threshold falls from 1 to its value.
             weights: of loss_ce, loss_aux, loss_kl and loss_features.
             ignore_value: the class of pixels that do not count.
         """
@@ -65,15 +65,15 @@ class DoViT(Classified):
         self.ignore_value = ignore_value
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
-        self._teacher = ()  # in a tuple, for it is neither trained nor saved
+        self._teacher = ()  # a tuple hides it from PyTorch: it is neither trained nor saved
 
     @classmethod
     def from_config(cls, cfg) -> dict:
         d, test = cfg.MODEL.DOVIT, cfg.MODEL.MASK_FORMER.TEST
         if test.PANOPTIC_ON or test.INSTANCE_ON or not test.SEMANTIC_ON:
             raise ValueError(
-                "DoViT segments semantically: of MODEL.MASK_FORMER.TEST, SEMANTIC_ON must be True, and PANOPTIC_ON and "
-                "INSTANCE_ON False"
+                "DoViT does semantic segmentation only: in MODEL.MASK_FORMER.TEST, set SEMANTIC_ON to True, and "
+                "PANOPTIC_ON and INSTANCE_ON to False"
             )
         shape = {"tokens": ShapeSpec(channels=d.EMBED_DIM, stride=d.PATCH_SIZE)}
         return {
@@ -103,7 +103,7 @@ class DoViT(Classified):
 
     @property
     def size_divisibility(self) -> int:
-        """What the sides of a padded image are multiples of, in pixels."""
+        """The sides of padded images are multiples of this, in pixels."""
         return self.backbone.patch_size
 
     @property
@@ -113,12 +113,12 @@ class DoViT(Classified):
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
         """
         Args:
-            batched_inputs: per image, `image` [3, H, W] RGB in 0..255; for training `sem_seg` [H, W], its classes; for
-                inference `height` and `width` of the wanted output (default: the image's).
+            batched_inputs: per image, `image` [3, H, W] RGB in 0..255. Training needs `sem_seg` [H, W], the classes.
+                Inference reads `height` and `width` of the output (default: the image's).
 
         Returns:
-            In training, the weighted losses by name. Else, per image, `sem_seg` [C, height, width], logits, and
-            `tokens`: {"threshold", "kept" (share that goes on after each decision point)}.
+            In training, the weighted losses by name. Else, per image, `sem_seg` [C, height, width] (logits) and
+            `tokens`: {"threshold", "kept" (the share that goes on after each decision point)}.
         """
         if not self.training:
             return self.inference(batched_inputs)
@@ -131,7 +131,7 @@ class DoViT(Classified):
         return ImageList.from_tensors(images, self.size_divisibility)
 
     def prepare_targets(self, batched_inputs: list[dict], size: Sequence[int]) -> Tensor:
-        """The classes [B, H, W] of a batch; its padding is to be ignored."""
+        """The classes [B, H, W] of a batch, with `ignore_value` in the padding."""
         targets = torch.full((len(batched_inputs), *size), self.ignore_value, device=self.device)
         for target, x in zip(targets, batched_inputs):
             if "sem_seg" not in x:
@@ -143,8 +143,8 @@ class DoViT(Classified):
     def losses(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         storage = get_event_storage()
         rule = AuxiliaryRule(self.auxiliary_heads, annealed(self.threshold, storage.iter, self.num_iterations))
-        features, kept = self.backbone(images, rule)
-        logits = self.head(features)
+        features, kept = self.backbone(images, rule)  # [B, dim, h, w], bool [B, h, w] each
+        logits = self.head(features)  # [B, C, h, w]
         losses = {"loss_ce": self.weights["loss_ce"] * pixel_loss(logits, targets, self.ignore_value)}
         for i, auxiliary in enumerate(rule.logits):
             losses[f"loss_aux_{i}"] = self.weights["loss_aux"] * pixel_loss(auxiliary, targets, self.ignore_value)
@@ -157,11 +157,11 @@ class DoViT(Classified):
         return losses
 
     def set_teacher(self, teacher: "DoViT") -> None:
-        """From now on trains also towards what a trained model of this architecture predicts where no token stops."""
-        self._teacher = (teacher.eval().requires_grad_(False),)  # in a tuple: its weights are not part of this model
+        """Adds losses that compare with a trained model of this architecture, which runs without stopping tokens."""
+        self._teacher = (teacher.eval().requires_grad_(False),)  # a tuple: its weights are not part of this model
 
     def inference(self, batched_inputs: list[dict]) -> list[dict]:
-        """Images of one size run together; others apart, for a token sees all of its image, and padding too."""
+        """Images of one size run together. Others run apart, because tokens see all of the image and its padding."""
         groups = defaultdict(list)
         for i, x in enumerate(batched_inputs):
             groups[tuple(-(-side // self.size_divisibility) for side in x["image"].shape[-2:])].append(i)
@@ -171,7 +171,7 @@ class DoViT(Classified):
         return [results[i] for i in range(len(batched_inputs))]
 
     def segment(self, batched_inputs: list[dict]) -> list[dict]:
-        """Results of images that are of one size once padded."""
+        """The results of images with the same padded size."""
         images = self.preprocess(batched_inputs)
         features, kept = self.backbone(images.tensor, self.stop_rule())
         padded = tuple(images.tensor.shape[-2:])
@@ -179,15 +179,15 @@ class DoViT(Classified):
         for i, (logits, size, x) in enumerate(zip(self.head(features), images.image_sizes, batched_inputs)):
             wanted = (x.get("height", size[0]), x.get("width", size[1]))
             sem_seg = crop_and_resize(resize_masks(logits, padded), size, wanted)
-            results.append({"sem_seg": sem_seg, "tokens": self.accounts([k[i] for k in kept])})
+            results.append({"sem_seg": sem_seg, "tokens": self.token_shares([k[i] for k in kept])})
         return results
 
     def stop_rule(self) -> "AuxiliaryRule | None":
-        """What stops tokens in inference; nothing does at a threshold of 1, and the auxiliary heads need not run."""
+        """The stop rule of inference. At a threshold of 1 there is none, and the auxiliary heads do not run."""
         return AuxiliaryRule(self.auxiliary_heads, self.threshold) if self.threshold < 1 else None
 
-    def accounts(self, kept: list[Tensor]) -> dict:
-        """The `tokens` of an image's result; kept: bool [h, w] after each decision point, none of a static model."""
+    def token_shares(self, kept: list[Tensor]) -> dict:
+        """The `tokens` of an image's result; kept: bool [h, w] after each decision point, empty for a static model."""
         shares = [1.0] * self.backbone.num_decisions
         if kept:
             counts = torch.stack(kept).flatten(1).sum(1).tolist()
@@ -196,7 +196,7 @@ class DoViT(Classified):
 
 
 class AuxiliaryRule:
-    """Stops the tokens of which an auxiliary head is surer than the threshold; remembers the logits for its loss."""
+    """Stops tokens whose best probability in an auxiliary head exceeds the threshold. Keeps the logits for the loss."""
 
     def __init__(self, heads: Sequence[nn.Module], threshold: float):
         self.heads = heads
@@ -210,23 +210,23 @@ class AuxiliaryRule:
 
 
 def annealed(threshold: float, iteration: int, num_iterations: int) -> float:
-    """The threshold of an iteration: 1 in the first, its final value in the last, on a straight line between."""
+    """The threshold of an iteration. It falls linearly from 1 in the first iteration to its value in the last."""
     progress = min(1.0, iteration / max(1, num_iterations - 1))
     return 1 - (1 - threshold) * progress
 
 
 def pixel_loss(logits: Tensor, targets: Tensor, ignore_value: int) -> Tensor:
-    """Cross-entropy of logits [B, C, h, w], resized to targets [B, H, W]; 0 where every pixel is to be ignored."""
-    logits = F.interpolate(logits.float(), targets.shape[-2:], mode="bilinear", align_corners=False)
+    """Cross-entropy of logits [B, C, h, w], resized, and targets [B, H, W]. It is 0 if all pixels are ignored."""
+    logits = F.interpolate(logits.float(), targets.shape[-2:], mode="bilinear", align_corners=False)  # [B, C, H, W]
     total = F.cross_entropy(logits, targets, ignore_index=ignore_value, reduction="sum")
     return total / (targets != ignore_value).sum().clamp(min=1)
 
 
 def distillation_losses(teacher: DoViT, images: Tensor, features: Tensor, logits: Tensor) -> dict[str, Tensor]:
-    """How far a model's last map and its logits, both [B, C, h, w], are from those of the teacher without stopping.
+    """The distance of a model's last map and logits, both [B, C, h, w], from those of the teacher without stopping.
 
-    loss_kl: Kullback-Leibler divergence of the class probabilities from the teacher's, mean over tokens; loss_features:
-    mean squared difference.
+    loss_kl is the Kullback-Leibler divergence of the class probabilities, mean over tokens. loss_features is the mean
+    squared difference of the maps.
     """
     with torch.no_grad():
         wanted, _ = teacher.backbone(images)

@@ -1,7 +1,7 @@
-"""From a map of tokens to class logits: heads of DoViT, registered with detectron2's SEM_SEG_HEADS_REGISTRY.
+"""DoViT's heads, from a map of tokens to class logits, in detectron2's SEM_SEG_HEADS_REGISTRY.
 
-Contract: built with (cfg, {"tokens": ShapeSpec}); `head(map [B, C, h, w]) -> logits [B, num_classes, h, w]`, which the
-model resizes to the image.
+A head is built with (cfg, {"tokens": ShapeSpec}), and called as `head(map [B, C, h, w]) -> logits
+[B, num_classes, h, w]`. The model resizes the logits to the image.
 """
 
 import torch
@@ -16,9 +16,9 @@ from .vit import Block, init_linear_layers, repeated
 
 @SEM_SEG_HEADS_REGISTRY.register()
 class NaiveHead(nn.Module):
-    """A 1x1 convolution, normalisation, ReLU and a classifier, for each token by itself.
+    """A 1x1 convolution, a norm, ReLU and a classifier, for each token by itself.
 
-    Also what every decision point has for an auxiliary head.
+    It is also the auxiliary head of each decision point.
     """
 
     @configurable
@@ -38,15 +38,15 @@ class NaiveHead(nn.Module):
         }
 
     def forward(self, features: Tensor) -> Tensor:
-        # A map of tokens looks like channels-last, and so would the weights' gradients: see `repeated`.
+        # A map of tokens looks like channels last, and the weights' gradients would too: see `repeated`.
         return self.classifier(F.relu(self.norm(self.conv(features.contiguous()))))
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
 class MaskTransformerHead(nn.Module):
-    """Segmenter's: an embedding per class passes some layers together with the tokens (arXiv 2105.05633, section 3.2).
+    """Segmenter's head: class embeddings pass some layers together with the tokens (arXiv 2105.05633, section 3.2).
 
-    The logit of a token and a class is their cosine, after a projection each; those of a token are then normalised.
+    The logit of a token and a class is the cosine of their projections. Each token's logits are then normalised.
     """
 
     @configurable
@@ -76,14 +76,14 @@ class MaskTransformerHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         batch, _, height, width = features.shape
-        tokens = self.project(features.flatten(2).transpose(1, 2))
+        tokens = self.project(features.flatten(2).transpose(1, 2))  # [B, h * w, C]
         x = torch.cat((tokens, repeated(self.class_embed, batch)), dim=1)  # [B, h * w + K, C]
         lengths = [x.shape[1]] * batch
-        flat = x.flatten(0, 1)
+        flat = x.flatten(0, 1)  # [B * (h * w + K), C]
         for block in self.blocks:
             flat = block(flat, lengths)
         tokens, classes = self.norm(flat).view(x.shape).split([height * width, self.class_embed.shape[1]], dim=1)
         tokens = F.normalize(self.project_tokens(tokens), dim=-1)
         classes = F.normalize(self.project_classes(classes), dim=-1)
-        logits = self.mask_norm(tokens @ classes.transpose(1, 2))
+        logits = self.mask_norm(tokens @ classes.transpose(1, 2))  # [B, h * w, K]
         return logits.transpose(1, 2).unflatten(2, (height, width))

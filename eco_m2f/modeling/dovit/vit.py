@@ -1,8 +1,8 @@
-"""A plain vision transformer of which each token may stop on its way (DoViT).
+"""A plain vision transformer in which each token may stop early (DoViT).
 
-Layers run on one sequence [T, C] that holds the tokens still under way of all images, one image after the other: there
-is no padding, so every image gets what it would get alone. Parameters have timm's names, so that its weights load. It
-differs from timm's `VisionTransformer` in that, and in having neither dropout nor stochastic depth.
+Layers run on one sequence [T, C]: the running tokens of all images, one image after another. There is no padding, so
+each image gets the same result as alone. Parameters have timm's names, so timm's weights load. Unlike timm's
+`VisionTransformer` it has neither dropout nor stochastic depth.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,25 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# (number of the decision point, map of all tokens [B, C, h, w]) -> bool [B, h, w]: tokens that are sure enough to stop
+# (number of the decision point, map of all tokens [B, C, h, w]) -> bool [B, h, w]: the tokens that stop
 StopRule = Callable[[int, Tensor], Tensor]
 NORM_EPS = 1e-6
-SUMMARY_SHARE = 10  # percent of an image's tokens that must have stopped before its cls token takes their mean in
+SUMMARY_SHARE = 10  # the cls token takes in the mean of the stopped tokens if these are more than this percentage
 
 
 class TokenPassViT(nn.Module):
-    """Images -> a map of tokens; at decision points between layers a rule tells which tokens need not go on."""
+    """From images to a map of tokens. At decision points between layers, a rule selects the tokens that stop."""
 
     def __init__(
         self, *, patch_size: int, dim: int, depth: int, num_heads: int, image_size: int, decision_layers: Sequence[int]
     ):
         """
         Args:
-            image_size: side in pixels of the square images that the position code is made for; others resize it.
-            decision_layers: the numbers of layers that have run at the decision points, ascending.
+            image_size: the side of the square images that the position code is for, in pixels. Other sizes resize it.
+            decision_layers: the number of layers before each decision point, ascending.
 
         Raises:
-            ValueError: sizes that do not divide each other, or a decision point that is not between two layers.
+            ValueError: sizes do not divide each other, or a decision point is not between two layers.
         """
         super().__init__()
         if image_size % patch_size or dim % num_heads:
@@ -62,20 +62,20 @@ class TokenPassViT(nn.Module):
         """
         Args:
             images: [B, 3, H, W], H and W multiples of the patch size.
-            stop: which tokens are to stop at a decision point; what it says of one that has stopped is not heard.
-                None: all tokens pass all layers.
+            stop: selects the tokens that stop at a decision point; tokens that have stopped stay stopped. None: all
+                tokens pass all layers.
 
         Returns:
-            The map [B, C, h, w] of all tokens, normalised, each as it was when it stopped or arrived; and the tokens
-            that go on after each decision point, bool [B, h, w] (without a rule, none).
+            The normalised map [B, C, h, w] of all tokens, each with its value at its stop or after the last layer. And
+            the tokens that go on after each decision point, bool [B, h, w] (an empty list without a rule).
         """
         height, width = (n // self.patch_size for n in images.shape[-2:])
-        tokens = self.embed(images)
-        kept = torch.ones_like(tokens[:, 1:, 0], dtype=torch.bool)
+        tokens = self.embed(images)  # [B, 1 + h * w, C]
+        kept = torch.ones_like(tokens[:, 1:, 0], dtype=torch.bool)  # [B, h * w]
         passed = []
         for point, stage in enumerate(self.stages):
             if point and stop is not None:
-                sure = stop(point - 1, as_map(tokens, height, width))
+                sure = stop(point - 1, as_map(tokens, height, width))  # [B, h, w]
                 kept = kept & ~sure.flatten(1)
                 tokens = summarise(tokens, kept)
                 passed.append(kept.unflatten(1, (height, width)))
@@ -83,8 +83,8 @@ class TokenPassViT(nn.Module):
         return as_map(self.norm(tokens), height, width), passed
 
     def embed(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> tokens with their position code [B, 1 + h * w, C], the cls token first."""
-        patches = self.patch_embed(images)
+        """[B, 3, H, W] -> tokens with their position code, [B, 1 + h * w, C], the cls token first."""
+        patches = self.patch_embed(images)  # [B, C, h, w]
         height, width = patches.shape[-2:]
         tokens = torch.cat((repeated(self.cls_token, len(images)), patches.flatten(2).transpose(1, 2)), dim=1)
         return tokens + resized_positions(self.pos_embed, height, width)
@@ -93,19 +93,19 @@ class TokenPassViT(nn.Module):
 def repeated(parameter: Tensor, times: int) -> Tensor:
     """[1, n, C] -> [times, n, C].
 
-    Through a tensor without the first axis: of a batch of one the gradient would else be a part of a larger tensor, and
-    training in several processes copies gradients whose memory is not laid out as the parameter's.
+    It expands a tensor without the first axis. Else the gradient for a batch of one would be a part of a larger tensor,
+    not laid out as the parameter. Training in several processes copies such gradients.
     """
     return parameter[0].expand(times, -1, -1)
 
 
 def as_map(tokens: Tensor, height: int, width: int) -> Tensor:
-    """[B, 1 + h * w, C], the cls token first, -> [B, C, h, w]."""
+    """[B, 1 + h * w, C], the cls token first -> [B, C, h, w]."""
     return tokens[:, 1:].transpose(1, 2).unflatten(2, (height, width))
 
 
 def resized_positions(positions: Tensor, height: int, width: int) -> Tensor:
-    """The position code of a square map [1, 1 + s * s, C] for a map of another size; the cls token's stays."""
+    """Resizes the position code [1, 1 + s * s, C] of a square map to another size; the cls token's code stays."""
     side = int((positions.shape[1] - 1) ** 0.5)
     if (height, width) == (side, side):
         return positions
@@ -115,32 +115,32 @@ def resized_positions(positions: Tensor, height: int, width: int) -> Tensor:
 
 
 def summarise(tokens: Tensor, kept: Tensor) -> Tensor:
-    """Where more than a tenth of an image's tokens have stopped, its cls token becomes its mean with their mean.
+    """If more than a tenth of an image's tokens have stopped, averages its cls token with their mean.
 
-    The tokens that go on no longer see those that stopped; the cls token tells them. tokens: [B, 1 + N, C]; kept: bool
+    The running tokens no longer see the stopped ones; the cls token stands for these. tokens: [B, 1 + N, C]; kept: bool
     [B, N].
     """
-    stopped = ~kept[..., None]
+    stopped = ~kept[..., None]  # [B, N, 1]
     count = stopped.sum(dim=1)  # [B, 1]
-    mean = (tokens[:, 1:] * stopped).sum(dim=1) / count.clamp(min=1)
-    cls = tokens[:, 0]
+    mean = (tokens[:, 1:] * stopped).sum(dim=1) / count.clamp(min=1)  # [B, C]
+    cls = tokens[:, 0]  # [B, C]
     cls = torch.where(100 * count > SUMMARY_SHARE * kept.shape[1], (cls + mean) / 2, cls)
     return torch.cat((cls[:, None], tokens[:, 1:]), dim=1)
 
 
 def run_kept(layers: Sequence[nn.Module], tokens: Tensor, kept: Tensor) -> Tensor:
-    """Passes the kept tokens and the cls tokens through layers and puts them back; the others stay as they are.
+    """Runs the kept tokens and the cls tokens through layers and puts them back. The others stay as they are.
 
     tokens: [B, 1 + N, C]; kept: bool [B, N].
     """
-    moving = F.pad(kept, (1, 0), value=True)
+    moving = F.pad(kept, (1, 0), value=True)  # [B, 1 + N]
     lengths = moving.sum(dim=1).tolist()
-    flat = tokens.flatten(0, 1)
+    flat = tokens.flatten(0, 1)  # [B * (1 + N), C]
     if sum(lengths) == len(flat):
         index, x = None, flat
     else:
         index = moving.flatten().nonzero()[:, 0]
-        x = flat[index]
+        x = flat[index]  # [T, C]
     for layer in layers:
         x = layer(x, lengths)
     if index is not None:
@@ -160,7 +160,7 @@ class PatchEmbedding(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer layer that normalises before attention and before the MLP, whose hidden width is 4 C."""
+    """A transformer layer with norms before attention and before the MLP. The MLP's hidden width is 4 C."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -170,7 +170,7 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, 4 * dim)
 
     def forward(self, x: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-        """x: [T, C], the tokens of all images in turn; lengths: how many are whose (default: all of one image)."""
+        """x: [T, C], the tokens of one image after another; lengths: the number of each image (default: one image)."""
         x = x + self.attn(self.norm1(x), lengths if lengths is not None else [len(x)])
         return x + self.mlp(self.norm2(x))
 
@@ -185,19 +185,19 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """x and lengths as in `Block.forward`; images of one length go together, others in turn."""
+        """x and lengths as in `Block.forward`. Images of equal lengths run together, others in turn."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [T, 3, M, D]
         if len(set(lengths)) == 1:
-            groups = [qkv.unflatten(0, (len(lengths), -1))]
+            groups = [qkv.unflatten(0, (len(lengths), -1))]  # [B, n, 3, M, D]
         else:
-            groups = [part[None] for part in qkv.split(list(lengths))]
+            groups = [part[None] for part in qkv.split(list(lengths))]  # [1, n, 3, M, D] each
         attended = [F.scaled_dot_product_attention(*g.permute(2, 0, 3, 1, 4)) for g in groups]  # [b, M, n, D]
-        attended = [a.transpose(1, 2).flatten(2).flatten(0, 1) for a in attended]
+        attended = [a.transpose(1, 2).flatten(2).flatten(0, 1) for a in attended]  # [b * n, C]
         return self.proj(torch.cat(attended) if len(attended) > 1 else attended[0])
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU between."""
+    """Two linear layers with GELU between them."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -209,7 +209,7 @@ class Mlp(nn.Module):
 
 
 def init_linear_layers(module: nn.Module) -> None:
-    """Weights of linear layers from a normal distribution of 0.02, cut off; biases 0."""
+    """Draws the weights of linear layers from a truncated normal distribution of deviation 0.02; biases are 0."""
     for m in module.modules():
         if isinstance(m, nn.Linear):
             nn.init.trunc_normal_(m.weight, std=0.02)

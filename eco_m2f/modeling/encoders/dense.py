@@ -1,9 +1,9 @@
-"""Dense attention over all tokens, post-norm: DETR's encoder, which MaskFormer has on res5 (arXiv 2107.06278).
+"""Dense attention over all tokens, post-norm: DETR's encoder, which MaskFormer runs on res5 (arXiv 2107.06278).
 
 Parameter names below `encoder` are those of DETR's published checkpoints: `layers.N...`. Tensors are batch first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,17 +18,17 @@ from .registry import TRANSFORMER_ENCODER_REGISTRY
 
 @dataclass(frozen=True)
 class DenseState(EncoderState):
-    """Tokens of all maps, S the sum of h * w over `shapes`."""
+    """The tokens of all maps; S is the sum of h * w over `shapes`."""
 
     tokens: Tensor  # [B, S, C]
     pos: Tensor  # [1 or B, S, C]
-    allowed: Tensor | None  # [B, 1, S] bool: the tokens that attention may look at
+    allowed: Tensor | None  # [B, 1, S] bool, the tokens that attention may look at; None: all
     shapes: list[tuple[int, int]]
 
 
 @TRANSFORMER_ENCODER_REGISTRY.register()
 class DenseEncoder(ExitEncoder):
-    """DETR's encoder as a pixel decoder has it: without padding, every token looks at every other."""
+    """DETR's encoder in a pixel decoder. It ignores padding: each token looks at all others."""
 
     @configurable
     def __init__(self, *, dim: int, num_layers: int, num_heads: int, dim_feedforward: int, dropout: float):
@@ -53,7 +53,7 @@ class DenseEncoder(ExitEncoder):
         return self.encoder.exits
 
     def input_projection(self, in_channels: int) -> nn.Sequential:
-        """See `TRANSFORMER_ENCODER_REGISTRY`; as in DETR, without a norm."""
+        """See `TRANSFORMER_ENCODER_REGISTRY`; without a norm, as in DETR."""
         return nn.Sequential(nn.Conv2d(in_channels, self.dim, 1))
 
     def start(self, maps: Sequence[Tensor], pos: Sequence[Tensor]) -> DenseState:
@@ -64,9 +64,9 @@ class DenseEncoder(ExitEncoder):
 
 
 class DetrEncoder(ExitEncoder):
-    """DETR's encoder under the contract of `TRANSFORMER_ENCODER_REGISTRY`; exit k is the state after layer k.
+    """DETR's encoder; exit k is the state after layer k. The contract is that of `TRANSFORMER_ENCODER_REGISTRY`.
 
-    It also takes which tokens are padding, and has no final norm, so that every exit has the decoder's input format.
+    It also takes the padding. It has no final norm, so all exits give the decoder the same format.
     """
 
     def __init__(self, dim: int, num_layers: int, num_heads: int, dim_feedforward: int, dropout: float):
@@ -89,34 +89,42 @@ class DetrEncoder(ExitEncoder):
         """
         Args:
             maps: [B, C, h, w] each (DETR and MaskFormer have one); pos: the same, or with B = 1.
-            exits: those wanted, of `exits`.
-            padding: [B, h, w] bool each, True where there is no image; default: none is padded.
+            exits: some of the encoder's exits.
+            padding: [B, h, w] bool each, True where there is no image; default: no padding.
 
         Returns:
-            {exit: maps}, of the same shapes.
+            {exit: maps}, with the shapes of `maps`.
         """
         return self.run(self.start(maps, pos, padding), exits)
 
     def start(
         self, maps: Sequence[Tensor], pos: Sequence[Tensor], padding: Sequence[Tensor] | None = None
     ) -> DenseState:
-        """Arguments as of `forward`."""
+        """Arguments as in `forward`."""
         shapes = [tuple(m.shape[-2:]) for m in maps]
         allowed = None if padding is None else allowed_tokens(padding)
         return DenseState(0, flatten_levels(maps), flatten_levels(pos), allowed, shapes)
 
     def step(self, state: DenseState, exit: int) -> tuple[DenseState, list[Tensor]]:
-        tokens = state.tokens
+        tokens = state.tokens  # [B, S, C]
         for layer in self.layers[state.exit : exit]:
             tokens = layer(tokens, state.pos, state.allowed)
         return replace(state, exit=exit, tokens=tokens), split_levels(tokens, state.shapes)
 
 
-class AttentionLayer(nn.Module):
-    """What encoder and decoder layers of DETR share: self-attention, the feed-forward network, dropout."""
+class DetrLayer(nn.Module):
+    """The part that DETR's encoder and decoder layers share: self-attention, a feed-forward network, dropout."""
 
-    def __init__(self, dim: int, num_heads: int, dim_feedforward: int, dropout: float):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        dim_feedforward: int,
+        dropout: float,
+        activation: Callable[[Tensor], Tensor] = torch.relu,
+    ):
         super().__init__()
+        self.activation = activation
         self.self_attn = nn.MultiheadAttention(dim, num_heads, dropout)
         self.linear1 = nn.Linear(dim, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, dim)
@@ -125,20 +133,23 @@ class AttentionLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def attend_self(self, x: Tensor, pos: Tensor, allowed: Tensor | None) -> Tensor:
+        """Adds the position code to queries and keys, but not to values."""
         q = x + pos
         return self.norm1(x + self.dropout(attend(self.self_attn, q, q, x, allowed)))
 
     def feed_forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        hidden = self.dropout(torch.relu(self.linear1(x)))
+        hidden = self.dropout(self.activation(self.linear1(x)))
         return norm(x + self.dropout(self.linear2(hidden)))
 
 
-class EncoderLayer(AttentionLayer):
-    def forward(self, tokens: Tensor, pos: Tensor, allowed: Tensor | None) -> Tensor:
-        """tokens, pos [B or 1, S, C], allowed [B, 1, S] or None -> [B, S, C]."""
+class EncoderLayer(DetrLayer):
+    """Self-attention and a feed-forward network, each with residual and post-norm."""
+
+    def forward(self, tokens: Tensor, pos: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """tokens [B, S, C], pos [B or 1, S, C] or [S, C], allowed [B, 1, S] or None -> [B, S, C]."""
         return self.feed_forward(self.attend_self(tokens, pos, allowed), self.norm2)
 
 
 def allowed_tokens(padding: Sequence[Tensor]) -> Tensor:
-    """Which tokens attention may look at, of maps whose padding is [B, h, w] bool each: [B, 1, S] bool."""
+    """The tokens that attention may look at, [B, 1, S] bool; padding: [B, h, w] bool for each map."""
     return ~torch.cat([p.flatten(1) for p in padding], dim=1)[:, None]

@@ -1,11 +1,11 @@
-"""What every encoder with exits is: a run that stops at each exit and goes on from there.
+"""The base of encoders with exits: a run stops at each exit and goes on from there.
 
     state = encoder.start(maps, pos)
     state, maps = encoder.advance(state, 2)
     state, maps = encoder.advance(state.take(torch.tensor([0, 3])), 3)
 
-`encoder(maps, pos, exits)` is made of these steps. A subclass writes `step`, and `start` where its layers go on from
-something other than maps.
+`encoder(maps, pos, exits)` consists of these steps. A subclass writes `step`, and also `start` where its layers do not
+refine maps.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .registry import wanted_exits
 
 @dataclass(frozen=True)
 class EncoderState:
-    """How far a run has come. What its next layers read are the fields of a subclass; tensors have the batch first."""
+    """The state of a run. A subclass adds the fields that the next layers read; tensors have the batch first."""
 
     exit: int  # the exit reached, 0 before the first layer
 
     def take(self, rows: Tensor) -> EncoderState:
-        """The state of these images of the batch alone; see `take_rows`."""
+        """The state of only these images of the batch; see `take_rows`."""
         return replace(self, **{f.name: take_rows(getattr(self, f.name), rows) for f in fields(self)})
 
 
@@ -38,9 +38,10 @@ class MapState(EncoderState):
 
 
 def take_rows(value, rows: Tensor):
-    """These rows [n] (int64, at least one, ascending) of every tensor [B, ...] in a tensor, list, tuple or state.
+    """Takes these rows of each tensor [B, ...] in a tensor, list, tuple or state.
 
-    A tensor with one row serves all images, and is kept as it is. So is everything where all rows are taken.
+    rows: [n], int64, at least one, ascending. A tensor of one row serves all images and stays as it is. All tensors
+    stay as they are if n = B.
     """
     if isinstance(value, Tensor):
         return value if len(value) in (1, len(rows)) else value[rows]
@@ -61,15 +62,15 @@ class ExitEncoder(nn.Module):
     def advance(self, state: EncoderState, exit: int) -> tuple[EncoderState, list[Tensor]]:
         """Runs the layers from a state to an exit -> (the state there, the maps of that exit).
 
-        The state that was given stays as it was. Raises ValueError for an exit that the encoder does not offer, or
-        that does not lie ahead.
+        The given state does not change. Raises ValueError if the encoder does not offer the exit, or the run has passed
+        it.
         """
         if exit not in self.exits or exit <= state.exit:
             raise ValueError(f"exit {exit} asked of a run at {state.exit}; the encoder offers exits {list(self.exits)}")
         return self.step(state, exit)
 
     def step(self, state: EncoderState, exit: int) -> tuple[EncoderState, list[Tensor]]:
-        """See `advance`, which has checked `exit`."""
+        """As `advance`, which checks `exit` before."""
         raise NotImplementedError
 
     def forward(self, maps: Sequence[Tensor], pos: Sequence[Tensor], exits: Sequence[int]) -> dict[int, list[Tensor]]:
@@ -77,7 +78,7 @@ class ExitEncoder(nn.Module):
         return self.run(self.start(maps, pos), exits)
 
     def run(self, state: EncoderState, exits: Sequence[int]) -> dict[int, list[Tensor]]:
-        """{exit: maps} of the exits, each gone on to from the one before."""
+        """{exit: maps}; the run goes from each exit on to the next."""
         out = {}
         for k in sorted(wanted_exits(exits, self.exits)):
             state, out[k] = self.advance(state, k)

@@ -1,8 +1,7 @@
 """RT-M2F's encoder: attention within the coarsest map, convolutions across scales (RT-DETR, arXiv 2304.08069).
 
-Against the original the position code fits the tokens whatever the map's shape: there it is laid out column by column
-beside tokens that lie row by row, which on a square map is the code here, and on others none. Its one transformer layer
-leaves nothing to exit from.
+The position code differs from the original, which lays it out by columns while tokens lie by rows. On square maps both
+codes agree; on other maps only the code here fits. There is one transformer layer, so there is no early exit.
 """
 
 from collections.abc import Sequence
@@ -13,7 +12,8 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor, nn
 
-from ..layers import attend, xavier_matrices_
+from ..layers import xavier_matrices_
+from .dense import EncoderLayer
 from .exit_encoder import ExitEncoder, MapState
 from .registry import TRANSFORMER_ENCODER_REGISTRY
 
@@ -22,7 +22,7 @@ NORMS = {"BN": nn.BatchNorm2d, "SyncBN": nn.SyncBatchNorm}
 
 @TRANSFORMER_ENCODER_REGISTRY.register()
 class HybridEncoder(ExitEncoder):
-    """Its only exit is the number of its attention layers: what crosses the scales comes after the last of them."""
+    """Its only exit comes after all attention layers, because the convolutions across scales need their result."""
 
     @configurable
     def __init__(
@@ -42,13 +42,14 @@ class HybridEncoder(ExitEncoder):
         if norm not in NORMS:
             raise ValueError(f"MODEL.HYBRID.NORM {norm!r} is unknown; use {' or '.join(NORMS)}")
         if dim % 4:
-            raise ValueError(f"CONVS_DIM {dim} must be a multiple of 4: sine and cosine, of width and height")
+            raise ValueError(f"CONVS_DIM {dim} must be a multiple of 4: sine and cosine of width and height")
         self.dim, self.norm = dim, NORMS[norm]
         self.exits = (num_layers,)
         self.encoder = nn.Module()  # a plain holder: layers have the same names in every encoder
         self.encoder.layers = nn.ModuleList(
-            AttentionLayer(dim, num_heads, dim_feedforward, dropout) for _ in range(num_layers)
+            EncoderLayer(dim, num_heads, dim_feedforward, dropout, F.gelu) for _ in range(num_layers)
         )
+        xavier_matrices_(self.encoder)
         steps = range(num_levels - 1)
         self.lateral_convs = nn.ModuleList(ConvNorm(dim, dim, 1, self.norm) for _ in steps)
         self.fpn_blocks = nn.ModuleList(CSPRepLayer(2 * dim, dim, self.norm) for _ in steps)
@@ -72,9 +73,9 @@ class HybridEncoder(ExitEncoder):
         return nn.Sequential(nn.Conv2d(in_channels, self.dim, 1, bias=False), self.norm(self.dim))
 
     def start(self, maps: Sequence[Tensor], pos: Sequence[Tensor]) -> MapState:
-        """As of every encoder; maps are doubled in size from one to the next.
+        """Each map must have twice the height and width of the one before.
 
-        pos is not read: the position code of the coarsest map is of another form here, and the others need none.
+        pos is not read: the coarsest map has a position code of another form here, and the others need none.
         """
         sizes = [tuple(m.shape[-2:]) for m in maps]
         if any(fine != (2 * h, 2 * w) for (h, w), fine in zip(sizes, sizes[1:])):
@@ -89,17 +90,17 @@ class HybridEncoder(ExitEncoder):
         return state, self.across_scales(state.maps)
 
     def within_scale(self, coarsest: Tensor) -> Tensor:
-        """Self-attention of a map: [B, C, h, w] -> [B, C, h, w]."""
+        """Self-attention within a map: [B, C, h, w] -> [B, C, h, w]."""
         height, width = coarsest.shape[-2:]
         tokens = coarsest.flatten(2).transpose(1, 2)  # [B, h * w, C]
-        pos = plane_position(height, width, self.dim, coarsest.device).to(coarsest.dtype)
+        pos = plane_position(height, width, self.dim, coarsest.device).to(coarsest.dtype)  # [h * w, C]
         for layer in self.encoder.layers:
             tokens = layer(tokens, pos)
         return tokens.transpose(1, 2).unflatten(2, (height, width))
 
     def across_scales(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """From the coarsest map down to the finest and back up; maps coarse to fine, of the same shapes out."""
-        down = [maps[0]]
+        """From the coarsest map to the finest and back. maps: coarse to fine; the result has the same shapes."""
+        down = [maps[0]]  # [B, C, h, w] each
         for lateral, block, finer in zip(self.lateral_convs, self.fpn_blocks, maps[1:]):
             down[-1] = F.silu(lateral(down[-1]))
             down.append(block(torch.cat((doubled(down[-1]), finer), dim=1)))
@@ -107,27 +108,6 @@ class HybridEncoder(ExitEncoder):
         for downsample, block in zip(self.downsample_convs, self.pan_blocks):
             up.append(block(torch.cat((F.silu(downsample(up[-1])), down.pop()), dim=1)))
         return up[::-1]
-
-
-class AttentionLayer(nn.Module):
-    """Self-attention and a feed-forward network with GELU, each with residual and post-norm."""
-
-    def __init__(self, dim: int, num_heads: int, dim_feedforward: int, dropout: float):
-        super().__init__()
-        self.self_attn = nn.MultiheadAttention(dim, num_heads, dropout)
-        self.norm1 = nn.LayerNorm(dim)
-        self.linear1 = nn.Linear(dim, dim_feedforward)
-        self.linear2 = nn.Linear(dim_feedforward, dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
-        xavier_matrices_(self)
-
-    def forward(self, tokens: Tensor, pos: Tensor) -> Tensor:
-        """tokens [B, S, C], pos [S, C], of queries and keys alone -> [B, S, C]."""
-        query = tokens + pos
-        tokens = self.norm1(tokens + self.dropout(attend(self.self_attn, query, query, tokens, None)))
-        hidden = self.dropout(F.gelu(self.linear1(tokens)))
-        return self.norm2(tokens + self.dropout(self.linear2(hidden)))
 
 
 class ConvNorm(nn.Module):
@@ -142,13 +122,13 @@ class ConvNorm(nn.Module):
         return self.norm(self.conv(x))
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the convolution that does the same with the norm's running statistics."""
+        """Weight and bias of one convolution that equals this one and its norm in eval mode."""
         scale = self.norm.weight / (self.norm.running_var + self.norm.eps).sqrt()
         return self.conv.weight * scale[:, None, None, None], self.norm.bias - self.norm.running_mean * scale
 
 
 class RepVGGBlock(nn.Module):
-    """A 3x3 and a 1x1 convolution, each with its norm, summed, then SiLU; `fuse` makes one 3x3 convolution of them."""
+    """SiLU of the sum of a 3x3 and a 1x1 convolution with their norms. `fuse` makes them one 3x3 convolution."""
 
     def __init__(self, dim: int, norm: type[nn.Module]):
         super().__init__()
@@ -161,7 +141,7 @@ class RepVGGBlock(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> None:
-        """In place, for inference alone; the state dict has other names afterwards."""
+        """Works in place, for inference only. The state dict has other names afterwards."""
         if self.fused is not None:
             return
         if self.training:
@@ -174,7 +154,7 @@ class RepVGGBlock(nn.Module):
 
 
 class CSPRepLayer(nn.Module):
-    """Two 1x1 branches, summed; the first goes on through RepVGG blocks."""
+    """The sum of two 1x1 branches; the first also runs through RepVGG blocks."""
 
     def __init__(self, dim_in: int, dim: int, norm: type[nn.Module], num_blocks: int = 3):
         super().__init__()
@@ -187,7 +167,7 @@ class CSPRepLayer(nn.Module):
 
 
 def fuse_for_deployment(model: nn.Module) -> nn.Module:
-    """Fuses every RepVGG block of a model in eval mode, in place, and returns the model; results agree to 1e-5."""
+    """Fuses all RepVGG blocks of a model in eval mode, in place, and returns the model. Results agree to 1e-5."""
     for module in list(model.modules()):
         if isinstance(module, RepVGGBlock):
             module.fuse()
@@ -197,16 +177,16 @@ def fuse_for_deployment(model: nn.Module) -> nn.Module:
 def plane_position(height: int, width: int, dim: int, device, temperature: float = 10000.0) -> Tensor:
     """Position code of a map's tokens, row by row -> [height * width, dim], float32.
 
-    A quarter of the channels each: sine of y, cosine of y, sine of x, cosine of x, in pixels from 0.
+    The quarters of the channels are sine of y, cosine of y, sine of x and cosine of x, in pixels from 0.
     """
     quarter = dim // 4
     frequency = temperature ** -(torch.arange(quarter, device=device, dtype=torch.float32) / quarter)
     x, y = (torch.arange(n, device=device, dtype=torch.float32)[:, None] * frequency for n in (width, height))
     x = x[None].expand(height, width, quarter)
-    y = y[:, None].expand(height, width, quarter)
+    y = y[:, None].expand(height, width, quarter)  # [h, w, dim / 4]
     return torch.cat((y.sin(), y.cos(), x.sin(), x.cos()), dim=2).flatten(0, 1)
 
 
 def doubled(x: Tensor) -> Tensor:
-    """Every pixel as 2x2 of them: [B, C, h, w] -> [B, C, 2h, 2w]. A copy: the published GFLOPs do not count it."""
+    """Repeats each pixel 2x2: [B, C, h, w] -> [B, C, 2h, 2w]. A copy, because the published GFLOPs do not count it."""
     return x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2).flatten(4, 5).flatten(2, 3)

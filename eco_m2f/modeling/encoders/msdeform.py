@@ -1,7 +1,7 @@
 """The parent's encoder: layers of multi-scale deformable self-attention over all levels.
 
-State-dict names are Mask2Former's: `level_embed`, `encoder.layers.N...`. An encoder of the same layers that shows them
-other tokens overrides `step`.
+State-dict names are Mask2Former's: `level_embed`, `encoder.layers.N...`. A subclass that runs the same layers on other
+tokens overrides `step`.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ class MSDeformEncoderLayer(nn.Module):
     ) -> Tensor:
         """tokens [B, S, C], pos [1 or B, S, C], reference_points [1, S, 1, 2] -> [B, S, C].
 
-        values [B, sum of h * w, C]: what the tokens look at; by default themselves.
+        values [B, sum of h * w, C]: the tokens that attention reads, by default `tokens`.
         """
         attended = self.self_attn(tokens + pos, reference_points, tokens if values is None else values, shapes)
         tokens = self.norm1(tokens + self.dropout(attended))
@@ -51,9 +51,9 @@ class MSDeformEncoderLayer(nn.Module):
 
 @dataclass(frozen=True)
 class TokenState(EncoderState):
-    """Tokens of all levels, coarse first: [B, S, C], S the sum of h * w over `shapes`."""
+    """The tokens of all levels, coarse first; S is the sum of h * w over `shapes`."""
 
-    tokens: Tensor
+    tokens: Tensor  # [B, S, C]
     pos: Tensor  # [1 or B, S, C]
     reference: Tensor  # [1, S, 1, 2]
     shapes: list[tuple[int, int]]
@@ -76,7 +76,7 @@ class MSDeformEncoder(ExitEncoder):
         num_points: int = 4,
         layer_levels: Sequence[int] | None = None,
     ):
-        """layer_levels: how many levels, counted from the coarsest, each layer looks at; by default all of them."""
+        """layer_levels: the number of levels, from the coarsest, that each layer reads; by default all."""
         super().__init__()
         if num_layers < 1:
             raise ValueError(f"an encoder needs at least one layer, got {num_layers}: set TRANSFORMER_ENC_LAYERS")
@@ -131,15 +131,15 @@ def flatten_levels(maps: Sequence[Tensor]) -> Tensor:
 
 
 def split_levels(tokens: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Inverse of `flatten_levels`; maps lie in memory as the tokens do, channels last.
+    """The inverse of `flatten_levels`. The maps lie in memory as the tokens do, channels last.
 
-    Flattening and transposing the other way round would give strides that resizing does not know as channels last, and
-    for which it is twenty times slower.
+    Reversing the order of these steps would give other strides. Resizing would not take them for channels last, and be
+    twenty times slower.
     """
     parts = tokens.split([h * w for h, w in shapes], dim=1)
     return [p.unflatten(1, shape).permute(0, 3, 1, 2) for p, shape in zip(parts, shapes)]
 
 
 def reference_points(shapes: Sequence[tuple[int, int]], device, dtype) -> Tensor:
-    """Pixel centres of every level as (x, y) in [0, 1], one point for all levels -> [1, S, 1, 2]."""
+    """The pixel centres of each level as (x, y) in [0, 1], shared by all levels -> [1, S, 1, 2]."""
     return torch.cat([pixel_centres(h, w, device, dtype) for h, w in shapes])[None, :, None]

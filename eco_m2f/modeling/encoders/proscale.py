@@ -1,7 +1,7 @@
-"""PRO-SCALE's encoder: levels join one by one, so that early layers see few tokens (arXiv 2404.14657).
+"""PRO-SCALE's encoder: levels join one by one, so early layers see few tokens (arXiv 2404.14657).
 
-Exits are this project's own. Parameters have the parent's names; a layer that looks at fewer levels predicts fewer
-offsets and weights.
+The exits are this project's own. Parameters have the parent's names. A layer with fewer levels predicts fewer offsets
+and weights.
 """
 
 from collections.abc import Sequence
@@ -19,17 +19,17 @@ from .registry import TRANSFORMER_ENCODER_REGISTRY
 
 @dataclass(frozen=True)
 class StageState(TokenState):
-    """`tokens` are those of the levels that have joined."""
+    """`tokens` belong to the levels that have joined."""
 
-    projected: Tensor  # [B, S, C], of all levels
+    projected: Tensor  # [B, S, C] of all levels
 
 
 @TRANSFORMER_ENCODER_REGISTRY.register()
 class ProScaleEncoder(MSDeformEncoder):
-    """Stage i runs its layers on the i coarsest levels; what joins at a stage comes from the input projections.
+    """Stage i runs its layers on the i coarsest levels. A level that joins enters as its input projection.
 
-    Exits are the layers of the last stage and, as an option, the end of every stage, where the levels that have not
-    joined yet are given as their projections.
+    The exits are the layers of the last stage and, as an option, the end of each stage. There, the levels that have not
+    joined are returned as their projections.
     """
 
     @configurable
@@ -38,14 +38,15 @@ class ProScaleEncoder(MSDeformEncoder):
     ):
         """
         Args:
-            stages: layers per stage, one stage per level; at least one in the last.
-            temperature: of token recalibration: the tokens of a level that joins, the finest aside, are multiplied by
-                sigmoid(temperature * score), the score being read from the finest level; None leaves it out.
+            stages: layers per stage, with one stage per level; the last stage has at least one.
+            temperature: of token recalibration. The tokens of a joining level are multiplied by
+                sigmoid(temperature * score); the finest level gives the score, and is itself not recalibrated. None:
+                no recalibration.
             encoder: the other arguments of `MSDeformEncoder`.
         """
         if min(stages) < 0 or stages[-1] < 1:
             raise ValueError(
-                f"MODEL.PROSCALE.STAGES {list(stages)}: a stage cannot have fewer layers than 0, the last 1"
+                f"MODEL.PROSCALE.STAGES {list(stages)}: each stage needs at least 0 layers, the last at least 1"
             )
         layer_levels = [level for level, layers in enumerate(stages, start=1) for _ in range(layers)]
         super().__init__(num_layers=sum(stages), num_levels=len(stages), layer_levels=layer_levels, **encoder)
@@ -91,17 +92,17 @@ class ProScaleEncoder(MSDeformEncoder):
         return replace(state, exit=exit, tokens=tokens), maps
 
     def with_levels(self, tokens: Tensor, state: StageState, levels: int) -> Tensor:
-        """tokens [B, S, C] of the coarsest levels, and those with which further levels join, up to this many levels."""
+        """tokens [B, S, C] of the coarsest levels -> the tokens of this many levels."""
         ends = list(accumulate((h * w for h, w in state.shapes), initial=0))
-        joined = ends.index(tokens.shape[1])
+        joined = ends.index(tokens.shape[1])  # how many levels have joined
         if joined == levels:
             return tokens
         projected = split_levels(state.projected, state.shapes)
         return torch.cat([tokens, *(self.joining(projected, i) for i in range(joined, levels))], dim=1)
 
     def joining(self, projected: Sequence[Tensor], level: int) -> Tensor:
-        """The tokens [B, h * w, C] with which a level joins; projected: the maps [B, C, h, w] of all levels."""
-        tokens = projected[level].flatten(2).transpose(1, 2)
+        """The tokens [B, h * w, C] that a joining level brings; projected: the maps [B, C, h, w] of all levels."""
+        tokens = projected[level].flatten(2).transpose(1, 2)  # [B, h * w, C]
         if self.temperature is None or level == len(projected) - 1:
             return tokens
         finest = F.interpolate(projected[-1], size=projected[level].shape[-2:], mode="bilinear", align_corners=False)

@@ -1,4 +1,4 @@
-"""Mask2Former's losses for one prediction and its targets; knows no exits."""
+"""Mask2Former's losses for one prediction and its targets. They know no exits."""
 
 from collections.abc import Callable
 
@@ -12,50 +12,50 @@ from .matcher import FOCAL_ALPHA, FOCAL_GAMMA, HungarianMatcher, all_pixels, poi
 
 
 def mask_loss(logits: Tensor, targets: Tensor, num_masks: float | Tensor) -> Tensor:
-    """Binary cross-entropy, mean over points, summed over masks / num_masks: [N, P], [N, P] -> scalar."""
+    """Binary cross-entropy, mean over points, summed over masks, / num_masks: [N, P], [N, P] -> scalar."""
     loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     return loss.mean(1).sum() / num_masks
 
 
 def focal_loss(logits: Tensor, targets: Tensor, num_masks: float | Tensor) -> Tensor:
-    """Sigmoid focal loss (arXiv 1708.02002), mean over points, summed over masks / num_masks: [N, P], [N, P] -> scalar.
+    """Sigmoid focal loss (arXiv 1708.02002), mean over points, summed over masks, / num_masks.
 
-    A point whose target is t and of which the prediction makes t with probability p costs
-    alpha_t (1 - p)^gamma (-log p), alpha_t being alpha for 1 and 1 - alpha for 0.
+    [N, P], [N, P] -> scalar. A point with target t and predicted probability p of t costs
+    alpha_t (1 - p)^gamma (-log p). alpha_t is alpha for t = 1, and 1 - alpha for t = 0.
     """
     loss = sigmoid_focal_loss(logits, targets, FOCAL_ALPHA, FOCAL_GAMMA)
     return loss.mean(1).sum() / num_masks
 
 
 def dice_loss(logits: Tensor, targets: Tensor, num_masks: float | Tensor) -> Tensor:
-    """1 - dice with +1 smoothing, summed over masks / num_masks: [N, P], [N, P] -> scalar."""
+    """1 - dice with +1 smoothing, summed over masks, / num_masks: [N, P], [N, P] -> scalar."""
     prob = logits.sigmoid()
-    dice = (2 * (prob * targets).sum(1) + 1) / (prob.sum(1) + targets.sum(1) + 1)
+    dice = (2 * (prob * targets).sum(1) + 1) / (prob.sum(1) + targets.sum(1) + 1)  # [N]
     return (1 - dice).sum() / num_masks
 
 
 @torch.no_grad()
 def uncertain_points(logits: Tensor, num_points: int, oversample_ratio: float, importance_ratio: float) -> Tensor:
-    """Points where masks are undecided (PointRend): [N, 1, H, W] -> [N, num_points, 2], (x, y) in [0, 1].
+    """Points where masks are uncertain (PointRend): [N, 1, H, W] -> [N, num_points, 2], (x, y) in [0, 1].
 
-    Of oversample_ratio * num_points uniform points, the importance_ratio * num_points with the smallest |logit| are
-    kept; fresh uniform points make up the rest.
+    Draws oversample_ratio * num_points uniform points and keeps the importance_ratio * num_points with the smallest
+    |logit|. New uniform points fill the rest.
     """
     n, device = logits.shape[0], logits.device
     num_kept = int(importance_ratio * num_points)
     candidates = torch.rand(n, int(oversample_ratio * num_points), 2, device=device, dtype=logits.dtype)
     certainty = point_sample(logits, candidates)[:, 0].abs()  # [N, P']
-    kept = certainty.topk(num_kept, dim=1, largest=False, sorted=False).indices
-    kept = candidates.gather(1, kept[..., None].expand(-1, -1, 2))
+    kept = certainty.topk(num_kept, dim=1, largest=False, sorted=False).indices  # [N, num_kept]
+    kept = candidates.gather(1, kept[..., None].expand(-1, -1, 2))  # [N, num_kept, 2]
     fresh = torch.rand(n, num_points - num_kept, 2, device=device, dtype=logits.dtype)
     return torch.cat((kept, fresh), dim=1)
 
 
 class QueryCriterion(nn.Module):
-    """Losses of queries matched one to one with targets, with deep supervision; what is compared is the subclass's.
+    """Losses of queries matched one to one with targets, with deep supervision.
 
-    The class loss is called loss_ce; a subclass adds others in `matched_losses`. They have suffix _0, _1.. for the
-    auxiliary outputs, and come unweighted; `weight_dict` says by how much each counts.
+    The class loss is loss_ce; a subclass adds others in `matched_losses`. Losses of auxiliary outputs have the suffixes
+    _0, _1.. All losses are unweighted; `weight_dict` holds their weights.
     """
 
     def __init__(
@@ -68,8 +68,9 @@ class QueryCriterion(nn.Module):
         num_aux: int,
         persistent: bool = False,
     ):
-        """matcher: (pred, targets) -> [(query indices, target indices)]; persistent: the state dict has the weights of
-        the classes."""
+        """matcher: (outputs, targets) -> per output and image, (query indices, target indices).
+        persistent: whether the state dict holds the weights of the classes.
+        """
         super().__init__()
         self.num_classes = num_classes
         self.matcher = matcher
@@ -82,9 +83,9 @@ class QueryCriterion(nn.Module):
     def forward(self, pred: dict, targets: list[dict], num_targets: float | Tensor) -> dict[str, Tensor]:
         """
         Args:
-            pred: pred_logits [B, Q, C + 1], what else the subclass reads, aux_outputs (may be missing).
-            targets: per image, labels [G] int64 and what the subclass reads.
-            num_targets: their mean number per process, at least 1.
+            pred: pred_logits [B, Q, C + 1], the subclass's entries, and aux_outputs (may be missing).
+            targets: per image, labels [G] int64 and the subclass's entries.
+            num_targets: the mean number of targets per process, at least 1.
         """
         outputs = {"": pred, **{f"_{i}": aux for i, aux in enumerate(pred.get("aux_outputs", ()))}}
         losses = {}
@@ -98,12 +99,12 @@ class QueryCriterion(nn.Module):
         return {name + suffix: loss for name, loss in losses.items()}
 
     def matched_losses(self, pred: dict, targets: list[dict], matches, num_targets) -> dict[str, Tensor]:
-        """The losses of the matched pairs by name; zeros that hang on the prediction where there is none."""
+        """The losses of the matched pairs by name. Without pairs, they are zeros that depend on the prediction."""
         raise NotImplementedError
 
     def _class_loss(self, logits: Tensor, targets: list[dict], matches) -> Tensor:
-        """Cross-entropy over all queries; the unmatched ones are to say no-object, at a lower weight."""
-        wanted = torch.full(logits.shape[:2], self.num_classes, dtype=torch.int64, device=logits.device)
+        """Cross-entropy over all queries. Unmatched queries have the target no-object, with a lower weight."""
+        wanted = torch.full(logits.shape[:2], self.num_classes, dtype=torch.int64, device=logits.device)  # [B, Q]
         for row, target, (query, gt) in zip(wanted, targets, matches):
             row[query] = target["labels"][gt]
         logits = at_least_float32(logits)
@@ -113,7 +114,7 @@ class QueryCriterion(nn.Module):
 class SetCriterion(QueryCriterion):
     """The losses loss_ce, loss_mask and loss_dice of Mask2Former and MaskFormer.
 
-    Predictions hold pred_masks [B, Q, h, w], targets masks [G, H, W] bool, padded as the batch is.
+    Predictions hold pred_masks [B, Q, h, w]. Targets hold masks [G, H, W] bool, padded to the batch's size.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class SetCriterion(QueryCriterion):
         num_aux: int,
         mask_loss: Callable[[Tensor, Tensor, float | Tensor], Tensor] = mask_loss,
     ):
-        """num_points: points per mask that losses are taken at; None: all pixels of the prediction.
+        """num_points: points per mask at which losses are computed; None: all pixels of the prediction.
 
         mask_loss: (logits [N, P], targets [N, P], num_masks) -> scalar; `mask_loss` or `focal_loss`.
         """
@@ -155,13 +156,13 @@ class SetCriterion(QueryCriterion):
             masks = at_least_float32(masks)
             predicted = torch.cat([m[query] for m, (query, _) in zip(masks, matches)])[:, None]  # [N, 1, h, w]
             if len(predicted) == 0:
-                # Keeps the graph, so that every rank of a distributed run back-propagates the same one.
+                # Keeps the graph: all ranks of a distributed run must back-propagate the same one.
                 return predicted.sum() + masks.sum() * 0.0, masks.sum() * 0.0
-            points = self._points(predicted)
+            points = self._points(predicted)  # [N, P, 2]
             with torch.no_grad():
                 wanted = torch.cat([t["masks"][gt] for t, (_, gt) in zip(targets, matches)])[:, None].to(predicted)
-                wanted = point_sample(wanted, points)[:, 0]
-            logits = point_sample(predicted, points)[:, 0]
+                wanted = point_sample(wanted, points)[:, 0]  # [N, P]
+            logits = point_sample(predicted, points)[:, 0]  # [N, P]
             return self.mask_loss(logits, wanted, num_masks), dice_loss(logits, wanted, num_masks)
 
     def _points(self, masks: Tensor) -> Tensor:

@@ -14,14 +14,13 @@ from .transformer_decoder import TRANSFORMER_DECODER_REGISTRY
 
 @SEM_SEG_HEADS_REGISTRY.register()
 class MaskFormerHead(ExitHead):
-    """Backbone maps -> class logits and mask logits, at one exit or at several."""
+    """From the backbone's maps to class logits and mask logits, at one exit or several."""
 
     @configurable
-    def __init__(self, *, pixel_decoder: nn.Module, predictor: nn.Module, num_classes: int):
+    def __init__(self, *, pixel_decoder: nn.Module, predictor: nn.Module):
         super().__init__()
         self.pixel_decoder = pixel_decoder
         self.predictor = predictor
-        self.num_classes = num_classes
 
     @classmethod
     def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]) -> dict:
@@ -36,7 +35,6 @@ class MaskFormerHead(ExitHead):
         return {
             "pixel_decoder": SEM_SEG_HEADS_REGISTRY.get(head.PIXEL_DECODER_NAME)(cfg, shapes),
             "predictor": predictor(cfg, head.CONVS_DIM, mask_classification=True),
-            "num_classes": head.NUM_CLASSES,
         }
 
     @property
@@ -70,5 +68,5 @@ class MaskFormerHead(ExitHead):
         return self.pixel_decoder.advance(state, exit)
 
     def decode(self, laterals: Sequence[Tensor], maps: Sequence[Tensor], aux: bool = True) -> dict:
-        """The prediction of one exit, from what `encode` gives; see `TRANSFORMER_DECODER_REGISTRY`."""
+        """The prediction of one exit, from the results of `encode`; see `TRANSFORMER_DECODER_REGISTRY`."""
         return self.predictor(maps, self.pixel_decoder.mask_branch(laterals, maps), aux)

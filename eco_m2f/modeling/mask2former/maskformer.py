@@ -14,7 +14,7 @@ from .criterion import SetCriterion, focal_loss, mask_loss
 from .matcher import HungarianMatcher, pairwise_focal_cost, pairwise_mask_cost
 from .postprocessing import PostProcessor
 
-# MODEL.MASK_FORMER.MASK_LOSS -> (loss, the matcher's cost, whether at random points in place of all pixels)
+# MODEL.MASK_FORMER.MASK_LOSS -> (loss, the matcher's cost, True: at random points, False: at all pixels)
 MASK_LOSSES = {
     "cross_entropy": (mask_loss, pairwise_mask_cost, True),
     "focal": (focal_loss, pairwise_focal_cost, False),
@@ -23,9 +23,9 @@ MASK_LOSSES = {
 
 @META_ARCH_REGISTRY.register()
 class MaskFormer(Parent):
-    """Mask2Former for panoptic, instance and semantic segmentation; with its encoder, decoder and losses MaskFormer.
+    """Mask2Former for panoptic, instance and semantic segmentation. With other parts it is MaskFormer.
 
-    Results, per image: those of sem_seg [C, H, W], panoptic_seg (int32 [H, W], segments) and instances that are on.
+    Results per image, as the config asks: sem_seg [C, H, W], panoptic_seg (int32 [H, W], segments), instances.
     """
 
     head_name = "sem_seg_head"
@@ -65,7 +65,7 @@ class MaskFormer(Parent):
         }
 
     def set_classes(self, classes: Sequence[dict]) -> None:
-        """They also tell which are things. Raises ValueError for another number than the model has."""
+        """Also sets which classes are things. Raises ValueError unless there is one entry per class of the model."""
         if len(classes) != self.postprocessor.num_classes:
             raise ValueError(
                 f"{len(classes)} classes ({', '.join(c['name'] for c in classes[:5])}, ...) for a model of "
@@ -76,7 +76,7 @@ class MaskFormer(Parent):
         self.postprocessor = dataclasses.replace(self.postprocessor, thing_classes=things)
 
     def prepare_targets(self, batched_inputs: list[dict], size: tuple[int, int]) -> list[dict]:
-        """labels [G] and masks [G, H, W] of every image, padded to the batch's size."""
+        """labels [G] and masks [G, H, W] of each image, padded to the batch's size."""
         targets = []
         for x in batched_inputs:
             instances = x["instances"].to(self.device)
@@ -87,7 +87,7 @@ class MaskFormer(Parent):
         return targets
 
     def postprocess(self, pred: dict, images: ImageList, batched_inputs: list[dict]) -> list[dict]:
-        """Results of every image at the size that its input asks for."""
+        """The results of each image, at the size that its input asks for."""
         padded = tuple(images.tensor.shape[-2:])
         results = []
         for logits, masks, size, x in zip(pred["pred_logits"], pred["pred_masks"], images.image_sizes, batched_inputs):
@@ -117,7 +117,7 @@ def build_criterion(cfg) -> SetCriterion:
 
 
 def build_postprocessor(cfg) -> PostProcessor:
-    """What MODEL.MASK_FORMER.TEST asks for; which classes are things is told by the dataset, where it is registered."""
+    """The post-processing that MODEL.MASK_FORMER.TEST asks for. A registered dataset tells which classes are things."""
     test = cfg.MODEL.MASK_FORMER.TEST
     names = cfg.DATASETS.TRAIN or cfg.DATASETS.TEST
     num_classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES

@@ -1,4 +1,4 @@
-"""Assignment of queries to ground-truth masks, and the point-wise mask costs."""
+"""Assignment of queries to targets, and the mask costs at points."""
 
 from collections.abc import Callable
 
@@ -14,20 +14,20 @@ FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # arXiv 1708.02002
 
 
 def point_sample(maps: Tensor, points: Tensor) -> Tensor:
-    """Bilinear samples of maps [N, C, H, W] at points [N, P, 2], (x, y) in [0, 1] -> [N, C, P]; zero outside."""
+    """Bilinear samples of maps [N, C, H, W] at points [N, P, 2], (x, y) in [0, 1] -> [N, C, P]. Zero outside."""
     return F.grid_sample(maps, 2 * points[:, None] - 1, mode="bilinear", align_corners=False)[:, :, 0]
 
 
 def pairwise_mask_cost(logits: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross-entropy of every query against every target, mean over points: [.., Q, P], [.., G, P] -> [.., Q, G].
+    """Binary cross-entropy of each query and target, mean over points: [.., Q, P], [.., G, P] -> [.., Q, G].
 
-    bce(x, t) = softplus(x) - t x, so one matrix product does for all pairs.
+    bce(x, t) = softplus(x) - t x, so one matrix product serves all pairs.
     """
     return (F.softplus(logits).sum(-1, keepdim=True) - logits @ targets.mT) / logits.shape[-1]
 
 
 def pairwise_focal_cost(logits: Tensor, targets: Tensor) -> Tensor:
-    """The focal loss (`criterion.focal_loss`) of every query against every target, mean over points.
+    """The focal loss (`criterion.focal_loss`) of each query and target, mean over points.
 
     [.., Q, P], [.., G, P] -> [.., Q, G]
     """
@@ -38,12 +38,12 @@ def pairwise_focal_cost(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def all_pixels(maps: Tensor) -> Tensor:
-    """The points at which `point_sample` gives the pixels of maps [N, C, H, W] themselves: [N, H * W, 2]."""
+    """The pixel centres of maps [N, C, H, W], as points for `point_sample`: [N, H * W, 2]."""
     return pixel_centres(*maps.shape[-2:], maps.device, maps.dtype).expand(len(maps), -1, -1)
 
 
 def pairwise_dice_cost(logits: Tensor, targets: Tensor) -> Tensor:
-    """1 - dice with +1 smoothing of every query against every target: [.., Q, P], [.., G, P] -> [.., Q, G]."""
+    """1 - dice, with +1 smoothing, of each query and target: [.., Q, P], [.., G, P] -> [.., Q, G]."""
     prob = logits.sigmoid()
     total = prob.sum(-1)[..., :, None] + targets.sum(-1)[..., None, :]
     return 1 - (2 * prob @ targets.mT + 1) / (total + 1)
@@ -55,16 +55,16 @@ def class_cost(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def assign(costs: list[Tensor]) -> list[list[tuple[Tensor, Tensor]]]:
-    """Matches of every output and image, from each image's costs [L, Q, G].
+    """The matches of each output and image, from the costs [L, Q, G] of each image.
 
-    scipy takes some 10 microseconds for an image, less than it costs to hand the work to a thread.
+    scipy takes about 10 microseconds per image, less than a thread would cost.
     """
-    # A diverging model gives NaN costs; scipy refuses them. Any matching will do: the loss is not finite either, and
-    # the trainer stops on that with the iteration and the images.
+    # A diverging model gives NaN costs, which scipy refuses. Any matching will do: the loss is not finite either, and
+    # the trainer then stops, with the iteration and the images.
     flat = torch.nan_to_num(torch.cat([cost.flatten() for cost in costs]), nan=1e6, posinf=1e6, neginf=-1e6).cpu()
     on_host = [part.view(cost.shape).numpy() for part, cost in zip(flat.split([c.numel() for c in costs]), costs)]
     pairs = [np.stack(linear_sum_assignment(matrix)) for cost in on_host for matrix in cost]  # [2, min(Q, G)]
-    indices = torch.as_tensor(np.concatenate(pairs, axis=1), dtype=torch.int64).to(costs[0].device)
+    indices = torch.as_tensor(np.concatenate(pairs, axis=1), dtype=torch.int64).to(costs[0].device)  # [2, all pairs]
     parts = iter(indices.split([pair.shape[1] for pair in pairs], dim=1))
     by_image = [[tuple(next(parts)) for _ in cost] for cost in costs]
     return [list(matches) for matches in zip(*by_image)]
@@ -81,9 +81,9 @@ class HungarianMatcher(nn.Module):
         num_points: int | None,
         pairwise_mask: Callable[[Tensor, Tensor], Tensor] = pairwise_mask_cost,
     ):
-        """num_points: random points that masks are compared at; None: all pixels of the prediction.
+        """num_points: the number of random points at which masks are compared; None: all pixels of the prediction.
 
-        pairwise_mask: the cost of every query's logits [.., Q, P] with every target [.., G, P].
+        pairwise_mask: (logits [.., Q, P], targets [.., G, P]) -> cost of each pair [.., Q, G].
         """
         super().__init__()
         self.pairwise_mask = pairwise_mask
@@ -92,10 +92,10 @@ class HungarianMatcher(nn.Module):
 
     @torch.no_grad()
     def forward(self, outputs: list[dict], targets: list[dict]) -> list[list[tuple[Tensor, Tensor]]]:
-        """(query indices, target indices) of every output and image, int64 on the prediction's device.
+        """(query indices, target indices) of each output and image, int64 on the prediction's device.
 
-        outputs: predictions for the same targets, such as a decoder's last and auxiliary ones. The costs of all of
-        them are computed first, and travel to the host and back once: the device waits for the host one time.
+        outputs: predictions for the same targets: the decoder's last and auxiliary ones. All costs move to the host
+        together, so the device waits only once.
         """
         costs = [
             self.cost(
@@ -116,9 +116,9 @@ class HungarianMatcher(nn.Module):
         target_masks: Tensor,
         points: Tensor | None = None,
     ) -> Tensor:
-        """The cost matrices [L, Q, G] of one image, from L outputs' logits [Q, C + 1] and masks [Q, h, w].
+        """The cost matrices [L, Q, G] of one image, from the logits [Q, C + 1] and masks [Q, h, w] of L outputs.
 
-        Each output has points of its own, shared by all its pairs; or give points [L, P, 2].
+        Each output has its own points, shared by all its pairs, unless points [L, P, 2] are given.
         """
         with torch.autocast(labels.device.type, enabled=False):
             masks, logits = [at_least_float32(m) for m in masks], at_least_float32(torch.stack(logits))

@@ -1,13 +1,13 @@
 """The pixel decoder: projections, a transformer encoder with exits, and the mask branch.
 
-The encoder is a plug-in (`encoders/`). The mask branch, which makes mask features of an exit's finest map and of the
-backbone's maps that are finer, is the pair of methods `laterals` and `mask_branch`, and comes in three kinds:
+The encoder is a plug-in (`encoders/`). The mask branch makes mask features of an exit's finest map and the backbone's
+finer maps. It consists of the methods `laterals` and `mask_branch`, and has three kinds:
 
-- `fpn`: a feature pyramid. Each finer map, coarse to fine, goes through a 1x1 convolution, and plus what there is so
-  far, upsampled, through a 3x3 convolution. Mask2Former has it on res2, MaskFormer, whose encoder sees res5 alone, on
-  res4, res3 and res2;
-- `lpe`, PRO-SCALE's light pixel embedding (arXiv 2404.14657): a max-pooling in the place of that 3x3 convolution;
-- `stride8`, RT-M2F's (arXiv 2404.15244): the finest map alone, so that masks have its stride of 8.
+- `fpn`: a feature pyramid. Each finer map, coarse to fine, passes a 1x1 convolution. The upsampled sum so far is added,
+  and the result passes a 3x3 convolution. Mask2Former does this for res2. MaskFormer, whose encoder reads only res5,
+  does it for res4, res3 and res2;
+- `lpe`, PRO-SCALE's light pixel embedding (arXiv 2404.14657): max-pooling instead of that 3x3 convolution;
+- `stride8`, RT-M2F's (arXiv 2404.15244): only the encoder's finest map, so masks have stride 8.
 
 State-dict names are Mask2Former's.
 """
@@ -30,7 +30,7 @@ MASK_BRANCHES = ("fpn", "lpe", "stride8")
 
 @SEM_SEG_HEADS_REGISTRY.register()
 class MSDeformAttnPixelDecoder(nn.Module):
-    """Mask2Former's pixel decoder, able to answer for several exits of its encoder in one pass."""
+    """Mask2Former's pixel decoder, for several exits of its encoder in one pass."""
 
     @configurable
     def __init__(
@@ -46,7 +46,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
         mask_branch: str = "fpn",
         amp: bool = False,
     ):
-        """amp: let autocast in. Mask2Former keeps it out; bfloat16 bears it, with residuals and offsets in float32."""
+        """amp: run under autocast, which Mask2Former does not. bfloat16 works: residuals and offsets stay float32."""
         super().__init__()
         self.amp = amp
         if mask_branch not in MASK_BRANCHES:
@@ -91,7 +91,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
             )
 
     def _pyramid(self) -> list[tuple[int, str]]:
-        """The levels below the encoder's, coarse to fine: (their number in the parameters' names, feature)."""
+        """(number in the parameter names, feature) of the levels below the encoder's, coarse to fine."""
         names = self.mask_in_features
         return [(len(names) - i, name) for i, name in enumerate(names)]
 
@@ -134,8 +134,8 @@ class MSDeformAttnPixelDecoder(nn.Module):
             features: backbone maps by name, [B, C_i, H / stride, W / stride].
 
         Returns:
-            what the mask branch needs of the backbone, see `laterals`, the same for every exit; and {exit: maps
-            [B, conv_dim, h, w] of the encoder's features, coarse to fine}, float32 at least whatever the autocast.
+            The backbone's maps for the mask branch, see `laterals`, which are the same for all exits. And {exit: maps
+            [B, conv_dim, h, w], coarse to fine}. All are at least float32, also under autocast.
         """
         with self._precision(next(iter(features.values()))):
             features, projected, pos = self._encoder_input(features)
@@ -143,7 +143,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
             return self.laterals(features), maps
 
     def start(self, features: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], list[Tensor], EncoderState]:
-        """(what `encode` gives for the mask branch, the encoder's input maps, its state before the first layer)."""
+        """(the maps for the mask branch, the encoder's input maps, its state before the first layer)."""
         with self._precision(next(iter(features.values()))):
             features, projected, pos = self._encoder_input(features)
             return self.laterals(features), projected, self.transformer.start(projected, pos)
@@ -154,10 +154,10 @@ class MSDeformAttnPixelDecoder(nn.Module):
             return self.transformer.advance(state, exit)
 
     def _encoder_input(self, features: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]:
-        """The features in float32 at least, and the maps and position codes that the encoder takes."""
+        """The features, the encoder's input maps and their position codes, all at least float32."""
         features = {name: at_least_float32(f) for name, f in features.items()}
         projected = [at_least_float32(m) for m in self.project(features)]  # [B, conv_dim, h, w] each
-        pos = [sine_position(*m.shape[-2:], m.shape[1], m.device).to(m.dtype) for m in projected]
+        pos = [sine_position(*m.shape[-2:], m.shape[1], m.device).to(m.dtype) for m in projected]  # [1, conv_dim, h, w]
         return features, projected, pos
 
     def _precision(self, x: Tensor) -> torch.autocast:
@@ -171,19 +171,16 @@ class MSDeformAttnPixelDecoder(nn.Module):
         return [proj(features[name]) for name, proj in zip(self.encoder_in_features, self.input_proj)]
 
     def laterals(self, features: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """The maps that the mask branch takes, coarse to fine, [B, conv_dim, H / stride, W / stride] each.
+        """The mask branch's input from the backbone: [B, conv_dim, H / stride, W / stride] each, coarse to fine.
 
-        They lie channels last, as the maps do that they are added to.
+        They lie channels last, like the encoder's maps.
         """
         maps = (self.get_submodule(f"adapter_{i}")(features[name]) for i, name in self._pyramid())
         return tuple(m.contiguous(memory_format=torch.channels_last) for m in maps)
 
     def mask_branch(self, laterals: Sequence[Tensor], maps: Sequence[Tensor]) -> Tensor:
-        """Mask features [B, mask_dim, H / common_stride, W / common_stride].
-
-        They are of a feature pyramid that begins with the finest map, or of that map.
-        """
-        x = maps[-1]
+        """Mask features [B, mask_dim, H / common_stride, W / common_stride], from the finest map and the laterals."""
+        x = maps[-1]  # [B, conv_dim, h, w]
         with self._precision(x):
             for (i, _), lateral in zip(self._pyramid(), laterals):
                 up = F.interpolate(x, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
@@ -192,7 +189,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
 
 
 class LightPixelEmbedding(nn.Module):
-    """A 3x3 max-pooling that keeps the size, a norm (or None), ReLU; parameters are the norm's."""
+    """A 3x3 max-pooling that keeps the size, a norm (or None), ReLU. Only the norm has parameters."""
 
     def __init__(self, norm: nn.Module | None):
         super().__init__()

@@ -1,4 +1,4 @@
-"""From a query's class logits and mask logits to semantic, panoptic and instance segmentation (Mask2Former, 3.1)."""
+"""From the queries' class and mask logits to semantic, panoptic and instance results (Mask2Former, section 3.1)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,16 +12,16 @@ from ..layers import resize
 
 @dataclass(frozen=True)
 class PostProcessor:
-    """What to produce from a prediction, and with which thresholds.
+    """Makes the results of an image from its prediction.
 
     Attributes:
-        thing_classes: the contiguous class ids that are things; None: not known yet, and panoptic maps are refused.
-        object_mask_threshold: the score above which a query takes part in the panoptic map.
-        overlap_threshold: a segment of which less than this fraction is visible is dropped.
-        resize_first: resize the masks to the output size before anything else (always so for panoptic and instance).
+        thing_classes: the contiguous ids of the thing classes; None: unknown, and panoptic maps are refused.
+        object_mask_threshold: queries enter the panoptic map with scores above this.
+        overlap_threshold: a segment is dropped if its visible fraction is below this.
+        resize_first: resize the masks to the output size first; panoptic and instance results need this.
     """
 
-    resizes_masks: ClassVar[bool] = True  # which is what post-processing costs
+    resizes_masks: ClassVar[bool] = True  # `costs` counts this
 
     num_classes: int
     thing_classes: frozenset[int] | None
@@ -44,13 +44,13 @@ class PostProcessor:
         """
         Args:
             logits: [Q, C + 1]; masks: [Q, h, w] logits at any resolution.
-            padded_size: (H, W) of the batch; image_size: of this image in it; output_size: what to return.
+            padded_size: (H, W) of the batch; image_size: of this image in the batch; output_size: of the results.
 
         Returns:
-            sem_seg [C, H, W], panoptic_seg (int32 [H, W] with 0 for void, segments_info), instances; those that are on.
+            As switched on: sem_seg [C, H, W], panoptic_seg (int32 [H, W], 0 for void; segments_info), instances.
         """
         if self.panoptic_on and not (self.semantic_on or self.instance_on):
-            keep = taking_part(logits, self.object_mask_threshold)  # others' masks need not even be resized
+            keep = panoptic_queries(logits, self.object_mask_threshold)  # the other masks are not resized
             logits, masks = logits[keep], masks[keep]
         masks = resize_masks(masks, padded_size)
         if self.resize_first:
@@ -70,8 +70,8 @@ class PostProcessor:
     def panoptic(self, logits: Tensor, masks: Tensor) -> tuple[Tensor, list[dict]]:
         if self.thing_classes is None:
             raise ValueError(
-                "which classes are things is not known: name the dataset that the model was trained on in "
-                "DATASETS.TRAIN, or load a checkpoint that holds its classes"
+                "it is not known which classes are things: name the training dataset in DATASETS.TRAIN, or load "
+                "a checkpoint that holds its classes"
             )
         return panoptic_inference(logits, masks, self.thing_classes, self.object_mask_threshold, self.overlap_threshold)
 
@@ -87,13 +87,13 @@ def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
         return masks  # bilinear resizing to the same size is the identity
     if len(masks) == 0:
         return masks.new_empty(0, *size)
-    # Contiguous, or maps made from a sequence of tokens would be taken for channels-last: the result would be made so
-    # too, and then copied, which on a CPU takes ten times as long as the resizing.
+    # Contiguous: maps made from tokens would be taken for channels last, and so would the result. Copying that takes
+    # ten times as long on a CPU as resizing.
     return resize(masks[None].contiguous(), size)[0]
 
 
 def crop_and_resize(masks: Tensor, image_size: tuple[int, int], output_size: tuple[int, int]) -> Tensor:
-    """Takes the padding off, then resizes to the output size."""
+    """Removes the padding, then resizes to the output size."""
     return resize_masks(masks[:, : image_size[0], : image_size[1]], output_size)
 
 
@@ -102,8 +102,8 @@ def semantic_inference(logits: Tensor, masks: Tensor) -> Tensor:
     return torch.einsum("qc,qhw->chw", logits.softmax(-1)[:, :-1], masks.sigmoid())
 
 
-def taking_part(logits: Tensor, score_threshold: float) -> Tensor:
-    """Which queries [Q] (bool) may own pixels of the panoptic map: their best class is one, and sure enough."""
+def panoptic_queries(logits: Tensor, score_threshold: float) -> Tensor:
+    """Which queries may own pixels of the panoptic map, [Q] bool: no no-object, and a score above the threshold."""
     scores, labels = logits.float().softmax(-1).max(-1)
     return (labels != logits.shape[1] - 1) & (scores > score_threshold)
 
@@ -114,19 +114,19 @@ def panoptic_inference(
     """Every pixel goes to the query with the largest score * mask probability, or to void.
 
     Returns:
-        int32 map [H, W] (0 = void) and its segments {id, isthing, category_id (contiguous)}; stuff of one class is one
-        segment.
+        An int32 map [H, W] (0 = void) and its segments {id, isthing, category_id (contiguous)}. All stuff of a class is
+        one segment.
     """
-    keep = taking_part(logits, score_threshold)
+    keep = panoptic_queries(logits, score_threshold)
     scores, labels = logits[keep].softmax(-1).max(-1)
     num = len(scores)
     if num == 0:
         return torch.zeros(masks.shape[-2:], dtype=torch.int32, device=masks.device), []
-    prob = (masks if num == len(masks) else masks[keep]).sigmoid()
+    prob = (masks if num == len(masks) else masks[keep]).sigmoid()  # [num, H, W]
     owner = (scores[:, None, None] * prob).max(0).indices  # [H, W]; on a CPU twice as fast as argmax
-    holds = prob.gather(0, owner[None])[0] >= 0.5  # the owner's own mask
-    visible = torch.where(holds, owner, num)
-    inside = prob.ge_(0.5).sum(2, dtype=torch.float32).sum(1, dtype=torch.int64)  # floats count a row exactly
+    holds = prob.gather(0, owner[None])[0] >= 0.5  # [H, W], the owner's own mask
+    visible = torch.where(holds, owner, num)  # [H, W]
+    inside = prob.ge_(0.5).sum(2, dtype=torch.float32).sum(1, dtype=torch.int64)  # [num]; floats count a row exactly
     areas = (owner.flatten().bincount(minlength=num), inside, visible.flatten().bincount(minlength=num + 1)[:num])
     areas = torch.stack(areas).tolist()  # one transfer for all queries
     segments, segment_of = _segments(labels.tolist(), *areas, thing_classes, overlap_threshold)
@@ -135,7 +135,7 @@ def panoptic_inference(
 
 
 def _segments(labels, owned, original, visible, thing_classes, overlap_threshold) -> tuple[list[dict], list[int]]:
-    """The segments, and each query's segment id (0: none)."""
+    """The segments, and the segment id of each query (0: none)."""
     segments, segment_of, stuff_ids = [], [0] * len(labels), {}
     for query, label in enumerate(labels):
         if not (owned[query] and original[query] and visible[query]):
@@ -155,9 +155,9 @@ def _segments(labels, owned, original, visible, thing_classes, overlap_threshold
 def instance_inference(
     logits: Tensor, masks: Tensor, num_detections: int, only_classes: frozenset[int] | None
 ) -> Instances:
-    """The best (query, class) pairs, scored by class probability times mean mask probability inside the mask."""
+    """The best (query, class) pairs. The score is the class probability times the mean probability inside the mask."""
     num_classes = logits.shape[1] - 1
-    prob = logits.softmax(-1)[:, :-1].flatten()
+    prob = logits.softmax(-1)[:, :-1].flatten()  # [Q * C]
     scores, pairs = prob.topk(min(num_detections, len(prob)), sorted=False)
     labels, queries = pairs % num_classes, pairs // num_classes
     if only_classes is not None:
@@ -165,9 +165,9 @@ def instance_inference(
         is_wanted[sorted(only_classes)] = True
         keep = is_wanted[labels]
         scores, labels, queries = scores[keep], labels[keep], queries[keep]
-    # Several classes may come from one query: its mask is scored once.
+    # A query may give several classes; its mask is scored once.
     used, position = queries.unique(return_inverse=True)
-    binary = masks[used] > 0
+    binary = masks[used] > 0  # [used, H, W]
     inside = binary.flatten(1).float()
     quality = (masks[used].sigmoid().flatten(1) * inside).sum(1) / (inside.sum(1) + 1e-6)
     result = Instances(tuple(masks.shape[-2:]))

@@ -1,7 +1,7 @@
-"""MaskFormer's transformer decoder (arXiv 2107.06278): DETR's, on the coarsest map, with masks in place of boxes.
+"""MaskFormer's transformer decoder (arXiv 2107.06278): DETR's decoder on the coarsest map, with masks instead of boxes.
 
-Against Mask2Former's: one map, attention that is not masked, queries that start at zero, and no prediction before the
-first layer. Names of the parameters that both have are Mask2Former's.
+Compared with Mask2Former's it reads one map, does not mask attention, starts queries at zero, and predicts nothing
+before the first layer. Shared parameters have Mask2Former's names.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from .transformer_decoder import TRANSFORMER_DECODER_REGISTRY, predict_masks
 
 @TRANSFORMER_DECODER_REGISTRY.register()
 class StandardTransformerDecoder(nn.Module):
-    """Queries look at the whole of the coarsest map; classes and masks are read off them after each layer."""
+    """Queries look at the whole coarsest map. Each layer's queries give classes and masks."""
 
     in_feature = "transformer_encoder"
 
@@ -38,7 +38,7 @@ class StandardTransformerDecoder(nn.Module):
     ):
         super().__init__()
         if not mask_classification:
-            raise ValueError("this decoder classifies masks; mask_classification=False is not a mode it has")
+            raise ValueError("this decoder only classifies masks: set mask_classification to True")
         same = in_channels == hidden_dim and not enforce_input_project
         self.input_proj = nn.Identity() if same else nn.Conv2d(in_channels, hidden_dim, 1)
         self.transformer = DetrDecoder(hidden_dim, num_layers, num_heads, dim_feedforward, dropout)
@@ -72,18 +72,18 @@ class StandardTransformerDecoder(nn.Module):
     def forward(self, maps: Sequence[Tensor], mask_features: Tensor, aux: bool = True) -> dict:
         """
         Args:
-            maps: coarse to fine, [B, C, h, w] each, of which the first is read.
+            maps: [B, C, h, w] each, coarse to fine; only the first is read.
             mask_features: [B, mask_dim, H/4, W/4].
-            aux: predict after every layer, as the losses need it.
+            aux: predict after each layer, for the losses.
 
         Returns:
-            pred_logits [B, Q, num_classes + 1], pred_masks [B, Q, H/4, W/4] (logits), and with `aux` aux_outputs: the
-            same two after each layer but the last.
+            pred_logits [B, Q, num_classes + 1] and pred_masks [B, Q, H/4, W/4] (logits). With `aux` also aux_outputs:
+            the same after each layer but the last.
         """
-        x = self.input_proj(maps[0])
+        x = self.input_proj(maps[0])  # [B, hidden_dim, h, w]
         pos = sine_position(*x.shape[-2:], x.shape[1], x.device).to(x.dtype)
-        memory, pos = (m.flatten(2).transpose(1, 2) for m in (x, pos))
-        found = self.transformer(self.query_embed.weight, memory, pos, None, aux)
+        memory, pos = (m.flatten(2).transpose(1, 2) for m in (x, pos))  # [B or 1, h * w, hidden_dim]
+        found = self.transformer(self.query_embed.weight, memory, pos, None, aux)  # [B, Q, hidden_dim] each
         *before, last = (self._predict(x, mask_features) for x in found)
         return {**last, "aux_outputs": before} if aux else last
 

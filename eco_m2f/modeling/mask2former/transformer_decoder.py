@@ -14,15 +14,14 @@ from ..layers import MLP, attend, resize, sine_position, xavier_matrices_
 
 TRANSFORMER_DECODER_REGISTRY = Registry("TRANSFORMER_MODULE")
 TRANSFORMER_DECODER_REGISTRY.__doc__ = """
-Predictors. A member is built as `Decoder(cfg, in_channels, mask_classification=True)` and called with
-(maps coarse to fine, mask_features, aux=True) -> {pred_logits, pred_masks, aux_outputs}; without aux there are no
-aux_outputs, and what only they need is not computed. Its `in_feature` is the value of
-MASK_FORMER.TRANSFORMER_IN_FEATURE that it goes with.
+Predictors. A member is built as `Decoder(cfg, in_channels, mask_classification=True)`, and called as
+(maps coarse to fine, mask_features, aux=True) -> {pred_logits, pred_masks, aux_outputs}. Without aux it neither returns
+nor computes aux_outputs. Its `in_feature` is the MASK_FORMER.TRANSFORMER_IN_FEATURE that the config must have.
 """
 
 
 class _Residual(nn.Module):
-    """A sublayer with residual and LayerNorm, before it (`pre_norm`) or after the sum."""
+    """A sublayer with a residual and a LayerNorm: before the sublayer (`pre_norm`), else after the sum."""
 
     def __init__(self, dim: int, pre_norm: bool):
         super().__init__()
@@ -69,7 +68,7 @@ class FFNLayer(_Residual):
 
 @TRANSFORMER_DECODER_REGISTRY.register()
 class MultiScaleMaskedTransformerDecoder(nn.Module):
-    """Queries attend, level by level, to what their last mask prediction calls foreground."""
+    """Queries attend, level by level, to the foreground of their last mask prediction."""
 
     in_feature = "multi_scale_pixel_decoder"
 
@@ -92,8 +91,8 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
     ):
         super().__init__()
         if not mask_classification:
-            raise ValueError("this decoder classifies masks; mask_classification=False is not a mode it has")
-        self.num_heads, self.num_layers, self.num_levels = num_heads, num_layers, num_levels
+            raise ValueError("this decoder only classifies masks: set mask_classification to True")
+        self.num_layers, self.num_levels = num_layers, num_levels
         layer = lambda kind, *args: nn.ModuleList(kind(hidden_dim, *args, pre_norm) for _ in range(num_layers))  # noqa: E731
         self.transformer_self_attention_layers = layer(SelfAttentionLayer, num_heads)
         self.transformer_cross_attention_layers = layer(CrossAttentionLayer, num_heads)
@@ -123,7 +122,8 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             )
         if m.DEC_LAYERS < 2:
             raise ValueError(
-                f"MASK_FORMER.DEC_LAYERS counts the prediction on the bare queries, so >= 2; got {m.DEC_LAYERS}"
+                f"MASK_FORMER.DEC_LAYERS must be at least 2, got {m.DEC_LAYERS}: it counts the prediction before the "
+                "first layer too"
             )
         return {
             "in_channels": in_channels,
@@ -145,18 +145,18 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         Args:
             maps: [B, C, h, w], coarse to fine.
             mask_features: [B, mask_dim, H/4, W/4].
-            aux: predict after every layer, as the losses need it. Without it the masks that attention follows are made
-                at its own resolution: a mask is linear in the mask features, so that these may be resized in its place.
+            aux: predict after each layer, for the losses. Else the masks that guide attention are made at its own
+                resolution, from resized mask features. A mask is linear in these, so the result is the same.
 
         Returns:
-            pred_logits [B, Q, num_classes + 1], pred_masks [B, Q, H/4, W/4] (logits), and with `aux` aux_outputs: the
-            same two for the bare queries and after each layer but the last.
+            pred_logits [B, Q, num_classes + 1] and pred_masks [B, Q, H/4, W/4] (logits). With `aux` also aux_outputs:
+            the same before the first layer and after each layer but the last.
         """
         sizes = [tuple(m.shape[-2:]) for m in maps]
-        keys, values = zip(*(self._level(i, m) for i, m in enumerate(maps)))
+        keys, values = zip(*(self._level(i, m) for i, m in enumerate(maps)))  # [B, h * w, C] each
         batch = mask_features.shape[0]
-        query_pos = self.query_embed.weight.expand(batch, -1, -1)
-        x = self.query_feat.weight.expand(batch, -1, -1)
+        query_pos = self.query_embed.weight.expand(batch, -1, -1)  # [B, Q, C]
+        x = self.query_feat.weight.expand(batch, -1, -1)  # [B, Q, C]
         small = None if aux else [resize(mask_features, size) for size in sizes[: self.num_layers]]
         outputs = []
         for i in range(self.num_layers):
@@ -165,8 +165,8 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
                 outputs.append(self._predict(x, mask_features))
                 masks = resize(outputs[-1]["pred_masks"].detach(), sizes[level])
             else:
-                masks = self._masks(self.decoder_norm(x), small[level])
-            allowed = allowed_keys(masks)
+                masks = self._masks(self.decoder_norm(x), small[level])  # [B, Q, h, w]
+            allowed = allowed_keys(masks)  # [B, Q, h * w]
             x = self.transformer_cross_attention_layers[i](x, query_pos, keys[level], values[level], allowed)
             x = self.transformer_self_attention_layers[i](x, query_pos)
             x = self.transformer_ffn_layers[i](x)
@@ -174,8 +174,8 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         return {**last, "aux_outputs": outputs} if aux else last
 
     def _level(self, i: int, level_map: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a level, [B, hw, C] each; only the keys carry the position."""
-        projected = self.input_proj[i](level_map)
+        """Keys and values of a level, [B, h * w, C] each. Only the keys have the position code."""
+        projected = self.input_proj[i](level_map)  # [B, C, h, w]
         pos = sine_position(*level_map.shape[-2:], projected.shape[1], level_map.device).to(projected.dtype)
         value = projected.flatten(2).transpose(1, 2) + self.level_embed.weight[i]
         return value + pos.flatten(2).transpose(1, 2), value
@@ -189,15 +189,15 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
 
 
 def predict_masks(embedding: Tensor, mask_features: Tensor) -> Tensor:
-    """Mask logits [B, Q, h, w]: products of the queries' [B, Q, C] with the mask features [B, C, h, w]."""
+    """Mask logits [B, Q, h, w]: the embeddings [B, Q, C] of the queries times the mask features [B, C, h, w]."""
     return torch.einsum("bqc,bchw->bqhw", embedding, mask_features)
 
 
 @torch.no_grad()
 def allowed_keys(mask_logits: Tensor) -> Tensor:
-    """Masked attention: which keys of a level each query may see, by the masks at its size -> [B, Q, hw] bool.
+    """Masked attention: the keys that each query may see, from masks at the level's size -> [B, Q, h * w] bool.
 
-    A key is seen where the mask has probability >= 0.5; a query whose mask is empty sees everything.
+    A query sees the keys where its mask has a probability >= 0.5. A query with an empty mask sees all keys.
     """
     allowed = mask_logits.flatten(2).sigmoid() >= 0.5
     return allowed | ~allowed.any(dim=-1, keepdim=True)

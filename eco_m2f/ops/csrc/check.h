@@ -1,4 +1,4 @@
-// Reads the sizes out of the arguments and refuses those that do not fit together.
+// Reads the sizes from the arguments, and refuses arguments that do not fit together.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -25,7 +25,7 @@ inline Problem make_problem(const at::Tensor& value, at::IntArrayRef shapes, con
   for (int64_t i = 0; i < problem.levels; ++i) {
     const int64_t height = shapes[2 * i], width = shapes[2 * i + 1];
     TORCH_CHECK_VALUE(height > 0 && width > 0, "spatial_shapes must be positive, got ", shapes);
-    // By division, since a product that wraps round could pass for the number of tokens.
+    // By division, since a product that wraps could equal the number of tokens.
     TORCH_CHECK_VALUE(height <= rest / width, "value has ", problem.tokens, " tokens, but spatial_shapes ", shapes,
                       " make more");
     problem.level[i] = {height, width, problem.tokens - rest};

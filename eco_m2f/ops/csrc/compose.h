@@ -1,4 +1,4 @@
-// The fused op by PyTorch's operators, for calls that the fused kernels leave to the plain ones.
+// The fused op in PyTorch's operators, for calls that the fused kernels cannot run.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,7 +13,7 @@
 
 namespace eco_m2f {
 
-// The locations and weights that a fused call implies, and (w, h) per level.
+// The locations and weights of a fused call, and (w, h) per level.
 inline std::tuple<at::Tensor, at::Tensor, at::Tensor> materialise(const Problem& p, const at::Tensor& offsets,
                                                                   const at::Tensor& logits,
                                                                   const at::Tensor& reference) {
@@ -25,7 +25,7 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor> materialise(const Problem&
   return {locations.contiguous(), logits.flatten(3).softmax(-1).view(logits.sizes()).contiguous(), sizes};
 }
 
-// Turns the gradients of locations and weights, in place, into those of offsets and logits.
+// Changes the gradients of locations and weights, in place, into those of offsets and logits.
 inline void through_composition(const at::Tensor& weights, const at::Tensor& sizes, at::Tensor grad_locations,
                                 at::Tensor grad_weights) {
   grad_locations.div_(sizes);

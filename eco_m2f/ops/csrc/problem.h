@@ -1,4 +1,4 @@
-// The sizes of one call, checked and flattened; shared by the CPU and CUDA kernels.
+// The sizes of one call, checked and flattened, for the CPU and CUDA kernels.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-"""Costs and losses of boxes against arithmetic by hand and a slow search."""
+"""Costs and losses of boxes, against arithmetic by hand and a slow search."""
 
 import itertools
 

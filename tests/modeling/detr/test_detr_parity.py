@@ -17,7 +17,7 @@ EXITS = [2, 3, 4, 5, 6]
 
 @pytest.fixture(scope="module")
 def case(shared):
-    """The head with the recorded weights, and what was recorded."""
+    """The head with the recorded weights, and the recorded numbers."""
     folder = shared / "oracle" / "detr_mini"
     case = json.loads((folder / "case.json").read_text())
     head = DetrHead(
@@ -85,7 +85,7 @@ def test_the_position_code_of_a_padded_image_is_that_of_the_image_alone():
 
 
 def test_names_shapes_and_number_of_the_published_parameters(monkeypatch):
-    """41.5 M; names as published, the backbone's aside, which are detectron2's."""
+    """41.5 M parameters with published names; the backbone's names are detectron2's."""
     for name in ("uniform_", "normal_"):
         monkeypatch.setattr(torch.Tensor, name, lambda self, *args, **kwargs: self)
     opts = ["MODEL.DEVICE", "cpu", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 91]

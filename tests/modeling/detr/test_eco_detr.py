@@ -74,13 +74,13 @@ def test_a_backbone_without_res5_is_refused(build_mini):
 
 @torch.no_grad()
 def test_a_map_of_stride_16_has_its_own_padding(build_mini, fill_weights):
-    """DETR-DC5: an image of a batch gives what it gives alone, and the gate's map is told with its stride."""
+    """DETR-DC5: an image gives the same in a batch as alone, and the gate knows the stride of its map."""
     model = fill_weights(build_mini(ECO_DETR_DC5)).double()
     batch = make_batch(((96, 160), (64, 80)))
     features = model.extract(model.preprocess(batch))
     assert model.backbone.output_shape()["res5"].stride == 16 and features["res5"].shape[-2:] == (6, 10)
     assert (~features["padding"]).flatten(1).sum(1).tolist() == [60, 4 * 5]
-    # the backbone sees the padding, so the head is compared: on the smaller image's own tokens
+    # the backbone sees the padding, so only the head is compared, on the smaller image's own tokens
     own = {"res5": features["res5"][1:, :, :4, :5], "padding": torch.zeros(1, 4, 5, dtype=torch.bool)}
     alone, together = model.head(own, 3), model.head(features, 3)
     torch.testing.assert_close(together["pred_boxes"][1:], alone["pred_boxes"], rtol=1e-9, atol=1e-9)

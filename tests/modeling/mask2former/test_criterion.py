@@ -64,7 +64,7 @@ def test_costs_and_losses_at_given_points(recorded, i):
 
 
 def test_the_whole_criterion_has_the_recorded_means(recorded):
-    """Points are random: the means over seeds agree within 4 standard errors of the two samples."""
+    """Points are random, so the means over seeds must agree within 4 standard errors of the two samples."""
     criterion, seeds, recorded_seeds = make_criterion(), 60, 300
     pred = {"pred_logits": recorded["pred_logits"], "pred_masks": recorded["pred_masks"]}
     targets = [{"labels": recorded[f"target{i}.labels"], "masks": recorded[f"target{i}.masks"]} for i in (0, 1)]
@@ -84,7 +84,7 @@ def test_focal_loss_by_its_definition_and_as_a_cost_of_pairs():
     costs = pairwise_focal_cost(logits, targets.float())
     for q, x in enumerate(logits):
         for g, target in enumerate(targets):
-            p = torch.where(target, x.sigmoid(), 1 - x.sigmoid())  # of what is true
+            p = torch.where(target, x.sigmoid(), 1 - x.sigmoid())  # of the target
             alpha = torch.where(target, 0.25, 0.75)
             wanted = (-alpha * (1 - p) ** 2 * p.log()).mean()
             torch.testing.assert_close(costs[q, g], wanted, atol=1e-6, rtol=1e-4)
@@ -93,7 +93,7 @@ def test_focal_loss_by_its_definition_and_as_a_cost_of_pairs():
 
 
 def test_without_a_number_of_points_all_pixels_are_compared():
-    """Masks of 4 x 6 against targets of twice that size, whose pixels in a square of four are alike."""
+    """Masks of 4 x 6 against targets of twice that size, in which each 2 x 2 pixels are equal."""
     torch.manual_seed(0)
     masks, small = torch.randn(1, 5, 4, 6) * 3, torch.rand(2, 4, 6) < 0.5
     pred = {"pred_logits": torch.randn(1, 5, 8), "pred_masks": masks}
@@ -121,7 +121,7 @@ def test_uncertain_points_prefer_small_logits():
     points = uncertain_points(ramp, 1000, 3.0, 0.75)
     assert points.shape == (1, 1000, 2)
     near = (points[0, :750, 0] - 0.5).abs()
-    # Of 3000 uniform points the nearest 750 fill a quarter of the width; zeros beyond the border draw in some.
+    # Of 3000 uniform points, the nearest 750 fill a quarter of the width. Zeros outside the map add a few points.
     assert near.quantile(0.95) < 0.14
     assert (points[0, 750:, 0] - 0.5).abs().max() > 0.4  # the rest are uniform
 
@@ -148,7 +148,7 @@ def test_more_targets_than_queries():
 
 
 def test_outputs_and_images_are_matched_each_on_its_own():
-    """Queries that are permutations of the targets, another one for every output and image, one image being empty."""
+    """The queries are permutations of the targets, which differ by output and image. One image is empty."""
     torch.manual_seed(0)
     cells = torch.arange(4)[:, None] == torch.arange(4).repeat_interleave(8)[None]  # [4, 32]: stripes
     masks = cells[:, None].expand(-1, 32, -1)

@@ -1,4 +1,4 @@
-"""The three kinds of mask branch, written out; and what autocast does to the pixel decoder."""
+"""The three kinds of mask branch, written out, and the pixel decoder under autocast."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_light_pixel_embedding_lacks_the_parents_convolution_alone():
 
 @torch.no_grad()
 def test_an_encoder_of_res5_alone_stands_on_a_pyramid_of_three_levels():
-    """MaskFormer's: each backbone map plus what there is so far, upsampled, through a convolution, GroupNorm, ReLU."""
+    """MaskFormer's: each backbone map plus the upsampled sum so far, then a convolution, GroupNorm and ReLU."""
     model = fill(build(PARENT, *MASKFORMER))
     decoder = model.sem_seg_head.pixel_decoder
     features, mask_features, maps = states(model)
@@ -108,7 +108,7 @@ def test_what_does_not_fit_is_refused(opts, message):
 @pytest.mark.parametrize("amp", [False, True])
 @torch.no_grad()
 def test_autocast_enters_where_the_config_lets_it(amp):
-    """Outputs stay near those of float32, and are theirs bit for bit where autocast is kept out."""
+    """Outputs are close to those of float32, and equal to them bit for bit without autocast."""
     model = fill(build(ECO, "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_AMP", amp))
     pixel_decoder, kinds = model.sem_seg_head.pixel_decoder, []
     features = model.backbone(model.preprocess(make_batch()).tensor)

@@ -1,4 +1,4 @@
-"""Semantic, panoptic and instance inference against the reference implementation, and at the edges."""
+"""Semantic, panoptic and instance inference, against the reference implementation and in edge cases."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_nothing_found_is_all_void():
 
 
 def test_panoptic_alone_is_the_panoptic_of_all():
-    """Where nothing else is wanted, queries that take no part are dropped before any resizing: same map."""
+    """Without other results, queries that cannot own pixels are dropped before resizing. The map is the same."""
     torch.manual_seed(0)
     logits, masks = 4 * torch.randn(12, 8), torch.randn(12, 16, 24)
     sizes = ((64, 96), (60, 90), (33, 47))
@@ -81,7 +81,7 @@ def test_stuff_of_one_class_is_merged_and_things_are_not():
 def test_hidden_segments_are_dropped():
     masks = torch.full((2, 4, 10), -9.0)
     masks[0, :, :5] = 9.0
-    masks[1] = 3.0  # the whole image, of which only half is left to it
+    masks[1] = 3.0  # the whole image, of which it owns only half
     logits = torch.zeros(2, 8)
     logits[:, 1] = 12.0
     _, segments = panoptic_inference(logits, masks, THINGS, 0.8, 0.8)
@@ -107,7 +107,7 @@ def test_semantic_alone_is_resized_after_the_sum():
 
 
 def test_maps_of_tokens_are_resized_as_other_maps_are(monkeypatch):
-    """PyTorch takes the view [C, h, w] of tokens [h, w, C] for channels-last, and copies the whole result."""
+    """PyTorch would take the view [C, h, w] of tokens [h, w, C] for channels last, and copy the whole result."""
     seen, original = [], F.interpolate
     monkeypatch.setattr(
         F, "interpolate", lambda x, **options: (seen.append(x.is_contiguous()), original(x, **options))[1]

@@ -1,5 +1,5 @@
-// Uninitialised tensors on huge pages: writing 44 MB page by page spends more time in the kernel's page faults than the
-// whole sampling does. Only a hint; without support for it, or for small tensors, this is at::empty.
+// Uninitialised tensors on huge pages. For 44 MB of small pages, page faults take longer than the whole sampling. It is
+// only a hint: without support, or for small tensors, this is at::empty.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,4 +1,4 @@
-// The op on the CPU: takes tensors apart, stages the maps head by head, and shares the work among PyTorch's threads.
+// The op on the CPU: stages the maps head by head, and divides the work among PyTorch's threads.
 //
 // Value may be stored in half or bfloat16; all arithmetic is in T = float (double for double).
 #include <ATen/Dispatch.h>
@@ -24,7 +24,7 @@ namespace {
 
 constexpr int64_t kQueriesPerTask = 64, kCellsPerTask = 1024;
 
-// A lesser instruction set than the processor's, for tests; empty for none.
+// A limit to the instruction set, for tests; empty for none.
 std::string& sampler_limit() {
   static std::string limit;
   return limit;
@@ -38,7 +38,7 @@ std::string limit_cpu_sampler(std::string limit) {
   return sampler ? sampler->name : "portable";
 }
 
-// The sampler for this call, or null where staging cannot be done or does not pay: few queries on large maps.
+// The sampler for this call. Null if staging is impossible or does not pay, as for few queries on large maps.
 template <typename T>
 const Sampler<T>* sampler_for(const Problem& p) {
   const Sampler<T>* sampler = choose_sampler<T>(sampler_limit());
@@ -47,8 +47,8 @@ const Sampler<T>* sampler_for(const Problem& p) {
   return StagedLayout(p, sampler->lanes).cells < std::numeric_limits<int32_t>::max() ? sampler : nullptr;
 }
 
-// What the rounds below share. A unit is one head of one image; a round stages as many units as there are threads,
-// which keeps the copies small enough for the cache, and then samples them.
+// The state of the rounds below. A unit is one head of one image. A round stages as many units as there are threads,
+// and then samples them. The copies are then small enough for the cache.
 template <typename T>
 struct Plan {
   const Problem& p;
@@ -76,7 +76,7 @@ struct Plan {
     return task;
   }
 
-  // What the fused forward needs besides; reference [batch or 1, queries, levels or 1, 2].
+  // Only for the fused forward; reference [batch or 1, queries, levels or 1, 2].
   void add_reference(HeadTask<T>& task, int64_t unit, const at::Tensor& reference, std::vector<T>& room) const {
     const int64_t image = reference.size(0) == 1 ? 0 : unit / p.heads;
     task.reference_levels = reference.size(2), task.reference_row = 2 * task.reference_levels;
@@ -84,7 +84,7 @@ struct Plan {
     task.padded_samples = int64_t(table.width.size()), task.scratch = room.data();
   }
 
-  // Offset of a unit's first row, in a tensor [batch, tokens or queries, heads, channels].
+  // The offset of a unit's first row in a tensor [batch, tokens or queries, heads, channels].
   int64_t first_row(int64_t unit, int64_t rows) const {
     return (unit / p.heads * rows * p.heads + unit % p.heads) * p.channels;
   }
@@ -172,13 +172,13 @@ at::Tensor fused_forward(const at::Tensor& value, at::IntArrayRef shapes, const 
   return output.to(v.scalar_type());
 }
 
-// The gradients as the kernels fill them.
+// The gradients that the kernels fill.
 struct Gradients {
   at::Tensor value, locations, weights;
 };
 
-// With a reference, `locations` and `weights` are offsets and logits. Each unit's queries are split where there are
-// more threads than units; each part then adds to a map of its own.
+// With a reference, `locations` and `weights` are offsets and logits. With more threads than units, the queries of each
+// unit are split; each part then adds to its own map.
 template <typename S, typename T>
 void staged_backward(const Problem& p, const Sampler<T>& sampler, const at::Tensor& grad_output,
                      const at::Tensor& value, const at::Tensor& reference, const at::Tensor& locations,
@@ -251,7 +251,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
   return {gradients.value, gradients.locations, gradients.weights.to(v.scalar_type())};
 }
 
-// Of value, offsets and logits.
+// Gradients of value, offsets and logits.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> fused_backward(const at::Tensor& grad_output, const at::Tensor& value,
                                                               at::IntArrayRef shapes, const at::Tensor& offsets,
                                                               const at::Tensor& logits, const at::Tensor& reference) {

@@ -1,5 +1,5 @@
-// Where one sampling point falls: the four cells around it and their bilinear weights.
-// Built without contraction of products and sums (-ffp-contract=off): every backend must pick the same cell.
+// The place of one sampling point: the four cells around it and their bilinear weights.
+// Built without contraction of products and sums (-ffp-contract=off): all backends must choose the same cell.
 #pragma once
 
 #include <cmath>
@@ -9,11 +9,11 @@
 
 namespace eco_m2f {
 
-// What the kernels do with a point.
+// How the kernels treat a point.
 enum class Place { kInside, kOutside, kNotFinite };
 
-// Corners are ordered (y0, x0), (y0, x1), (y1, x0), (y1, x1). Only valid ones, inside the map, count: an explicit mask,
-// since a weight can be 0 on a valid corner whose slope is not.
+// Corners are ordered (y0, x0), (y0, x1), (y1, x0), (y1, x1). Only valid corners, inside the map, count. The mask is
+// explicit, since a valid corner can have weight 0 but a slope.
 template <typename T>
 struct Corners {
   bool valid[4];
@@ -21,7 +21,7 @@ struct Corners {
   T weight[4], dx[4], dy[4];
 };
 
-// x, y in [0, 1] relative to the level; fills corners where the point touches the map.
+// x, y: in [0, 1], relative to the level. Fills the corners if the point touches the map.
 template <typename T>
 inline Place locate(const Level& level, T x, T y, Corners<T>& corners) {
   const T column = x * T(level.width) - T(0.5), row = y * T(level.height) - T(0.5);

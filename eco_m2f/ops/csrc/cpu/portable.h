@@ -1,6 +1,5 @@
-// Kernels in plain C++: any number of channels, levels and points, any float type; sums in T = float or double.
-// S is the type in which value is stored. Reads value where it lies: the better way when few queries look at large
-// maps.
+// Kernels in plain C++, for any number of channels, levels and points. Sums are in T = float or double; S is the type
+// of value. They read value in place, which is better for few queries on large maps.
 #pragma once
 
 #include <limits>
@@ -55,7 +54,7 @@ struct BackwardArguments {
   T* grad_weights;
 };
 
-// All queries of one head of one image, so that no two threads add to the same row of grad_value.
+// All queries of one head of one image; so no two threads add to the same row of grad_value.
 template <typename S, typename T>
 void portable_backward_head(const Problem& p, const BackwardArguments<S, T>& a, int64_t image, int64_t head) {
   const int64_t row_stride = p.heads * p.channels, samples = p.levels * p.points;
@@ -64,7 +63,7 @@ void portable_backward_head(const Problem& p, const BackwardArguments<S, T>& a, 
   for (int64_t query = 0; query < p.queries; ++query) {
     const int64_t unit = (image * p.queries + query) * p.heads + head;
     const T* grad = a.grad_output + unit * p.channels;
-    T poison = 0;  // becomes NaN where the gradient is not finite
+    T poison = 0;  // becomes NaN if the gradient is not finite
     for (int64_t c = 0; c < p.channels; ++c) poison += grad[c] - grad[c];
     for (int64_t i = 0; i < samples; ++i) {
       const Level& level = p.level[i / p.points];

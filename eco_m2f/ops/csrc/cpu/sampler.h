@@ -1,4 +1,4 @@
-// What the vectorised samplers do, and which of them this processor can run.
+// The interface of the vectorised samplers, and the choice among them.
 #pragma once
 
 #include <cstdint>
@@ -9,11 +9,11 @@
 
 namespace eco_m2f {
 
-// Per sample of a head: the size and place of its level. Padded to whole vectors with samples that are always outside.
+// The size and place of the level of each sample of a head. Padded to whole vectors with samples that are outside.
 template <typename T>
 struct SampleTable {
   std::vector<T> width, height;
-  std::vector<T> size;  // width and height by turns
+  std::vector<T> size;  // width and height alternate
   std::vector<int32_t> level, origin, row_cells, outside;
 
   SampleTable(const Problem& p, const StagedLayout& layout, int64_t vector_lanes) {
@@ -31,7 +31,7 @@ struct SampleTable {
   }
 };
 
-// The work of one head of one image; pointers are those of its first query.
+// The work of one head of one image. Pointers are at its first query.
 template <typename T>
 struct HeadTask {
   int64_t channels, samples;          // channels without padding; samples = levels * points
@@ -40,27 +40,27 @@ struct HeadTask {
   const SampleTable<T>* table;
   const T* map;              // staged
   const T* locations;        // fused: offsets in pixels
-  const T* locations_end;    // of the whole tensor: a vector may read beyond its head, but not beyond this
+  const T* locations_end;    // of the whole tensor: a vector may read past its head, but not past this
   const T* weights;          // fused: logits
-  const T* weights_end;      // likewise
-  const T* reference;        // fused, as the next four
+  const T* weights_end;      // as locations_end
+  const T* reference;        // fused, like the next four
   int64_t reference_row;     // from one query to the next
   int64_t reference_levels;  // 1: the same point for all levels
   int64_t padded_samples;    // to whole vectors
   T* scratch;                // five times padded_samples, of this thread
   T* output;                 // forward
-  const T* grad_output;      // backward, as all below
+  const T* grad_output;      // backward, like all below
   T* grad_map;               // staged, added to
   T* grad_locations;         // fused: of the offsets
   T* grad_weights;           // fused: of the logits
 };
 
-// One instruction set's kernels, for the queries [begin, end).
+// The kernels of one instruction set, for the queries [begin, end).
 template <typename T>
 struct Sampler {
   const char* name;
   int64_t lanes;         // of a vector
-  int64_t max_channels;  // more are left to the portable kernels
+  int64_t max_channels;  // the portable kernels take more
   void (*forward)(const HeadTask<T>&, int64_t begin, int64_t end);
   void (*fused_forward)(const HeadTask<T>&, int64_t begin, int64_t end);
   void (*backward)(const HeadTask<T>&, int64_t begin, int64_t end);
@@ -72,10 +72,10 @@ Sampler<T> avx512_sampler();
 template <typename T>
 Sampler<T> avx2_sampler();
 template <typename T>
-Sampler<T> baseline_sampler();  // for float alone
+Sampler<T> baseline_sampler();  // only for float
 
-// The best of these that the processor runs, unless limited to a lesser one by name; null where limited to "portable",
-// and for doubles where there is only the baseline.
+// The best sampler that the processor runs, or that the limit allows. Null for the limit "portable", and for doubles if
+// there is only the baseline.
 template <typename T>
 const Sampler<T>* choose_sampler(const std::string& limit);
 

@@ -1,4 +1,4 @@
-// The sampler for the compiler's own target: SSE2 on x86-64, NEON on 64-bit ARM. Two doubles to a vector are too few.
+// The sampler for the compiler's own target: SSE2 on x86-64, NEON on 64-bit ARM. Vectors of two doubles are too short.
 #include "sampler.h"
 
 #define ECO_ISA baseline

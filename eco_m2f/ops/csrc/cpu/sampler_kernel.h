@@ -1,6 +1,6 @@
 // The vectorised sampler, written once with GCC's vector types. A file per instruction set defines ECO_ISA (its
-// namespace) and ECO_VECTOR_BYTES, switches the compiler to that instruction set, and includes this file inside. So it
-// must include nothing and use no function that other files could share: the linker would keep one copy for all.
+// namespace) and ECO_VECTOR_BYTES, selects the instruction set, and includes this file. This file must include nothing,
+// and use no function that other files could share: the linker would keep one copy for all of them.
 
 namespace eco_m2f {
 namespace ECO_ISA {
@@ -28,8 +28,8 @@ ECO_INLINE void store(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 
-// The first `count` lanes from p and zeros; reads a whole vector where that does not pass `end`. (A masked load would
-// do, but on Zen 5 it made the whole forward take twice the time.)
+// The first `count` lanes from p, and zeros. Reads a whole vector unless that passes `end`. (With a masked load, the
+// whole forward took twice the time on Zen 5.)
 template <typename V, typename T>
 ECO_INLINE V load_first(const T* p, int64_t count, const T* end) {
   constexpr int64_t kLanes = sizeof(V) / sizeof(T);
@@ -39,7 +39,7 @@ ECO_INLINE V load_first(const T* p, int64_t count, const T* end) {
   return load<V>(padded);
 }
 
-// The first `count` lanes (any number, also negative or more than there are) to p, most of them in quarters.
+// Stores the first `count` lanes (any number, also negative or too large) to p, most of them in quarters.
 template <typename V, typename T>
 ECO_INLINE void store_first(T* p, V v, int64_t count) {
   constexpr int64_t kLanes = sizeof(V) / sizeof(T), kQuarter = kLanes < 4 ? 1 : kLanes / 4;
@@ -84,7 +84,7 @@ ECO_INLINE V sum_each(V* v) {
   return v[0];
 }
 
-// Asks for the inputs of a later query of this head: they lie too far apart for the processor to foresee.
+// Prefetches the inputs of a later query of this head. They are too far apart for the processor to predict.
 template <typename T>
 ECO_INLINE void prefetch(const HeadTask<T>& task, int64_t query, const T* rows) {
   constexpr int64_t kLine = 64 / sizeof(T);
@@ -94,7 +94,7 @@ ECO_INLINE void prefetch(const HeadTask<T>& task, int64_t query, const T* rows) 
   for (int64_t i = 0; rows && i < task.channels; i += kLine) __builtin_prefetch(rows + query * task.query_rows + i);
 }
 
-// Where the locations and weights of one query and head lie; a vector may read up to the ends.
+// The locations and weights of one query and head. A vector may read up to the ends.
 template <typename T>
 struct Inputs {
   const T *locations, *locations_end, *weights, *weights_end;
@@ -106,7 +106,7 @@ ECO_INLINE Inputs<T> given(const HeadTask<T>& task, int64_t query) {
   return {task.locations + 2 * at, task.locations_end, task.weights + at, task.weights_end};
 }
 
-// Locations = reference point + offset / (width, height), into the scratch. Interleaved: x and y by turns.
+// Locations = reference point + offset / (width, height), into the scratch; x and y alternate.
 template <typename T>
 ECO_INLINE void compute_locations(const HeadTask<T>& task, int64_t query) {
   using V = typename Vectors<T>::Real;
@@ -146,10 +146,10 @@ ECO_INLINE V exp_not_positive(V x) {
   const Mask exponent = (__builtin_convertvector(n, Mask) + kBias) << kMantissa;
   V power;
   __builtin_memcpy(&power, &exponent, sizeof(V));
-  return x < T(kSingle ? -87 : -708) ? V{} : series * power;  // smaller ones count nothing beside the largest, 1
+  return x < T(kSingle ? -87 : -708) ? V{} : series * power;  // smaller ones vanish beside the largest, 1
 }
 
-// Folds all lanes into one number, with a function of two vectors.
+// Reduces all lanes to one number, with a function of two vectors.
 template <typename V, typename Function>
 ECO_INLINE V fold_lanes(V v, Function function) {
   constexpr int kLanes = sizeof(V) / sizeof(v[0]);
@@ -199,7 +199,7 @@ ECO_INLINE Inputs<T> computed(const HeadTask<T>& task, int64_t query) {
   return {locations, weights, weights, weights + task.padded_samples};
 }
 
-// Up to a vector of samples of one query and head, located.
+// Located samples of one query and head, up to a vector of them.
 template <typename T>
 struct Located {
   static constexpr int kLanes = Vectors<T>::kLanes;
@@ -209,7 +209,7 @@ struct Located {
 };
 
 // Samples [first, first + count) of a query. The pixel is a product and then a difference, never fused: all backends
-// must pick the same cell.
+// must choose the same cell.
 template <typename T>
 ECO_INLINE void locate(const HeadTask<T>& task, const Inputs<T>& inputs, int64_t first, int64_t count,
                        Located<T>& out) {
@@ -227,7 +227,7 @@ ECO_INLINE void locate(const HeadTask<T>& task, const Inputs<T>& inputs, int64_t
   const V width = load<V>(table.width.data() + first), height = load<V>(table.height.data() + first);
   V x = __builtin_shuffle(front, back, even) * width - T(0.5);
   V y = __builtin_shuffle(front, back, odd) * height - T(0.5);
-  const V poison = (x - x) + (y - y);  // 0, or NaN where a coordinate is not finite
+  const V poison = (x - x) + (y - y);  // 0, or NaN if a coordinate is not finite
   const Mask inside = (x >= T(-1)) & (x < width) & (y >= T(-1)) & (y < height);
   x = inside ? x : V{}, y = inside ? y : V{};
   I x0 = __builtin_convertvector(x, I), y0 = __builtin_convertvector(y, I);  // towards zero; only -1..0 differs
@@ -287,8 +287,8 @@ void forward_queries(const HeadTask<T>& task, int64_t begin, int64_t end) {
   }
 }
 
-// Gradients of the samples from dots[corner][sample] = <value at the corner, grad_output>. Fused: by the offsets in
-// place of the locations; by the weights into the scratch, for finish_softmax.
+// Gradients of the samples from dots[corner][sample] = <value at the corner, grad_output>. Fused: of the offsets
+// instead of the locations; those of the weights go to the scratch, for finish_softmax.
 template <typename T, bool kFused>
 ECO_INLINE void finish_backward(const HeadTask<T>& task, int64_t query, int64_t first, int64_t count,
                                 const Located<T>& at, const T (*dots)[Vectors<T>::kLanes]) {

@@ -1,10 +1,10 @@
-// The map of one head, copied so that sampling needs no bounds check.
+// A copy of one head's map, in which sampling needs no bounds check.
 //
-// In the tensor [tokens, heads, channels] the rows of one head lie heads*channels apart, which for powers of two leaves
-// most of the cache unused. The copy holds them densely and adds a border of zeros: each level has one row above and
-// two below, and one cell to the right of each row, which is also the cell left of the next row. A point that touches
-// the map reads its four cells as they come; a point outside is sent to the zeros below the map. So the value, the
-// weights and the gradients of cells outside the map are right without a mask. Channels are padded to whole vectors.
+// In the tensor [tokens, heads, channels] the rows of one head lie heads*channels apart. For powers of two this leaves
+// most of the cache unused. The copy is dense and has a border of zeros. Each level has one row above and two below,
+// and one cell to the right of each row, which is also the cell left of the next row. A point that touches the map
+// reads its four cells. A point outside reads the zeros below the map. So value, weights and gradients of cells outside
+// the map are right without a mask. Channels are padded to whole vectors.
 #pragma once
 
 #include <algorithm>
@@ -30,13 +30,13 @@ struct StagedLayout {
     }
   }
 
-  // A cell whose right, lower and lower right neighbours are zeros like itself.
+  // A zero cell whose right, lower and lower right neighbours are zeros too.
   int64_t outside(const Problem& p, int64_t level) const {
     return origin[level] + row_cells[level] * p.level[level].height;
   }
 };
 
-// Fills cells [begin, end) of the copy, T, from `value`, the first row of this head and image.
+// Fills cells [begin, end) of the copy, of type T, from `value`, the first row of this head and image.
 template <typename S, typename T>
 void stage_cells(const Problem& p, const StagedLayout& layout, const S* value, T* map, int64_t begin, int64_t end) {
   std::fill(map + begin * layout.channels, map + end * layout.channels, T(0));
@@ -54,7 +54,7 @@ void stage_cells(const Problem& p, const StagedLayout& layout, const S* value, T
   }
 }
 
-// The way back: sums `copies` maps, each of layout.cells cells, into the rows of the tokens [begin, end).
+// The reverse: sums `copies` maps, each of layout.cells cells, into the rows of the tokens [begin, end).
 template <typename S, typename T>
 void unstage_tokens(const Problem& p, const StagedLayout& layout, const T* maps, int64_t copies, S* value,
                     int64_t begin, int64_t end) {

@@ -1,9 +1,8 @@
-// What the host tells the kernels: sizes and how the work is cut. Kept free of PyTorch and CUDA, so that it can be
-// tested anywhere.
+// The host's arguments to the kernels: sizes, and how the work is cut. Without PyTorch and CUDA, so tests run anywhere.
 //
-// A unit is one query and head of one image. A launch covers several images (grid.y); a block works on consecutive
-// units of one image, never across images. `lanes` threads share a unit, each with 16 bytes of channels at a time; the
-// points of a block's units are located once, `tile` samples of each unit at a time, into shared memory.
+// A unit is one query and head of one image. A launch covers several images (grid.y). A block works on consecutive
+// units of one image. `lanes` threads share a unit; each reads 16 bytes of channels at a time. The block locates the
+// points of its units once, `tile` samples per unit at a time, into shared memory.
 #pragma once
 
 #include <cstdint>
@@ -14,29 +13,29 @@ namespace eco_m2f {
 
 constexpr int64_t kMaxInt32 = 2147483647;
 constexpr int kThreads = 96;        // of a block; 12 points and any number of lanes divide it
-constexpr int kBlocks = 8;          // at a time on a multiprocessor, for which the compiler leaves registers
+constexpr int kBlocks = 8;          // per multiprocessor; the compiler limits registers for this
 constexpr int kStagedPoints = 288;  // of a block
-constexpr int kMaxFusedSamples = kStagedPoints / (kThreads / 32);  // of a unit; its softmax needs all at once
+constexpr int kMaxFusedSamples = kStagedPoints / (kThreads / 32);  // of a unit; the softmax needs all of them
 
 struct Call {
   int64_t tokens;
   uint32_t units;  // of one image: queries * heads
   uint32_t heads, channels, points, samples;
   uint32_t lanes, tile;
-  uint32_t row, row_bytes;  // from a token to the next: heads * channels elements, and these in bytes of value
-  uint32_t reference_query, reference_level;  // fused: from one reference point to the next, in numbers
+  uint32_t row, row_bytes;  // from one token to the next: in elements (heads * channels), and in bytes of value
+  uint32_t reference_query, reference_level;  // fused: from one reference point to the next, in elements
   int64_t reference_image;
   int32_t width[kMaxLevels], height[kMaxLevels], start[kMaxLevels];
 };
 
 struct Plan {
   Call call;
-  const char* error;  // what is too large for the kernels, or null
+  const char* error;  // the quantity that is too large for the kernels, or null
   int64_t blocks;     // per image
   bool fixed;         // the kernel for 8 heads of 32 channels, 3 levels and 4 points fits
 };
 
-// vector: channels that a thread reads at once; fused: a unit's samples must fit into one tile.
+// vector: channels per read of a thread; fused: the samples of a unit must fit into one tile.
 inline Plan make_plan(const Problem& p, int64_t vector, int64_t element_bytes, bool fused = false) {
   Plan plan{};
   const int64_t units = p.queries * p.heads, samples = p.levels * p.points, row = p.heads * p.channels;

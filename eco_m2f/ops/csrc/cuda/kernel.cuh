@@ -1,12 +1,12 @@
-// The CUDA kernels. Their source also compiles for the host, where tests run it thread by thread: what CUDA provides
+// The CUDA kernels. The source also compiles for the host, where tests run it thread by thread. CUDA's own names
 // (threadIdx, __shared__, __syncthreads, __shfl_xor_sync, ...) must then be defined before this file is included.
 //
-// Forward, per block: (1) each point is located by one thread, which leaves the weights of its four corners, attention
-// included, and their tokens in shared memory; (2) the lanes of each unit read 16 bytes of every corner and sum.
-// Backward: (1) as above; (2) the lanes read the corners, add to the gradient of value, and leave the four dot products
-// <value at the corner, gradient> of each point in shared memory, in place of its weights; (3) one thread per point
-// turns them into its gradients. Sums are in float, in double for double. The rules for borders and what is not finite:
-// see reference.py.
+// Forward, per block: (1) one thread locates each point. It writes the weights of the four corners, with the attention
+// weight, and their tokens to shared memory. (2) The lanes of each unit read 16 bytes of each corner and sum.
+// Backward: (1) as above. (2) The lanes read the corners and add to the gradient of value. They write the four dot
+// products <value at the corner, gradient> of each point to shared memory, over its weights. (3) One thread per point
+// makes its gradients from them. Sums are in float, or in double for double. reference.py has the rules for borders and
+// for values that are not finite.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -27,8 +27,8 @@ struct Sum<double> {
   using Type = double;
 };
 
-// A kernel's variant. S: how value is stored; kVector: channels per read, 16 bytes of them or 1. kFixed: 8 heads of 32
-// channels, 3 levels and 4 points, known to the compiler. kFused: from offsets and logits.
+// A variant of a kernel. S: the type of value. kVector: channels per read, 16 bytes of them or 1. kFixed: 8 heads of 32
+// channels, 3 levels and 4 points, known at compile time. kFused: from offsets and logits.
 template <typename S_, int kVector_, bool kFixed_, bool kFused_>
 struct Variant {
   using S = S_;
@@ -52,7 +52,7 @@ struct alignas(16) Tokens {
   int32_t corner[4];  // within the image; the first is -1 where the point touches no cell
 };
 
-// The same pointer, computed here: the compiler would compute it anew at every use in a branch.
+// The same pointer, computed here; else the compiler would compute it again at each use in a branch.
 template <typename P>
 __device__ inline P* settled(P* pointer) {
 #ifdef __CUDA_ARCH__
@@ -81,10 +81,10 @@ struct Shape {
 __device__ inline float pixel(float x, int32_t size) { return __fadd_rn(__fmul_rn(x, float(size)), -0.5f); }
 __device__ inline double pixel(double x, int32_t size) { return __dadd_rn(__dmul_rn(x, double(size)), -0.5); }
 
-// Where a point lies: outside where it touches no cell, as where a coordinate is not finite.
+// The place of a point. It is outside if it touches no cell, or a coordinate is not finite.
 template <typename T>
 struct Place {
-  T fx, fy, poison;  // poison: 0, or NaN where a coordinate is not finite
+  T fx, fy, poison;  // poison: 0, or NaN if a coordinate is not finite
   int32_t x0, y0;
   bool inside;
 
@@ -98,7 +98,7 @@ struct Place {
   }
 };
 
-// Step 1 for one point. Tokens of corners outside the map are those of the nearest cell, which the point touches too.
+// Step 1 for one point. A corner outside the map gets the token of the nearest cell, which the point touches too.
 template <typename T>
 __device__ void stage_point(const Call& call, uint32_t level, Pack<T, 2> location, T attention, Weights<T>& weights,
                             Tokens& tokens) {
@@ -123,15 +123,15 @@ __device__ int64_t first_point(const Call& call, const Shape<V>& shape) {
 }
 
 // The block's i-th point, i = threadIdx.x plus a multiple of kThreads, in a tile of samples [begin, begin + count) per
-// unit. The last block's missing units get the last unit's points; their lanes drop what comes of it.
+// unit. Missing units of the last block get the points of the last unit; their lanes drop the results.
 template <typename V>
 struct Point {
   uint32_t unit, sample, level;  // unit: of the block
-  uint32_t offset;               // behind the first point of the block's first unit
+  uint32_t offset;               // from the first point of the block's first unit
 
   __device__ Point(const Call& call, const Shape<V>& shape, uint32_t i, uint32_t begin, uint32_t count) {
     const uint32_t units = min(call.units - blockIdx.x * shape.block_units(), shape.block_units());
-    if (V::kFixed) {  // the level does not depend on the round, and the compiler sees it
+    if (V::kFixed) {  // the compiler sees that the level does not depend on the round
       static_assert(kThreads % 12 == 0, "a thread must meet the same sample in each round");
       unit = min(i / 12, units - 1), sample = threadIdx.x % 12, level = sample / 4, offset = min(i, units * 12 - 1);
     } else {
@@ -144,13 +144,13 @@ struct Point {
 __device__ inline double exponential(double x) { return exp(x); }
 __device__ inline float exponential(float x) {
 #ifdef __CUDA_ARCH__
-  return __expf(x);  // its relative error grows with -x, as exp(x) itself shrinks
+  return __expf(x);  // its relative error grows with -x, while exp(x) shrinks
 #else
   return exp(x);
 #endif
 }
 
-// The sample's share of the softmax over a unit's logits.
+// The sample's softmax weight over a unit's logits.
 template <typename T>
 __device__ T softmax_weight(const T* logits, uint32_t samples, uint32_t sample) {
   T top = logits[0], sum = 0;
@@ -161,7 +161,7 @@ __device__ T softmax_weight(const T* logits, uint32_t samples, uint32_t sample) 
   return exponential(logits[sample] - top) / sum;
 }
 
-// Where a block reads its points, from its first unit's on.
+// The addresses of a block's points, from its first unit on.
 template <typename V>
 struct Source {
   using T = typename V::T;
@@ -203,7 +203,7 @@ __device__ void stage(const Call& call, const Shape<V>& shape, uint32_t begin, u
   }
 }
 
-// kCount channels: zero until they are read, `bytes` behind an address; at(i) is one of them.
+// kCount channels at `bytes` after an address. They are zero until read; at(i) is one of them.
 template <typename S, int kCount>
 struct Channels {
   Pack<S, kCount> pack = {};
@@ -225,7 +225,7 @@ __device__ inline float half_of(c10::BFloat16, uint32_t word, bool upper) {
   return number;
 }
 
-// Half precision is kept in words: else the compiler takes the zeros apart into halves and puts them together again.
+// Keeps half precision in words, else the compiler splits the zeros into halves and joins them again.
 template <typename S>
 struct Channels<S, 8> {
   static_assert(sizeof(S) == 2, "eight channels in 16 bytes");
@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-// Atomic additions whose old values nobody wants. On sm_90 four floats in one instruction.
+// Atomic additions without the old values. On sm_90, four floats per instruction.
 __device__ inline void add(double* to, double x) {
 #ifdef __CUDA_ARCH__
   asm volatile("red.global.add.f64 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "d"(x) : "memory");
@@ -325,8 +325,8 @@ __device__ inline void add_all(float* to, const float (&x)[8]) {
 }
 #endif
 
-// Sums each of the four over the lanes of a unit; the totals go to `to`. Half of the values move in each step, so that
-// the four sums cost little more than one.
+// Sums each of the four values over the lanes of a unit, into `to`. Each step moves half of the values, so four sums
+// cost little more than one.
 template <typename T>
 __device__ void sum_over_lanes(const T (&x)[4], uint32_t lanes, uint32_t lane, T* to) {
   constexpr uint32_t kAll = 0xffffffffu;
@@ -347,8 +347,8 @@ __device__ void sum_over_lanes(const T (&x)[4], uint32_t lanes, uint32_t lane, T
   if (lane < 4) to[2 * odd + second] = total;
 }
 
-// Step 3 for one point: gradients from dots[corner] = <value at the corner, gradient of the output>; of the offset in
-// place of the location where kFused.
+// Step 3 for one point: gradients from dots[corner] = <value at the corner, gradient of the output>. With kFused, of
+// the offset instead of the location.
 template <typename T, bool kFused>
 __device__ void finish_point(const Call& call, uint32_t level, Pack<T, 2> location, T attention, Weights<T> dots,
                              Pack<T, 2>& grad_location, T& grad_attention) {
@@ -367,7 +367,7 @@ __device__ void finish_point(const Call& call, uint32_t level, Pack<T, 2> locati
   grad_location = {{dx * attention * (kFused ? T(1) : T(width)), dy * attention * (kFused ? T(1) : T(height))}};
 }
 
-// Step 3 for all points of the block's tile; the dot products are in `staged`.
+// Step 3 for all points of the block's tile. `staged` holds the dot products.
 template <typename V>
 __device__ void finish(const Call& call, const Shape<V>& shape, uint32_t begin, uint32_t count, const Source<V>& source,
                        Weights<typename V::T>* staged, Pack<typename V::T, 2>* grad_locations,
@@ -447,7 +447,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
           if (touches) add_all(grad_rows + token * call.row + channel, part);
         }
       }
-      __syncwarp();  // all lanes have read the weights, whose place the dot products take
+      __syncwarp();  // all lanes have read the weights; the dot products overwrite them
       sum_over_lanes(dot, shape.lanes, lane, staged_weights[local * count + i].corner);
     }
     __syncthreads();

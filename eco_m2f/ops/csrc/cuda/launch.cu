@@ -1,4 +1,4 @@
-// Launches on a stream. No synchronisation and no allocation, so that calls can be captured in graphs.
+// Launches on a stream, without synchronisation or allocation, so graphs can capture the calls.
 #include "launch.h"
 
 #include "variants.cuh"

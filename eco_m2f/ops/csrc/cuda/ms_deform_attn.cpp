@@ -1,4 +1,4 @@
-// The op on CUDA devices: checks the tensors, lays them out and hands them to the kernels on the current stream.
+// The op on CUDA devices: checks tensors, lays them out, and runs the kernels on the current stream.
 #include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -32,7 +32,7 @@ Storage storage_of(const at::Tensor& value) {
   }
 }
 
-// Contiguous and, for reads of whole points, aligned: a view may begin anywhere.
+// Contiguous, and aligned for reads of whole points, since a view may begin anywhere.
 at::Tensor aligned(const at::Tensor& tensor) {
   const at::Tensor contiguous = tensor.contiguous();
   const bool is_aligned = reinterpret_cast<uintptr_t>(contiguous.const_data_ptr()) % 16 == 0;
@@ -70,7 +70,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
   const c10::cuda::CUDAGuard guard(value.device());
   const at::Tensor g = grad_output.contiguous(), v = value.contiguous();
   const at::Tensor l = aligned(locations), w = weights.contiguous();
-  const at::Tensor grad_value = at::zeros(v.sizes(), l.options());  // hundreds of additions a row: never in half
+  const at::Tensor grad_value = at::zeros(v.sizes(), l.options());  // hundreds of additions per row: never in half
   const at::Tensor grad_locations = at::empty(l.sizes(), l.options()), grad_weights = at::empty(w.sizes(), w.options());
   if (w.numel() > 0) {
     const BackwardPointers pointers{g.const_data_ptr(),
@@ -85,7 +85,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
   return {grad_value.to(v.scalar_type()), grad_locations, grad_weights};
 }
 
-// The reference points as the kernels read them: [batch or 1, queries, levels or 1, 2], contiguous.
+// The reference points for the kernels: [batch or 1, queries, levels or 1, 2], contiguous.
 Reference reference_of(const at::Tensor& points) {
   const bool by_image = points.size(0) > 1, by_level = points.size(2) > 1;
   return {points.const_data_ptr(), by_image ? points.stride(0) : 0, points.stride(1), by_level ? 2 : 0};
@@ -109,7 +109,7 @@ at::Tensor fused_forward(const at::Tensor& value, at::IntArrayRef shapes, const 
   return output;
 }
 
-// Of value, offsets and logits.
+// Gradients of value, offsets and logits.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> fused_backward(const at::Tensor& grad_output, const at::Tensor& value,
                                                               at::IntArrayRef shapes, const at::Tensor& offsets,
                                                               const at::Tensor& logits, const at::Tensor& reference) {

@@ -3,8 +3,8 @@
 
 namespace eco_m2f {
 
-// Fused: the reference points, wide, and elements from one image, query and level to the next (0: the same for all).
-// Locations are then offsets, and weights are logits and wide.
+// Fused: the wide reference points, and the elements from one image, query and level to the next (0: shared by all).
+// Locations are then offsets; weights are logits, and wide.
 struct Reference {
   const void* points = nullptr;
   int64_t image = 0, query = 0, level = 0;

@@ -1,5 +1,5 @@
-// Chooses a kernel's variant and cuts the batch into launches. `Start` launches one: start(kernel, blocks, images,
-// arguments...), with at most Start::kMaxImages images.
+// Chooses the variant of a kernel, and cuts the batch into launches of at most Start::kMaxImages images. `Start` runs
+// one: start(kernel, blocks, images, arguments...).
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ bool aligned(const P*... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
 }
 
-// Calls run(variant, plan) with the best variant for S; returns null or what is too large.
+// Calls run(variant, plan) with the best variant for S. Returns null, or the quantity that is too large.
 template <typename S, bool kFused, typename Run>
 const char* with_variant(const Problem& p, const Reference& reference, bool is_aligned, Run run) {
   constexpr int kVector = 16 / sizeof(S);
@@ -30,7 +30,7 @@ const char* with_variant(const Problem& p, const Reference& reference, bool is_a
   return run(Variant<S, 1, false, kFused>(), plan), nullptr;
 }
 
-// Elements of one image, by which the pointers move from image to image.
+// Elements per image; pointers move by these from image to image.
 struct Strides {
   int64_t value, output, points;
 
@@ -108,7 +108,7 @@ const char* backward_of(const Problem& p, Storage storage, const BackwardPointer
   return "an unknown dtype";
 }
 
-// Fused where there is a reference.
+// Fused if there is a reference.
 template <typename Start>
 const char* start_forward(const Problem& p, Storage storage, const ForwardPointers& pointers, const Start& start) {
   return pointers.reference.points ? forward_of<true>(p, storage, pointers, start)
