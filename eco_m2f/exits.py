@@ -157,10 +157,8 @@ def largest_beta(loss: str, quality, exits: Sequence[int], max_exit: int, costs=
     allowed = exits_up_to(exits, max_exit)
     if loss not in UNBOUNDED_LOSSES or len(allowed) == 1:
         return math.inf
-    quality, prices = (
-        utility(quality, exits, 0.0),
-        -utility(torch.zeros_like(torch.as_tensor(quality)), exits, 1.0, costs),
-    )
+    quality = utility(quality, exits, 0.0)  # [N, E]
+    prices = -utility(torch.zeros_like(quality), exits, 1.0, costs)  # [N, E]
     return (quality.mean(dim=0) / prices.mean(dim=0))[: len(allowed)].min().item()
 
 

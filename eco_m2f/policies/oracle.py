@@ -45,7 +45,7 @@ class OracleExit(nn.Module):
             )
         if self.parent_sha256 != parent_sha256:
             raise ValueError(
-                f"MODEL.ECO.DERIVED {self.derived} was made with other weights: load those, or derive it anew"
+                f"MODEL.ECO.DERIVED {self.derived} was made with other weights: load those, or derive it again"
             )
 
     def forward(self, features: Mapping[str, Tensor], image_sizes, image_ids=None) -> Tensor:

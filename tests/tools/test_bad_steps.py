@@ -108,7 +108,7 @@ def test_oracle_of_other_weights(tools, derived, tmp_path):
     oracle = [*test, "MODEL.ECO.POLICY", "OracleExit", "MODEL.ECO.DERIVED", derived]
     assert tools.evaluate(*oracle) == 0
     message = tools.message(tools.evaluate(*oracle, "MODEL.WEIGHTS", tmp_path / "other.pth"))
-    assert_names(message, derived, "other weights", "derive it anew")
+    assert_names(message, derived, "other weights", "derive it again")
 
 
 def test_step_b_of_the_parent_alone(tools):
