@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .safe_load import CheckpointError
+from .errors import CheckpointError
 
 EXIT_POLICY = "exit_policy."  # a gate is a file of its own, so a parent may lack it
 

@@ -13,10 +13,8 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
@@ -32,12 +30,13 @@ from ..data.parallel import map_in_workers
 from ..data.present import loading
 from ..derived.locking import locked_folder
 from ..derived.schema import named_in_provenance
-from ..derived.writer import ShardWriter, make_row
+from ..derived.writer import ShardWriter
 from ..files import file_sha256
 from ..modeling import EarlyExits
 from ..policies.registry import check_feature_source
 from ..quality import quality_of_model
 from .datasets import check_datasets, check_model_classes
+from .predicted import Predicted
 
 logger = logging.getLogger(__name__)
 
@@ -211,31 +210,6 @@ def derived_rows(
     read = (cfg.MODEL.ECO.FEATURE, ExitCosts(model))
     predicted = (clock.timed(predict_exits, model, quality, batch[0], *read) for batch in loader)
     yield from map_in_workers(Predicted.row, predicted, workers)
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """What the model says of one image at every exit, on the host, and what its row needs besides."""
-
-    image: dict  # image_id, file_name, height, width
-    exits: tuple[int, ...]
-    predictions: list  # of each exit, as the quality prepares them
-    compare: Callable[[list], list[tuple]]  # with the ground truth, see `quality/registry.py`
-    feature: np.ndarray
-    total_gflops: list[float]
-    encoder_gflops: list[float]
-
-    def row(self) -> dict:
-        """Compares the predictions with the image's annotation; see `make_row`."""
-        compared = dict(zip(self.exits, self.compare(self.predictions)))
-        return make_row(
-            **self.image,
-            quality=[quality for quality, _ in compared.values()],
-            statistics={k: sums for k, (_, sums) in compared.items() if sums is not None},
-            feature=self.feature,
-            total_gflops=self.total_gflops,
-            encoder_gflops=self.encoder_gflops,
-        )
 
 
 def predict_exits(model: EarlyExits, quality, x: dict, source: str, costs: ExitCosts) -> Predicted:
