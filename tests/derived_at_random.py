@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from eco_m2f.derived.writer import ShardWriter, make_row
+from eco_m2f.derived import ShardWriter, make_row
 from eco_m2f.quality.panoptic_quality import image_pq
 from eco_m2f.quality.statistics import ImageStatistics
 

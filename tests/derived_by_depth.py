@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
+from eco_m2f.derived import ShardWriter, make_row
 from eco_m2f.derived.dataset import DerivedDataset
-from eco_m2f.derived.writer import ShardWriter, make_row
 from eco_m2f.quality.statistics import ImageStatistics
 
 EXITS = (2, 4, 6)

@@ -1,22 +1,21 @@
 """Runs in every process of tests/test_distributed.py: a few training steps, and an evaluation.
 
-    distributed_job.py <number of processes> <output folder> <config> <options as JSON>
-
 Rank 0 writes {name}.pth, the weights after training, and results.json. Every rank writes {name}.rank{r}.json, the
 sampler's draws and a digest of its weights. losses.json has the losses of a whole training, whole.pth its weights.
 """
 
 import argparse
+import contextlib
 import json
-import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 from detectron2.utils import comm
 from minis import CONFIGS, ECO, MINI, PARENT, build, fill, make_batch
 
 from eco_m2f.checkpoint.parent_hash import parent_sha256
-from eco_m2f.engine.command_line import launch, run
 from eco_m2f.engine.evaluate import evaluate
 from eco_m2f.engine.optimizer import autocast, build_optimizer
 from eco_m2f.engine.predict import build_trained
@@ -42,14 +41,16 @@ SOLVER = [
 ]
 
 
-def same_points() -> None:
-    """The same random points for every mask, image and process."""
+@contextlib.contextmanager
+def same_points() -> Iterator[None]:
+    """The same random points for every mask, image and process inside the block."""
     original = torch.rand
 
     def rand(n, count, two, device=None, dtype=None):
         return original((1, count, two), generator=torch.Generator().manual_seed(count)).expand(n, count, two)
 
-    torch.rand = rand
+    with mock.patch("torch.rand", rand):
+        yield
 
 
 def train(name: str, folder: Path) -> None:
@@ -103,14 +104,7 @@ def run_evaluation(args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> None:
     train_whole(args)
-    same_points()
-    for name in CASES:
-        train(name, args.folder)
-    run_evaluation(args)
-
-
-if __name__ == "__main__":
-    processes, folder, config, options = sys.argv[1:]
-    launched = {"num_gpus": int(processes), "num_machines": 1, "machine_rank": 0, "dist_url": "auto"}
-    args = argparse.Namespace(folder=Path(folder), config=config, options=json.loads(options), **launched)
-    sys.exit(run(launch, main, args))
+    with same_points():
+        for name in CASES:
+            train(name, args.folder)
+        run_evaluation(args)

@@ -15,7 +15,6 @@ from eco_m2f.data.mappers import PanopticTestMapper
 from eco_m2f.data.panoptic_map import ids_to_rgb
 from eco_m2f.engine.setup import build_model, load_cfg
 from eco_m2f.quality import BoxAP, PanopticQuality
-from eco_m2f.quality.boxes import to_detections
 from eco_m2f.quality.panoptic_quality import to_dataset_categories
 
 OPTIONS = ["MODEL.MASK_FORMER.TEST.OBJECT_MASK_THRESHOLD", 0.0, "MODEL.MASK_FORMER.TEST.OVERLAP_THRESHOLD", 0.0]
@@ -69,7 +68,7 @@ class Split:
             quality = (BoxAP if self.model.annotation == "boxes" else PanopticQuality).of(self.dataset)
             found = quality.prepare(self.model, pred, images, x)
         if self.model.annotation == "boxes":
-            return [{"image_id": x["image_id"], **d} for d in to_detections(found, quality.truth.dataset_id)]
+            return [{"image_id": x["image_id"], **d} for d in found.detections(quality.truth.dataset_id)]
         categories = json.loads(self.tiny.json(self.split).read_text())["categories"]
         return found[0].astype(np.int32), to_dataset_categories(found[1], dict(enumerate(c["id"] for c in categories)))
 

@@ -1,16 +1,16 @@
 """Two gloo processes on the CPU train and evaluate like one process with the double batch."""
 
+import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-from distributed_job import CASES, STEPS
-from minis import ROOT, build, fill
+from distributed_job import CASES, STEPS, main
+from minis import build, fill
 from predicted import Predicted
-from tiny import tool_environment
+from tiny import kept_log_handlers, launched
 
 pytestmark = pytest.mark.slow
 NUM_IMAGES = 5  # of which two processes have shares of unequal size
@@ -21,17 +21,16 @@ def folders(tmp_path_factory) -> dict[int, Path]:
     """{number of processes: folder}, see distributed_job.py."""
     base = tmp_path_factory.mktemp("distributed")
     data = Predicted(base / "data", NUM_IMAGES)
-    options = json.dumps([*data.options, "DATASETS.TEST", [data.dataset], "MODEL.ECO.EXIT", 3])
+    options = [*data.options, "DATASETS.TEST", [data.dataset], "MODEL.ECO.EXIT", 3]
+    launch = {"num_machines": 1, "machine_rank": 0, "dist_url": "auto"}
     made = {}
     for processes in (1, 2):
         made[processes] = base / str(processes)
         made[processes].mkdir()
-        command = [sys.executable, str(ROOT / "tests" / "distributed_job.py"), str(processes), str(made[processes])]
-        job = subprocess.run(
-            [*command, data.tiny.config(), options],
-            env=tool_environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
-        assert job.returncode == 0, job.stderr[-2000:]
+        job = {"folder": made[processes], "config": data.tiny.config(), "options": options}
+        with kept_log_handlers(), mock.patch("eco_m2f.engine.command_line.keep_freed_memory"):
+            done = launched(main, argparse.Namespace(num_gpus=processes, **job, **launch))
+        assert done.returncode == 0, done.stderr[-2000:]
     return made
 
 

@@ -82,8 +82,7 @@ def test_yaml_of_another_backbone_builds_it(tmp_path):
 
 def test_python_examples_run(tmp_path, monkeypatch, capsys):
     """Runs all blocks in a folder with the files that they name: weights and a derived dataset."""
-    from eco_m2f.derived import PROVENANCE_KEYS
-    from eco_m2f.derived.writer import ShardWriter, make_row
+    from eco_m2f.derived import PROVENANCE_KEYS, ShardWriter, make_row
     from eco_m2f.engine.setup import build_model, load_cfg
     from eco_m2f.quality.statistics import ImageStatistics
 

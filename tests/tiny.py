@@ -1,6 +1,7 @@
 """A toy set of a few images, configs of small models for it, and functions that run tools, for end-to-end tests."""
 
 import contextlib
+import importlib
 import io
 import itertools
 import logging
@@ -8,7 +9,8 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -122,6 +124,39 @@ def here(name: str, *arguments) -> subprocess.CompletedProcess:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = call(name, *arguments)
     return subprocess.CompletedProcess([name, *arguments], status, out.getvalue(), err.getvalue())
+
+
+def in_processes(name: str, *arguments) -> subprocess.CompletedProcess:
+    """As `tool`, for --num-gpus above 1: this process, which has imported everything already, starts them."""
+    module = importlib.import_module(name)
+    args = module.build_parser().parse_args([str(a) for a in arguments])
+    return launched(module.main, args)
+
+
+def launched(main: Callable, args) -> subprocess.CompletedProcess:
+    """Calls main(args) in args.num_gpus processes that this one starts; what they print is that of all of them."""
+    from eco_m2f.engine.command_line import launch, run
+
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        with printing_to(out, err), mock.patch.dict(os.environ, tool_environment(), clear=True):
+            status = run(launch, main, args)
+        printed = [file.seek(0) or file.read() for file in (out, err)]
+    return subprocess.CompletedProcess([main, args], status, *printed)
+
+
+@contextlib.contextmanager
+def printing_to(*files) -> Iterator[None]:
+    """What this process and those that it starts print goes to two files, as in a shell."""
+    kept = [os.dup(fd) for fd in (1, 2)]
+    try:
+        for fd, file in zip((1, 2), files):
+            os.dup2(file.fileno(), fd)
+        with contextlib.redirect_stdout(files[0]), contextlib.redirect_stderr(files[1]):
+            yield
+    finally:
+        for fd, before in zip((1, 2), kept):
+            os.dup2(before, fd)
+            os.close(before)
 
 
 @contextlib.contextmanager

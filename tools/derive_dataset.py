@@ -12,15 +12,16 @@ folder that another run uses.
 import argparse
 import sys
 
-from eco_m2f.engine import derive
 from eco_m2f.engine.command_line import argument_parser, launch, run
-from eco_m2f.engine.predict import build_trained
-from eco_m2f.engine.setup import setup
 
 
 def main(args: argparse.Namespace) -> None:
+    from eco_m2f.engine.derive import derive  # takes seconds, which --workers must not: they load this file, too
+    from eco_m2f.engine.predict import build_trained
+    from eco_m2f.engine.setup import setup
+
     cfg = setup(args)
-    derive.derive(
+    derive(
         cfg,
         build_trained(cfg, with_policy=False),
         args.dataset,

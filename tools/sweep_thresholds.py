@@ -10,17 +10,18 @@ import argparse
 import sys
 from pathlib import Path
 
-from detectron2.utils import comm
-
 from eco_m2f.engine.command_line import argument_parser, launch, run
-from eco_m2f.engine.evaluate import evaluate
-from eco_m2f.engine.predict import build_trained
-from eco_m2f.engine.setup import setup
 from eco_m2f.files import prepare_output, write_csv
-from eco_m2f.modeling import DoViT
 
 
 def main(args: argparse.Namespace) -> None:
+    from detectron2.utils import comm  # takes seconds, which --help must not
+
+    from eco_m2f.engine.evaluate import evaluate
+    from eco_m2f.engine.predict import build_trained
+    from eco_m2f.engine.setup import setup
+    from eco_m2f.modeling import DoViT
+
     cfg = setup(args)
     if args.output:
         prepare_output(args.output)

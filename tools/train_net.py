@@ -11,13 +11,14 @@ import argparse
 import sys
 
 from eco_m2f.engine.command_line import argument_parser, launch, run
-from eco_m2f.engine.evaluate import evaluate
-from eco_m2f.engine.predict import build_trained
-from eco_m2f.engine.setup import setup
-from eco_m2f.engine.train import Trainer
 
 
 def main(args: argparse.Namespace) -> None:
+    from eco_m2f.engine.evaluate import evaluate  # takes seconds, which --help must not
+    from eco_m2f.engine.predict import build_trained
+    from eco_m2f.engine.setup import setup
+    from eco_m2f.engine.train import Trainer
+
     cfg = setup(args)
     if args.eval_only:
         evaluate(cfg, build_trained(cfg))

@@ -26,9 +26,10 @@ from detectron2.utils.file_io import PathManager
 from ..data.categories import check_same_classes
 from ..data.classes import check_stored
 from ..files import atomic_write, remove_leftovers
+from .errors import CheckpointError
 from .fits import architecture, check_fits, check_values, is_optional, listing, misshapen
 from .names import upgrade_keys
-from .safe_load import CheckpointError, check_archive, read_checkpoint
+from .safe_load import check_archive, read_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .safe_load import CheckpointError
+from .errors import CheckpointError
 
 EXIT_POLICY = "exit_policy."  # a parent may lack it, because a gate has its own file
 SHOWN = 5  # names listed in a message before "..."

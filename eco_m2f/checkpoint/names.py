@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TypeVar
 
-from .safe_load import CheckpointError
+from .errors import CheckpointError
 
 HEAD = "sem_seg_head."
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ..files import atomic_write, prepare_output
-from .safe_load import SHA256, STATE_DICTS, CheckpointError, read_checkpoint, weights_sha256, write_weights
+from .errors import CheckpointError
+from .safe_load import SHA256, STATE_DICTS, read_checkpoint, weights_sha256, write_weights
 
 SWIN = "layers.0.blocks.0.attn.relative_position_bias_table"  # a tensor that only a Swin has
 RESNET = "layer1.0.conv3.weight"  # a tensor that only a ResNet with bottlenecks has

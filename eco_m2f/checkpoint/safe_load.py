@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from ..files import atomic_write
+from .errors import CheckpointError
 from .plain_pickle import Budget, Maker, PlainUnpickler, RefusedName
 from .plain_values import NAMES
 from .torch_files import check_checksums, read_archive, read_legacy, storage_from_bytes
@@ -36,10 +37,6 @@ FOREIGN = {
     "mmsegmentation": ("decode_head.", "auxiliary_head."),
     "Hugging Face transformers": ("model.pixel_level_module.", "model.transformer_module."),
 }
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used. The message says which file, why, and what to do."""
 
 
 def read_checkpoint(path: str | os.PathLike, keys: Sequence[str] = STATE_DICTS) -> dict:

@@ -5,14 +5,11 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch import Tensor
 
 from ..exits import check_exits
 from ..files import atomic_write, remove_leftovers
-from ..quality.statistics import ImageStatistics
 from .schema import (
     FORMAT,
     MANIFEST,
@@ -28,42 +25,6 @@ from .schema import (
 from .shards import image_digests_of, problem, shard_indices, shard_path
 
 logger = logging.getLogger(__name__)
-
-
-def make_row(
-    *,
-    image_id: str | int,
-    file_name: str,
-    height: int,
-    width: int,
-    quality: Sequence[float],
-    feature: Sequence[float] | Tensor | np.ndarray,
-    statistics: Mapping[int, ImageStatistics],
-    total_gflops: Sequence[float],
-    encoder_gflops: Sequence[float],
-) -> dict:
-    """One image's row for `ShardWriter.write`. statistics: {exit: statistics}; {} if the quality is no sum."""
-    entries = [(k, statistics[k]) for k in sorted(statistics)]
-
-    def flat(name: str, dtype: type) -> np.ndarray:
-        return np.concatenate([np.zeros(0, dtype), *(np.asarray(getattr(s, name), dtype) for _, s in entries)])
-
-    return {
-        "image_id": str(image_id),
-        "file_name": str(file_name),
-        "height": int(height),
-        "width": int(width),
-        "quality": np.asarray(quality, np.float64),
-        "feature": np.asarray(feature, np.float32),
-        "total_gflops": np.asarray(total_gflops, np.float64),
-        "encoder_gflops": np.asarray(encoder_gflops, np.float64),
-        "stat_exit": np.repeat([k for k, _ in entries], [len(s.category_id) for _, s in entries]).astype(np.int32),
-        "stat_category": flat("category_id", np.int32),
-        "stat_iou": flat("iou", np.float64),
-        "stat_tp": flat("tp", np.int32),
-        "stat_fp": flat("fp", np.int32),
-        "stat_fn": flat("fn", np.int32),
-    }
 
 
 class ShardWriter:

@@ -1,4 +1,7 @@
-"""The command lines of the tools: common options, starting processes, and one message per input error."""
+"""The command lines of the tools: common options, starting processes, and one message per input error.
+
+PyTorch and detectron2 are loaded where they are used. `--help` and the workers of a tool need neither.
+"""
 
 import argparse
 import ctypes
@@ -8,11 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-from detectron2.engine import launch as detectron2_launch
-from detectron2.utils import comm
-
-from ..checkpoint.safe_load import CheckpointError
+from ..checkpoint.errors import CheckpointError
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -51,10 +50,14 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
         _work(main, args)
         return
     _check_processes(args)
+    from detectron2.engine import launch as detectron2_launch
+
     detectron2_launch(_work, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(main, args))
 
 
 def _check_processes(args: argparse.Namespace) -> None:
+    import torch
+
     if args.num_gpus < 1 or not 0 <= args.machine_rank < args.num_machines:
         raise ValueError(
             f"--num-gpus {args.num_gpus} --num-machines {args.num_machines} --machine-rank {args.machine_rank}: "
@@ -69,6 +72,9 @@ def _check_processes(args: argparse.Namespace) -> None:
 
 def _join_processes(args: argparse.Namespace) -> None:
     """Joins the process group of torchrun."""
+    import torch
+    from detectron2.utils import comm
+
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     absent = [name for name in names if not os.environ.get(name)]
     if absent:
@@ -89,6 +95,9 @@ def _leave_processes() -> None:
     A thread that still runs when the interpreter shuts down can crash the process after all work is done ("terminate
     called without an active exception"). detectron2 keeps a reference to the local group, so it is removed too.
     """
+    import torch
+    from detectron2.utils import comm
+
     torch.distributed.destroy_process_group()
     comm._LOCAL_PROCESS_GROUP = None
 
@@ -126,6 +135,8 @@ MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, CheckpointErro
 
 def _work(main: Callable, args: argparse.Namespace) -> None:
     """Runs main in one process. The trace of an input error goes to its log."""
+    import torch
+
     if not torch.cuda.is_available():
         keep_freed_memory()
     try:
@@ -147,18 +158,26 @@ def run(function: Callable, *args) -> int:
     except KeyboardInterrupt:
         print("interrupted; run the same command again (train_net.py: with --resume) to go on", file=sys.stderr)
         return 130
-    except torch.multiprocessing.ProcessRaisedException as error:
-        kind, message = _last_exception(str(error))
-        if not issubclass(kind, MISTAKES):
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        return 1
-    except torch.multiprocessing.ProcessExitedException as error:
-        print(f"error: {error} (out of memory?); run the same command again to go on", file=sys.stderr)
-        return 1
     except MISTAKES as error:
         print(f"error: {_last_exception(str(error))[1]}", file=sys.stderr)
         return 1
+    except Exception as error:
+        message = _told_of_a_process(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return 1
+
+
+def _told_of_a_process(error: Exception) -> str | None:
+    """The message where one of several processes made a mistake or was killed; None for a fault of the program."""
+    processes = sys.modules.get("torch.multiprocessing")  # else there were none
+    if processes and isinstance(error, processes.ProcessRaisedException):
+        kind, message = _last_exception(str(error))
+        return message if issubclass(kind, MISTAKES) else None
+    if processes and isinstance(error, processes.ProcessExitedException):
+        return f"{error} (out of memory?); run the same command again to go on"
+    return None
 
 
 def _last_exception(text: str) -> tuple[type, str]:

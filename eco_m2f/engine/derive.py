@@ -12,10 +12,8 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
@@ -31,12 +29,13 @@ from ..data.parallel import map_in_workers
 from ..data.present import loading
 from ..derived.locking import locked_folder
 from ..derived.schema import named_in_provenance
-from ..derived.writer import ShardWriter, make_row
+from ..derived.writer import ShardWriter
 from ..files import file_sha256
 from ..modeling import EarlyExits
 from ..policies.registry import check_feature_source
 from ..quality import quality_of_model
 from .datasets import check_datasets, check_model_classes
+from .predicted import Predicted
 
 logger = logging.getLogger(__name__)
 
@@ -210,31 +209,6 @@ def derived_rows(
     read = (cfg.MODEL.ECO.FEATURE, ExitCosts(model))
     predicted = (clock.timed(predict_exits, model, quality, batch[0], *read) for batch in loader)
     yield from map_in_workers(Predicted.row, predicted, workers)
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """An image's predictions at every exit, on the host, and the other values of its derived row."""
-
-    image: dict  # image_id, file_name, height, width
-    exits: tuple[int, ...]
-    predictions: list  # one per exit, from `quality.prepare`
-    compare: Callable[[list], list[tuple]]  # from `quality.comparison`, see `quality/registry.py`
-    feature: np.ndarray
-    total_gflops: list[float]
-    encoder_gflops: list[float]
-
-    def row(self) -> dict:
-        """The derived row: compares the predictions with the ground truth; see `make_row`."""
-        compared = dict(zip(self.exits, self.compare(self.predictions)))
-        return make_row(
-            **self.image,
-            quality=[quality for quality, _ in compared.values()],
-            statistics={k: sums for k, (_, sums) in compared.items() if sums is not None},
-            feature=self.feature,
-            total_gflops=self.total_gflops,
-            encoder_gflops=self.encoder_gflops,
-        )
 
 
 def predict_exits(model: EarlyExits, quality, x: dict, source: str, costs: ExitCosts) -> Predicted:

@@ -1,11 +1,34 @@
 """The AP of an image's boxes."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from .registry import QUALITY_REGISTRY
+
+
+@dataclass(frozen=True)
+class PackedBoxes:
+    """Detections on their way to a worker: corners x0 y0 x1 y1, their contiguous classes and scores."""
+
+    corners: np.ndarray  # [N, 4] float64
+    classes: list[int]
+    scores: list[float]
+
+    @classmethod
+    def of(cls, instances) -> "PackedBoxes":
+        corners = instances.pred_boxes.tensor.cpu().double().numpy()
+        return cls(corners, instances.pred_classes.tolist(), instances.scores.tolist())
+
+    def detections(self, dataset_id: Mapping[int, int]) -> list[dict]:
+        """category_id (the dataset's), bbox x y w h, score of each."""
+        boxes = np.concatenate([self.corners[:, :2], self.corners[:, 2:] - self.corners[:, :2]], axis=1).tolist()
+        return [
+            {"category_id": dataset_id[c], "bbox": box, "score": score}
+            for box, score, c in zip(boxes, self.scores, self.classes)
+        ]
 
 
 @QUALITY_REGISTRY.register()
@@ -39,9 +62,9 @@ class BoxAP:
     def categories(self) -> list[dict]:
         return self.truth.categories
 
-    def prepare(self, model, pred: Mapping, images, x: Mapping):
-        """The detections as `Instances`."""
-        return model.postprocess(pred, images, [x])[0]["instances"].to("cpu")
+    def prepare(self, model, pred: Mapping, images, x: Mapping) -> PackedBoxes:
+        """The detections as arrays."""
+        return PackedBoxes.of(model.postprocess(pred, images, [x])[0]["instances"])
 
     def comparison(self, x: Mapping):
         return partial(_compare, self.truth.objects(x["image_id"]), self.truth.dataset_id)
@@ -58,22 +81,15 @@ def evaluated_ap(content: Mapping) -> dict[str, float]:
 
 
 def to_detections(instances, dataset_id: Mapping[int, int]) -> list[dict]:
-    """The dataset's category_id, bbox x y w h and score of each instance."""
-    corners = instances.pred_boxes.tensor.cpu().double().numpy()  # [N, 4]
-    boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).tolist()  # [N, 4] x y w h
-    return [
-        {"category_id": dataset_id[c], "bbox": box, "score": score}
-        for box, score, c in zip(boxes, instances.scores.tolist(), instances.pred_classes.tolist())
-    ]
+    """`PackedBoxes.detections` of detectron2's `Instances`."""
+    return PackedBoxes.of(instances).detections(dataset_id)
 
 
 def _compare(
-    objects: Sequence[Mapping], dataset_id: Mapping[int, int], predictions: Sequence
+    objects: Sequence[Mapping], dataset_id: Mapping[int, int], predictions: Sequence[PackedBoxes]
 ) -> list[tuple[float, None]]:
     from .average_precision import ObjectComparison
 
-    most = max(
-        (len(instances) for instances in predictions), default=0
-    )  # the model has applied TEST.DETECTIONS_PER_IMAGE
+    most = max((len(packed.scores) for packed in predictions), default=0)  # TEST.DETECTIONS_PER_IMAGE is applied before
     comparison = ObjectComparison(objects, "bbox", max(most, 1))
-    return [(comparison.ap(to_detections(instances, dataset_id)), None) for instances in predictions]
+    return [(comparison.ap(packed.detections(dataset_id)), None) for packed in predictions]

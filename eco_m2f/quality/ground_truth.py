@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from detectron2.data import MetadataCatalog
 
 from ..data.annotations import read_registered
 from ..data.categories import SEMANTIC_TYPES, check_same_categories, registered_categories
@@ -15,6 +14,12 @@ from ..data.panoptic_map import index_map, read_classes, read_ids
 from .panoptic_quality import contiguous_to_dataset_id
 
 logger = logging.getLogger(__name__)
+
+
+def _metadata(dataset_name: str):
+    from detectron2.data import MetadataCatalog  # takes seconds; a worker process that reads images needs none of it
+
+    return MetadataCatalog.get(dataset_name)
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class PanopticGroundTruth:
 
     def __init__(self, dataset_name: str):
         self.name = dataset_name
-        self.metadata = MetadataCatalog.get(dataset_name)
+        self.metadata = _metadata(dataset_name)
         for key in ("panoptic_json", "panoptic_root"):
             if not hasattr(self.metadata, key):
                 raise ValueError(f"dataset {dataset_name!r} has no {key} in its metadata: is it a panoptic dataset?")
@@ -103,7 +108,7 @@ class SemanticGroundTruth:
 
     def __init__(self, dataset_name: str):
         self.name = dataset_name
-        self.class_categories = registered_categories(MetadataCatalog.get(dataset_name))
+        self.class_categories = registered_categories(_metadata(dataset_name))
 
     def class_map_reader(self, x: Mapping) -> Callable[[], np.ndarray]:
         """See `PanopticGroundTruth.class_map_reader`."""
@@ -115,7 +120,7 @@ ClassMaps = PanopticGroundTruth | SemanticGroundTruth
 
 def class_maps_of(dataset_name: str) -> ClassMaps:
     """The ground truth of pixel classes. Raises ValueError for a dataset without class maps and panoptic annotation."""
-    metadata = MetadataCatalog.get(dataset_name)
+    metadata = _metadata(dataset_name)
     if getattr(metadata, "evaluator_type", None) in SEMANTIC_TYPES:
         return SemanticGroundTruth(dataset_name)
     if not getattr(metadata, "panoptic_json", None):
@@ -134,7 +139,7 @@ class BoxGroundTruth:
 
     def __init__(self, dataset_name: str):
         self.name = dataset_name
-        self.metadata = MetadataCatalog.get(dataset_name)
+        self.metadata = _metadata(dataset_name)
         self.json_file = getattr(self.metadata, "json_file", None)
         if not self.json_file or getattr(self.metadata, "panoptic_json", None):
             raise ValueError(f"dataset {dataset_name!r} has no json_file of boxes: is it a detection dataset?")

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import torch
 
 from .boxes import evaluated_ap
 from .postprocessed import results_of
@@ -67,8 +66,9 @@ class MaskAP:
         """The masks of things, whatever MODEL.MASK_FORMER.TEST turns on."""
         only = {"semantic_on": False, "instance_on": True, "panoptic_on": False, "resize_first": True}
         found = results_of(model, pred, images, x, **only)["instances"]
-        found = found[torch.isin(found.pred_classes, found.pred_classes.new_tensor(self.truth.thing_classes))]
-        masks = found.pred_masks.to("cpu", torch.bool).numpy()  # [N, H, W]
+        things = found.pred_classes.new_tensor(self.truth.thing_classes)
+        found = found[(found.pred_classes[:, None] == things).any(dim=1)]
+        masks = found.pred_masks.cpu().bool().numpy()  # [N, H, W]
         bits = np.packbits(masks, axis=-1)  # [N, H, ceil(W / 8)]
         return PackedMasks(masks.shape[-1], bits, found.pred_classes.tolist(), found.scores.tolist())
 

@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
-import torch
 
 from .panoptic_quality import PanopticComparison, dataset_pq, image_pq, to_dataset_categories
-from .postprocessed import results_of
+from .postprocessed import on_host, results_of
 from .registry import QUALITY_REGISTRY
 from .statistics import ImageStatistics
 
@@ -44,7 +43,7 @@ class PanopticQuality:
         """The panoptic map and its segments, whatever MODEL.MASK_FORMER.TEST turns on."""
         only = {"semantic_on": False, "instance_on": False, "panoptic_on": True, "resize_first": True}
         ids, segments = results_of(model, pred, images, x, **only)["panoptic_seg"]
-        return ids.to(torch.uint8 if len(segments) < 256 else torch.int32).cpu().numpy(), segments
+        return on_host(ids, len(segments)), segments
 
     def comparison(self, x: Mapping):
         return partial(_compare, self.truth.image(x["image_id"]), self.truth.dataset_id)

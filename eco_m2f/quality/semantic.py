@@ -4,9 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
-import torch
 
-from .postprocessed import results_of
+from .postprocessed import on_host, results_of
 from .registry import QUALITY_REGISTRY
 from .statistics import ImageStatistics
 
@@ -45,7 +44,7 @@ class MeanIoU:
         """[H, W] contiguous classes of highest score."""
         only = {"semantic_on": True, "instance_on": False, "panoptic_on": False}
         scores = results_of(model, pred, images, x, **only)["sem_seg"]  # [C, H, W]
-        return scores.argmax(dim=0).to(torch.uint8 if len(scores) <= 256 else torch.int32).cpu().numpy()
+        return on_host(scores.argmax(dim=0), len(scores) - 1)
 
     def comparison(self, x: Mapping):
         ids = np.array([c["id"] for c in self.categories])

@@ -1,13 +1,17 @@
 """Step B on a few images: exact statistics, resuming after a kill, and the same bytes from any number of processes."""
 
+import contextlib
 import functools
 import json
+import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +23,9 @@ from other_run import other_run
 from panopticapi.evaluation import pq_compute_single_core
 from PIL import Image
 from predicted import Predicted
-from tiny import here, is_running, tool, tool_environment, workers_of
+from tiny import here, is_running, tool, workers_of
 
+from eco_m2f.costs import ExitCosts
 from eco_m2f.data.panoptic_map import DataError, ids_to_rgb
 from eco_m2f.derived import DerivedDatasetError
 from eco_m2f.derived.dataset import DerivedDataset
@@ -28,6 +33,7 @@ from eco_m2f.engine import derive as step_b
 from eco_m2f.engine.evaluate import evaluate
 from eco_m2f.engine.predict import build_trained
 from eco_m2f.engine.setup import build_model, load_cfg
+from eco_m2f.quality import quality_of_model
 from eco_m2f.quality.average_precision import ObjectComparison
 from eco_m2f.quality.ground_truth import BoxGroundTruth
 
@@ -173,18 +179,25 @@ def test_a_finished_dataset_is_left_alone(case, whole, monkeypatch):
     assert contents(whole) == before
 
 
+@contextlib.contextmanager
+def begun(case: Case, directory: Path, workers: int) -> Iterator[multiprocessing.Process]:
+    """A process that is at Step B and is killed outright at the end: a fork, which has imported everything already."""
+    process = multiprocessing.get_context("fork").Process(
+        target=case.derive, args=(directory,), kwargs={"workers": workers}
+    )
+    process.start()
+    yield process
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
 @pytest.mark.slow
 def test_killed_it_goes_on_in_two_processes_with_the_same_bytes(case, whole, tmp_path):
-    name, *arguments = map(str, case.command(tmp_path / "derived"))
-    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *arguments]
-    process = subprocess.Popen(
-        command, env=tool_environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while not list((tmp_path / "derived").glob("*.parquet")):
-        assert process.poll() is None, "it ended before a shard was written"
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    with begun(case, tmp_path / "derived", 0) as process:
+        while not list((tmp_path / "derived").glob("*.parquet")):
+            assert process.is_alive(), "it ended before a shard was written"
+            time.sleep(0.002)
     assert 1 <= len(list((tmp_path / "derived").glob("*.parquet"))) < 5
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "derived").glob("*.parquet")}
     again = tool(*case.command(tmp_path / "derived", "--num-gpus", 2, "--workers", 1))
@@ -194,17 +207,13 @@ def test_killed_it_goes_on_in_two_processes_with_the_same_bytes(case, whole, tmp
 
 
 @pytest.mark.slow
-def test_killed_beside_its_workers_it_leaves_none_and_goes_on(case, whole, tmp_path):
-    name, *arguments = map(str, case.command(tmp_path / "derived", "--workers", 2))
-    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *arguments]
-    process = subprocess.Popen(
-        command, env=tool_environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while len(workers := workers_of(process.pid)) < 2:
-        assert process.poll() is None, "it ended before it had workers"
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+@pytest.mark.parametrize("seconds", [0.0, 0.4, 1.0])  # while its workers start; while they work, or it writes
+def test_killed_beside_its_workers_it_leaves_none_and_goes_on(case, whole, tmp_path, seconds):
+    with begun(case, tmp_path / "derived", 2) as process:
+        while len(workers := workers_of(process.pid)) < 2:
+            assert process.is_alive(), "it ended before it had workers"
+            time.sleep(0.002)
+        time.sleep(seconds)
     end = time.monotonic() + 30
     while any(is_running(pid) for pid in workers):
         assert time.monotonic() < end, "workers outlive the process that they worked for"
@@ -212,6 +221,30 @@ def test_killed_beside_its_workers_it_leaves_none_and_goes_on(case, whole, tmp_p
     again = here(*case.command(tmp_path / "derived"))
     assert again.returncode == 0, again.stderr
     assert contents(tmp_path / "derived") == contents(whole)
+
+
+LIGHT = """
+import pickle, sys
+row = pickle.load(sys.stdin.buffer)()
+print(row["quality"].tolist())
+print(*{name.split(".")[0] for name in sys.modules} & {"torch", "detectron2", "pyarrow", "scipy", "matplotlib"})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_worker_loads_nothing_that_takes_seconds(made, kind):
+    case, folder = made(kind)
+    x = case.inputs()[0]
+    quality = quality_of_model(case.cfg.MODEL.ECO.QUALITY, case.model).of(case.dataset)
+    with torch.no_grad():
+        predicted = step_b.predict_exits(case.model, quality, x, case.cfg.MODEL.ECO.FEATURE, ExitCosts(case.model))
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT], input=pickle.dumps(predicted.row), capture_output=True, check=True, cwd=ROOT
+    )
+    row, heavy = done.stdout.decode().split("\n")[:2]
+    assert json.loads(row) == DerivedDataset.load(folder).quality[0].tolist()
+    assert heavy == ""
 
 
 @pytest.mark.slow

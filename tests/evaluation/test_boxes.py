@@ -17,7 +17,7 @@ from eco_m2f.evaluation.boxes import BoxEvaluator
 from eco_m2f.evaluation.build import evaluators_for
 from eco_m2f.quality import BoxAP
 from eco_m2f.quality.average_precision import ObjectComparison
-from eco_m2f.quality.boxes import to_detections
+from eco_m2f.quality.boxes import PackedBoxes, to_detections
 from eco_m2f.quality.ground_truth import BoxGroundTruth
 
 NAME = "box_test_set"
@@ -112,7 +112,7 @@ def test_an_image_is_a_dataset_of_one(dataset):
     for i in list(outputs)[:-1]:
         detections = [{"image_id": i, **d} for d in to_detections(outputs[i], truth.dataset_id)]
         expected = coco_stats(json_file, detections, [i])[0]
-        [(quality, statistics)] = quality_of.comparison({"image_id": i})([outputs[i]])
+        [(quality, statistics)] = quality_of.comparison({"image_id": i})([PackedBoxes.of(outputs[i])])
         assert quality == pytest.approx(expected, abs=1e-12) and statistics is None
         seen.add(round(quality, 6))
     assert len(seen) > 3 and all(0 <= q < 1 for q in seen)
@@ -129,7 +129,7 @@ def test_perfect_and_empty_predictions(dataset):
 
 def test_an_image_without_objects_has_quality_0_whatever_is_found(dataset):
     _, objects, outputs = dataset
-    assert BoxAP.of(NAME).comparison({"image_id": 105})([outputs[105]]) == [(0.0, None)]
+    assert BoxAP.of(NAME).comparison({"image_id": 105})([PackedBoxes.of(outputs[105])]) == [(0.0, None)]
     crowd = [{**objects[0], "iscrowd": 1}]
     detection = {"category_id": objects[0]["category_id"], "bbox": objects[0]["bbox"], "score": 0.9}
     assert ObjectComparison(crowd, "bbox").ap([detection]) == 0.0

@@ -330,7 +330,7 @@ def test_oracle_names_what_it_lacks(derived_dir):
 @pytest.fixture
 def derived_dir(tmp_path):
     """A derived dataset of the images 7, 8 and 9. Their best exits are 6, 3 and, with equal qualities, 2."""
-    from eco_m2f.derived.writer import ShardWriter, make_row
+    from eco_m2f.derived import ShardWriter, make_row
 
     provenance = {
         "exits": EXITS,

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from tiny import Tiny, here, tool
+from tiny import Tiny, here, in_processes
 
 pytestmark = pytest.mark.slow
 SMALL = ["MODEL.DOVIT.EMBED_DIM", 24, "MODEL.DOVIT.DEPTH", 3, "MODEL.DOVIT.DECISION_LAYERS", [1, 2]]
@@ -47,7 +47,7 @@ def test_a_student_in_two_processes(tiny, trained):
     weights = trained[0] / "model_final.pth"
     options = ["MODEL.WEIGHTS", weights, "MODEL.DOVIT.TEACHER", weights, "SOLVER.MAX_ITER", 2]
     output = tiny.base / "student"
-    printed = run(tiny, "train_net", "--num-gpus", 2, *options, output=output, start=tool)
+    printed = run(tiny, "train_net", "--num-gpus", 2, *options, output=output, start=in_processes)
     fitting = re.search(r"(\d+) of (\d+) backbone tensors and (\d+) of (\d+) others loaded", printed)
     assert fitting[1] == fitting[2] and fitting[3] == fitting[4]
     metrics = json.loads((output / "metrics.json").read_text().splitlines()[0])

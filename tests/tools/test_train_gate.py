@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eco_m2f.derived.writer import ShardWriter, make_row
+from eco_m2f.derived import ShardWriter, make_row
 from eco_m2f.gates.gate import Gate
 from eco_m2f.quality.statistics import ImageStatistics
 

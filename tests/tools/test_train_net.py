@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from tiny import Tiny, here, tool
+from tiny import Tiny, here, in_processes
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +53,7 @@ def test_step_a_from_the_parent_in_two_processes_then_evaluation(tiny, parent):
     output, weights = tiny.base / "eco", parent[0] / "model_0000001.pth"
     options = ["MODEL.WEIGHTS", weights, "SOLVER.MAX_ITER", 2, "MODEL.ECO.EXITS_PER_STEP", 1]
     amp = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16", "SOLVER.IMS_PER_BATCH", 4]
-    printed = train_net(tiny, output, "--num-gpus", 2, *options, *amp, "SOLVER.IMS_PER_GPU", 1, run=tool)
+    printed = train_net(tiny, output, "--num-gpus", 2, *options, *amp, "SOLVER.IMS_PER_GPU", 1, run=in_processes)
     assert "4 images an optimizer step: processes 2, images per process and pass 1, passes per step 2" in printed
     fitting = re.search(r"(\d+) of (\d+) backbone tensors and (\d+) of (\d+) others loaded", printed)
     assert fitting[1] == fitting[2] and fitting[3] == fitting[4]
