@@ -10,7 +10,7 @@ from ..derived.row import make_row
 
 @dataclass(frozen=True)
 class Predicted:
-    """What the model says of one image at every exit, on the host, and what its row needs besides."""
+    """A model's predictions for one image at every exit, on the host, and the other values of its derived row."""
 
     image: dict  # image_id, file_name, height, width
     exits: tuple[int, ...]
@@ -21,7 +21,7 @@ class Predicted:
     encoder_gflops: list[float]
 
     def row(self) -> dict:
-        """Compares the predictions with the image's annotation; see `make_row`."""
+        """The derived row: compares the predictions with the ground truth; see `make_row`."""
         compared = dict(zip(self.exits, self.compare(self.predictions)))
         return make_row(
             **self.image,
