@@ -103,6 +103,8 @@ SHAPES: dict[str, Callable[..., Tensor]] = {
     "aten::group_norm": _like,
     "aten::batch_norm": _like,
     "aten::relu": _like,
+    "aten::hardtanh": _like,
+    "aten::hardtanh_": lambda x, *_: x,
     "aten::gelu": _like,
     "aten::add": _elementwise,
     "aten::sub": _elementwise,

@@ -4,6 +4,8 @@ detectron2 opens a config with PyYAML's unsafe loader when the safe one refuses 
 Nothing of that is needed: official YAMLs hold numbers, strings, lists and mappings.
 """
 
+import copy
+import functools
 import math
 import os
 from collections.abc import Mapping
@@ -116,6 +118,11 @@ def _parse(path: Path) -> Any:
         text = file.read(MAX_BYTES + 1)
     if len(text) > MAX_BYTES:
         raise ValueError(f"it has more than {MAX_BYTES} bytes")
+    return copy.deepcopy(_parsed(text))  # for the caller to change
+
+
+@functools.lru_cache(maxsize=32)  # configs share their bases, and a process may read one several times
+def _parsed(text: bytes) -> Any:
     loader = _Loader(text.decode("utf-8-sig"))
     try:
         node = loader.get_single_node()
