@@ -84,7 +84,7 @@ def _resized(x, size, align_corners, scales=None, *_) -> Tensor:
 
 
 def _like(x, *_, **__) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape) if x.is_contiguous() else torch.empty_like(x)
 
 
 def _elementwise(a, b, **_) -> Tensor:
@@ -92,7 +92,7 @@ def _elementwise(a, b, **_) -> Tensor:
     if not a.is_floating_point():
         return NotImplemented
     shape = torch.broadcast_shapes(a.shape, b.shape) if isinstance(b, Tensor) else a.shape
-    return torch.empty_like(a) if shape == a.shape else a.new_empty(shape)
+    return _like(a) if shape == a.shape else a.new_empty(shape)
 
 
 # PyTorch works the shapes of these out in Python, slowly; on tensors without values they are obvious. Where one is not,
