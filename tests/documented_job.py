@@ -8,6 +8,7 @@ results.json has a `Result` per command, batches.json the first batches of each 
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -58,6 +59,7 @@ SMALL = {
     "MODEL.DETR.DIM_FEEDFORWARD": 64,
     "MODEL.DETR.NUM_OBJECT_QUERIES": 12,
     "MODEL.DETR.DEC_LAYERS": 2,
+    "MODEL.ECO.EXITS_PER_STEP": 2,
     "MODEL.DOVIT.EMBED_DIM": 24,
     "MODEL.DOVIT.NUM_HEADS": 2,
     "MODEL.DOVIT.HEAD_DIM": 16,
@@ -125,6 +127,7 @@ def setup(cfg: CfgNode, args) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
+    os.fsync = lambda _: None  # nobody keeps what is written here
     eco_m2f.engine.setup.default_setup = setup
     write_all(FOLDER / "datasets")
     write_cells(FOLDER / "datasets")
@@ -173,7 +176,8 @@ def key_of(command: Command) -> str:
     """The key of a run. Trainings are the same if their shrunk configs differ only in names of files."""
     if command.tool != "train_net" or "MODEL.WEIGHTS" in command.words or "OUTPUT_DIR" in command.words:
         return f"{command.folder} {command.text}"
-    cfg = config_of(command)
+    cfg = config_of(command).clone()
+    cfg.defrost()
     cfg.merge_from_list([word for name in NAMES_ALONE for word in (name, type(value(cfg, name))())])
     return cfg.dump()
 
@@ -199,9 +203,10 @@ def shrunk(command: Command) -> list:
     return [script, *OPTIONS.get(command.tool, ()), *few, *words, *keys]
 
 
+@functools.cache
 def smaller(command: Command) -> dict:
     """`SMALL` without the keys that the command sets, and the pairs that depend on its config."""
-    cfg = load_cfg(str(CONFIGS / command.config))
+    cfg = config_at(command.config)
     more = {"INPUT.CROP.SIZE": CROP.get(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE)}
     if cfg.INPUT.SIZE_DIVISIBILITY > 0:
         more["INPUT.SIZE_DIVISIBILITY"] = 64
@@ -212,13 +217,18 @@ def smaller(command: Command) -> dict:
     return {key: v for key, v in {**SMALL, **more}.items() if key not in command.words}
 
 
+@functools.cache
+def config_at(path: str) -> CfgNode:
+    """The config of a file below configs/, as it is."""
+    return load_cfg(str(CONFIGS / path))
+
+
+@functools.cache
 def config_of(command: Command) -> CfgNode:
-    """The shrunk config of a command, thawed."""
+    """The shrunk config of a command."""
     words = command.words[command.words.index("--config-file") + 2 :]
     own = [w for w in words if w not in ("--eval-only", "--resume")]
-    cfg = load_cfg(str(CONFIGS / command.config), [*own, *flat(smaller(command))]).clone()
-    cfg.defrost()
-    return cfg
+    return load_cfg(str(CONFIGS / command.config), [*own, *flat(smaller(command))])
 
 
 def value(cfg: CfgNode, name: str):

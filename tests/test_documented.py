@@ -5,7 +5,9 @@ with KEY VALUE pairs at its end that make model and images small. Commands that 
 reason and the test of the same code.
 """
 
+import fcntl
 import json
+import os
 import re
 import subprocess
 import sys
@@ -42,8 +44,16 @@ RUN = [command for command in COMMANDS if not reason(command.text)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The folder of the job that has run all commands."""
-    base = tmp_path_factory.mktemp("documented") / "job"
+    """The folder of the job that has run all commands, once for all test processes."""
+    base = tmp_path_factory.getbasetemp()
+    base = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "documented"
+    base.mkdir(exist_ok=True)
+    with open(base / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return base / "job" if (base / "job" / "batches.json").exists() else run_job(base / "job")
+
+
+def run_job(base: Path) -> Path:
     base.mkdir()
     (base / "commands.json").write_text(json.dumps([asdict(command) for command in RUN]))
     job = [sys.executable, str(ROOT / "tests" / "documented_job.py"), str(base), str(base / "commands.json")]

@@ -54,10 +54,21 @@ print("computed in", eco_m2f.__file__)
 """
 
 
-def test_imports_and_computes_without_extension_gpu_and_optional_packages(bare):
-    done = run_bare(bare, COMPUTE)
-    assert done.returncode == 0, done.stderr
-    assert f"computed in {bare}" in done.stdout
+DISTORT = """
+import numpy
+from eco_m2f.data.transforms import ColorDistortion
+ColorDistortion(saturation=1.2).apply_image(numpy.zeros((4, 4, 3), numpy.uint8))
+"""
+
+
+@pytest.fixture(scope="module")
+def computed(bare) -> subprocess.CompletedProcess:
+    """One process, whose imports take seconds: what can be done there, and then what cannot."""
+    return run_bare(bare, COMPUTE + DISTORT)
+
+
+def test_imports_and_computes_without_extension_gpu_and_optional_packages(bare, computed):
+    assert f"computed in {bare}" in computed.stdout, computed.stderr
 
 
 WITHOUT = ("detectron2", "pycocotools")
@@ -76,17 +87,9 @@ def test_gates_and_derived_datasets_need_neither_detectron2_nor_pycocotools(bare
     assert done.returncode == 0, done.stderr
 
 
-DISTORT = """
-import numpy
-from eco_m2f.data.transforms import ColorDistortion
-ColorDistortion(saturation=1.2).apply_image(numpy.zeros((4, 4, 3), numpy.uint8))
-"""
-
-
-def test_colour_distortion_says_that_it_needs_opencv(bare):
-    done = run_bare(bare, DISTORT)
-    assert done.returncode == 1
-    assert "needs cv2: pip install opencv-python" in done.stderr
+def test_colour_distortion_says_that_it_needs_opencv(computed):
+    assert computed.returncode == 1
+    assert "needs cv2: pip install opencv-python" in computed.stderr
 
 
 @pytest.mark.parametrize("package", HOW_TO_INSTALL)

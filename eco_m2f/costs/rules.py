@@ -84,7 +84,7 @@ def _resized(x, size, align_corners, scales=None, *_) -> Tensor:
 
 
 def _like(x, *_, **__) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape) if x.is_contiguous() else torch.empty_like(x)
 
 
 def _elementwise(a, b, **_) -> Tensor:
@@ -92,7 +92,7 @@ def _elementwise(a, b, **_) -> Tensor:
     if not a.is_floating_point():
         return NotImplemented
     shape = torch.broadcast_shapes(a.shape, b.shape) if isinstance(b, Tensor) else a.shape
-    return torch.empty_like(a) if shape == a.shape else a.new_empty(shape)
+    return _like(a) if shape == a.shape else a.new_empty(shape)
 
 
 # PyTorch computes the shapes of these operators in Python, slowly. These functions are faster.
@@ -103,6 +103,8 @@ SHAPES: dict[str, Callable[..., Tensor]] = {
     "aten::group_norm": _like,
     "aten::batch_norm": _like,
     "aten::relu": _like,
+    "aten::hardtanh": _like,
+    "aten::hardtanh_": lambda x, *_: x,
     "aten::gelu": _like,
     "aten::add": _elementwise,
     "aten::sub": _elementwise,

@@ -4,6 +4,8 @@ When PyYAML's safe loader refuses a config, detectron2 takes the unsafe one, whi
 YAMLs do not need it: they hold numbers, strings, lists and mappings.
 """
 
+import copy
+import functools
 import math
 import os
 from collections.abc import Mapping
@@ -114,6 +116,11 @@ def _parse(path: Path) -> Any:
         text = file.read(MAX_BYTES + 1)
     if len(text) > MAX_BYTES:
         raise ValueError(f"it has more than {MAX_BYTES} bytes")
+    return copy.deepcopy(_parsed(text))  # for the caller to change
+
+
+@functools.lru_cache(maxsize=32)  # configs share their bases, and a process may read one several times
+def _parsed(text: bytes) -> Any:
     loader = _Loader(text.decode("utf-8-sig"))
     try:
         node = loader.get_single_node()

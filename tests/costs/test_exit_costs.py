@@ -115,7 +115,7 @@ def coco_sizes(shared) -> list[tuple[tuple[int, int], tuple[int, int]]]:
 def test_means_over_the_5000_coco_images(shared, backbone, encoder, total):
     """Encoder and total as in the paper's Tables 1, 4 and 6. The totals need results of the image's own size."""
     model = model_of("coco", backbone)
-    report = analyze(model, images=coco_sizes(shared))
+    report = analyze(model, images=coco_sizes(shared), costs=costs_of("coco", backbone))
     assert report["mean"]["num_images"] == 5000 and report["exits"] is report["mean"]["exits"]
     assert report["mean"]["padded_area"] == pytest.approx(COCO_AREA, rel=1e-12)
     for k, value in encoder.items():

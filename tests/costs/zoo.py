@@ -3,8 +3,9 @@
 import functools
 
 from minis import CONFIGS
+from on_meta import build_on_meta
 
-from eco_m2f.engine.setup import build_model, load_cfg
+from eco_m2f.engine.setup import load_cfg
 
 BACKBONES = {
     "swin_t": "swin/maskformer2_swin_tiny_{}.yaml",
@@ -27,12 +28,11 @@ LABELS = {"swin_t": "swin_tiny", "swin_s": "swin_small", "swin_b": "swin_base_IN
 def model_of(dataset: str, backbone: str, eco: bool = False):
     name = BACKBONES[backbone].format(SCHEDULES[dataset])
     name = f"eco/eco_{name.removeprefix('swin/')}" if eco else name
-    cfg = load_cfg(str(CONFIGS / dataset / "panoptic-segmentation" / name), ["MODEL.DEVICE", "cpu"])
-    return build_model(cfg).to("meta")  # nothing is computed with its weights
+    return build_on_meta(load_cfg(str(CONFIGS / dataset / "panoptic-segmentation" / name), ["MODEL.DEVICE", "cpu"]))
 
 
 @functools.cache
 def sibling_of(sibling: str, dataset: str = "cityscapes", backbone: str = "swin_t", *opts):
     name = SIBLINGS[sibling].format(f"{LABELS[backbone]}_{SCHEDULES[dataset]}")
     path = CONFIGS / dataset / "panoptic-segmentation" / name
-    return build_model(load_cfg(str(path), ["MODEL.DEVICE", "cpu", *opts])).to("meta")
+    return build_on_meta(load_cfg(str(path), ["MODEL.DEVICE", "cpu", *opts]))

@@ -55,9 +55,9 @@ def test_the_resnet_of_dc5_is_torchvisions():
     from torchvision.models import resnet50
 
     torch.manual_seed(0)
-    theirs = resnet50(replace_stride_with_dilation=[False, False, True]).double().eval()
+    theirs = resnet50(replace_stride_with_dilation=[False, False, True], width_per_group=16).double().eval()
     layers = torch.nn.Sequential(*list(theirs.children())[:-2])  # without pooling and classifier
-    full = ("STEM_OUT_CHANNELS", 64, "RES2_OUT_CHANNELS", 256, "WIDTH_PER_GROUP", 64)
+    full = ("STEM_OUT_CHANNELS", 64, "RES2_OUT_CHANNELS", 256, "WIDTH_PER_GROUP", 16)
     full = [word if i % 2 else f"MODEL.RESNETS.{word}" for i, word in enumerate(full)]
     ours = build_backbone(*full, *DC5).double().eval()
     names = {n: resnet_name(n) for n in theirs.state_dict() if not n.startswith("fc.")}

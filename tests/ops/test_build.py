@@ -1,5 +1,6 @@
 """setup.py's decision what to build, and the independence of the built library. Nothing is compiled here."""
 
+import json
 import os
 import re
 import shutil
@@ -20,44 +21,79 @@ ROOT = Path(__file__).resolve().parents[2]
 NO_TOOLKIT = "/nonexistent/cuda"
 
 
-def decide(mode: str | None, **environment: str) -> subprocess.CompletedProcess:
-    """Runs setup.py up to its decision, with a command that builds nothing."""
+# A process in which setup.py runs several times, each in a fork of it: PyTorch is imported once.
+FORKS = """
+import json, os, runpy, sys
+import setuptools, torch  # all that setup.py takes from it is imported in the forks
+
+for name, environment in json.loads(sys.argv[1]).items():
+    if os.fork() == 0:
+        for number, stream in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(f"{sys.argv[2]}/{name}.{stream}", os.O_CREAT | os.O_WRONLY), number)
+        os.environ |= environment
+        sys.argv[:] = ["setup.py", "--quiet", "--version"]
+        sys.path.insert(0, os.getcwd())
+        runpy.run_path("setup.py", run_name="__main__")
+        break
+    open(f"{sys.argv[2]}/{name}.status", "w").write(str(os.waitstatus_to_exitcode(os.wait()[1])))
+"""
+
+
+@pytest.fixture(scope="module")
+def decisions(tmp_path_factory) -> dict[str, subprocess.CompletedProcess]:
+    """{case: setup.py as far as its decision}: a command that builds nothing."""
+    folder = tmp_path_factory.mktemp("decisions")
+    cases = {
+        "none": {"ECO_M2F_BUILD": "none", "CUDA_HOME": NO_TOOLKIT},
+        "cuda": {"ECO_M2F_BUILD": "cuda", "CUDA_HOME": NO_TOOLKIT},
+        "unknown": {"ECO_M2F_BUILD": "gpu"},
+        "wrapper": {"ECO_M2F_BUILD": "cuda", "PATH": f"{wrapper_of_nvcc(folder)}{os.pathsep}{os.environ['PATH']}"},
+    }
     clean = {k: v for k, v in os.environ.items() if k not in ("ECO_M2F_BUILD", "CUDA_HOME", "CUDA_PATH")}
-    clean |= environment | ({"ECO_M2F_BUILD": mode} if mode else {})
-    command = [sys.executable, "setup.py", "--quiet", "--version"]
-    return subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True)
+    command = [sys.executable, "-c", FORKS, json.dumps(cases), str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    read = lambda name, part: (folder / f"{name}.{part}").read_text()  # noqa: E731
+    return {
+        name: subprocess.CompletedProcess([], int(read(name, "status")), read(name, "stdout"), read(name, "stderr"))
+        for name in cases
+    }
 
 
-def test_none_builds_nothing():
-    done = decide("none", CUDA_HOME=NO_TOOLKIT)
+def wrapper_of_nvcc(folder: Path) -> Path:
+    """A folder with a script on behalf of the nvcc on PATH, as some machines have it, where there is one."""
+    bin_folder, real = folder / "bin", shutil.which("nvcc")
+    bin_folder.mkdir()
+    if real is not None:
+        (bin_folder / "nvcc").write_text(f'#!/bin/sh\nexec {real} "$@"\n')
+        (bin_folder / "nvcc").chmod(0o755)
+    return bin_folder
+
+
+def test_none_builds_nothing(decisions):
+    done = decisions["none"]
     assert done.returncode == 0, done.stderr
     assert "building" not in done.stdout
 
 
-def test_cuda_fails_where_it_cannot_be_built():
+def test_cuda_fails_where_it_cannot_be_built(decisions):
     """With the reason that auto gives when it leaves CUDA out."""
-    done = decide("cuda", CUDA_HOME=NO_TOOLKIT)
+    done = decisions["cuda"]
     why = f"no bin/nvcc of a CUDA toolkit (CUDA_HOME is {NO_TOOLKIT})" if torch.version.cuda else "has no CUDA"
     assert done.returncode == 1 and why in done.stderr
     assert "ECO_M2F_BUILD=cuda is impossible" in done.stderr and "ECO_M2F_BUILD=cpu" in done.stderr
 
 
-def test_unknown_modes_are_refused():
-    done = decide("gpu")
+def test_unknown_modes_are_refused(decisions):
+    done = decisions["unknown"]
     assert done.returncode == 1 and "ECO_M2F_BUILD is 'gpu': set it to auto, cpu, cuda or none" in done.stderr
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch without CUDA")
-def test_toolkit_is_found_behind_a_wrapper_of_nvcc(tmp_path):
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_toolkit_is_found_behind_a_wrapper_of_nvcc(decisions):
     """Some machines have a script on PATH, in a folder that is no toolkit."""
-    real = shutil.which("nvcc")
-    if real is None:
-        pytest.skip("nvcc is not installed")
-    wrapper = tmp_path / "bin" / "nvcc"
-    wrapper.parent.mkdir()
-    wrapper.write_text(f'#!/bin/sh\nexec {real} "$@"\n')
-    wrapper.chmod(0o755)
-    done = decide("cuda", PATH=f"{wrapper.parent}{os.pathsep}{os.environ['PATH']}")
+    done = decisions["wrapper"]
     assert done.returncode == 0, done.stderr
     assert "and the CUDA kernels" in done.stdout
 

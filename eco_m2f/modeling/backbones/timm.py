@@ -1,5 +1,7 @@
 """Backbones of the package timm with maps of strides 4 to 32, under detectron2's names res2..res5."""
 
+import functools
+
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
@@ -69,7 +71,8 @@ class TimmBackbone(Backbone):
         return {r: m.contiguous() for r, m in zip(self._out_features, maps)}
 
 
-def parameters_up_to(stride: int, name: str) -> set[str]:
+@functools.cache
+def parameters_up_to(stride: int, name: str) -> frozenset[str]:
     """The names of the parameters of a timm model that its maps of this stride and finer strides depend on."""
     timm = require("timm", f"the backbone {name!r}")
     with torch.device("meta"), torch.enable_grad():
@@ -78,7 +81,15 @@ def parameters_up_to(stride: int, name: str) -> set[str]:
         maps = [m.sum() for m, s in zip(model(image), model.feature_info.reduction()) if s <= stride]
         names, parameters = zip(*model.named_parameters())
         grads = torch.autograd.grad(maps, parameters, allow_unused=True) if maps else [None] * len(names)
-    return {n for n, grad in zip(names, grads) if grad is not None}
+    return frozenset(n for n, grad in zip(names, grads) if grad is not None)
+
+
+@functools.cache
+def strides_of(name: str) -> tuple[int, ...]:
+    """Of the maps of timm's model, in the order in which it returns them."""
+    timm = require("timm", f"the backbone {name!r}")
+    with torch.device("meta"):
+        return tuple(timm.create_model(name, features_only=True).feature_info.reduction())
 
 
 def timm_features(name: str, strides: list[int], channels: int, output_stride: int = 32) -> torch.nn.Module:
@@ -93,11 +104,10 @@ def timm_features(name: str, strides: list[int], channels: int, output_stride: i
         alike = timm.list_models(f"*{name.split('_')[0]}*")[:8]
         raise ValueError(f"MODEL.TIMM.NAME {name!r} is no model of timm {timm.__version__}; similar names: {alike}")
     options = {"features_only": True, "pretrained": False, "in_chans": channels}
-    with torch.device("meta"):
-        there = timm.create_model(name, **options).feature_info.reduction()
+    there = strides_of(name)
     missing = sorted(set(strides) - set(there))
     if missing:
-        raise ValueError(f"MODEL.TIMM.NAME {name!r} has no map of stride {missing}, only of {there}")
+        raise ValueError(f"MODEL.TIMM.NAME {name!r} has no map of stride {missing}, only of {list(there)}")
     deepest = {stride: index for index, stride in enumerate(there)}
     if output_stride == 32:
         return timm.create_model(name, out_indices=[deepest[s] for s in strides], **options)
