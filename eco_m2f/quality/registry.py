@@ -16,6 +16,8 @@ detectron2 nor pycocotools at the top, since Step C reads the class without them
   {"quality": title} for the mean over the images. The first decides between gates;
 - `exact`: None, or a static function (summed `ImageStatistics`, categories) -> {column: number in [0, 1], or NaN where
   nothing counts}, the quality of the whole dataset;
+- `exact_each`, optional: `exact` of R totals at once, (ids of C categories, their sums [R, 4, C] of iou, tp, fp and fn,
+  categories) -> {column: [R]}. Resampling takes less time with it;
 - `result_file`, `evaluated_columns`, `evaluated(content)`: the JSON that an evaluation of the whole model leaves,
   {column: title}, and the static function from the file's content to {column: points of 100};
 - `switch`: the config key that must be on for that evaluation, or "" where it always runs.

@@ -85,7 +85,7 @@ def test_several_budgets_are_several_gates_and_a_frontier(derived, tmp_path):
     assert names == [f"gate_beta{beta}_K{k}.pth" for beta in ("0.001", "0.01") for k in (4, 6)]
     with open(table, newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 3 + 4 * 2
+    assert [row["policy"] for row in rows] == ["fixed"] * 3 + ["oracle", "gate", "mixture"] * 4
     for row in rows:
         if row["policy"] == "gate":
             gate = Gate.load(tmp_path / f"gate_beta{row['beta']}_K{row['max_exit']}.pth")
