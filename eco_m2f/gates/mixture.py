@@ -102,7 +102,8 @@ class Mixtures:
         resamples: int = RESAMPLES,
     ):
         """max_exit: the deepest exit to mix. Raises ValueError where the dataset's quality is not known."""
-        self.dataset, self.seed, self.draws, self.resamples = dataset, seed, draws, resamples
+        self.dataset, self.draws, self.resamples = dataset, draws, resamples
+        self.seed = seed % 2**63  # numpy takes none below 0
         self._counted = CountedQuality(dataset) if dataset.quality_kind.exact and dataset.has_statistics else None
         self._rows: dict[Mixture, dict] = {}
         exits = [k for k in dataset.exits if max_exit is None or k <= max_exit]

@@ -166,7 +166,7 @@ def test_exit_targets_gain_and_a_choice_at_random_does_not(val, means):
 def test_the_same_seed_gives_the_same_numbers(val):
     choice = exit_targets(val.quality, EXITS, 0.01, 6).numpy()
     first, again, other = (Mixtures(val, seed=seed).gain(choice) for seed in (0, 0, 1))
-    assert first == again != other
+    assert first == again != other and 0 <= Mixtures(val, seed=-1).gain(choice).p <= 1
     assert (other.gain, other.low, other.high) == pytest.approx((first.gain, first.low, first.high), abs=0.1)
 
 
@@ -192,16 +192,16 @@ def test_a_gain_in_a_resample_is_that_of_brute_force(random):
 
 
 def test_intervals_hold_the_truth_and_p_is_uniform_without_a_gain():
-    """Of 300 datasets of 80 images, drawn from what is known."""
+    """Of 200 datasets of 80 images, drawn from what is known."""
     rng = np.random.default_rng(0)
     for effect in (0.0, 0.03):
         truth, held, p = 100 * effect * math.sqrt(2 / math.pi), [], []
-        for seed in range(300):
+        for seed in range(200):
             dataset, choice = simulated(rng, 80, effect)
             found = Mixtures(dataset, seed=seed, resamples=200).gain(choice)
             held.append(found.low <= truth <= found.high)
             p.append(found.p)
-        assert 0.90 <= np.mean(held) <= 0.98
+        assert 0.90 <= np.mean(held) <= 0.99
         if effect == 0:
             assert np.abs(np.quantile(p, [0.1, 0.25, 0.5, 0.75, 0.9]) - [0.1, 0.25, 0.5, 0.75, 0.9]).max() < 0.1
         else:
