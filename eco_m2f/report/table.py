@@ -45,8 +45,8 @@ def provenance(folder: Path, parent: DerivedDataset, val: DerivedDataset) -> lis
     about = val.provenance
     lines = [
         f"{val.quality_name} on the {len(val)} images of `{about['dataset']}`; GFLOPs: means over them, in the paper's "
-        "convention. A mixture sends images to fixed exits at random, at the mean GFLOPs of a gate. A gain over it stands "
-        "with its 95 % interval and the p value of no gain, from resampled images.",
+        "convention. A mixture sends images to fixed exits at random, at the mean GFLOPs of a gate. A gain over it has "
+        "its 95 % interval and the p value of no gain, from resampled images.",
         "",
         f"Parent {parent.provenance['checkpoint_sha256'][:12]}, after Step A {about['checkpoint_sha256'][:12]}; "
         f"eco_m2f {__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads on {_processor()}.",
