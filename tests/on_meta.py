@@ -10,7 +10,7 @@ FILLS = {Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.clamp_}  # slow
 
 
 class _ShapesAlone(TorchFunctionMode):
-    """Initialises nothing. detectron2's Swin reads the rates of its stochastic depth from a tensor, which has values."""
+    """Initialises nothing. detectron2's Swin reads the rates of its stochastic depth from a tensor with values."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -135,4 +135,4 @@ def test_the_quality_goes_through_step_b_a_gate_and_the_report(quality, tmp_path
     key = yaml.safe_load(QUALITY["yaml"])["MODEL"]["ECO"]["QUALITY"]
     QUALITY_CONTRACT.check_whole_way(key, quality, tmp_path)
     rows = frontier(*[DerivedDataset.load(tmp_path / "run" / "derived" / "val")] * 2, [1e-6], [6])
-    assert [list(row.exact) for row in rows] == [["accuracy"]] * 7
+    assert [list(row.exact) for row in rows] == [["accuracy"]] * 8

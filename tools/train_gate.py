@@ -5,13 +5,21 @@
     # the frontier over beta and K: gate_beta0.0001_K6.safetensors, ... and a table
     tools/train_gate.py --train derived/train --val derived/val --beta 0.0001 0.0005 0.002 --max-exit 6 5 \\
         --output gate.safetensors --frontier frontier.csv
-    # the best gate within a limit of GFLOPs; with --max-pq-drop the cheapest gate within a loss of quality
+    # the best gate or fixed exit within a limit of GFLOPs; with --max-pq-drop the cheapest within a loss of quality
     tools/train_gate.py --train derived/train --val derived/val --target-gflops 120 --output gate.safetensors
     # beta, K, loss and optimizer from MODEL.ECO of a config (the paper's for COCO and Cityscapes); options override it
     tools/train_gate.py --train derived/train --val derived/val --output gate.safetensors \\
         --config-file configs/coco/panoptic-segmentation/eco/eco_maskformer2_R50_bs16_50ep.yaml
 
 A name that ends in .safetensors gives a file of that format, any other name PyTorch's archive.
+
+The table shows each gate beside fixed exits, exit targets and the mixture. The mixture sends images to fixed exits at
+random, at the gate's mean GFLOPs. The gain over it has a 95 % interval and a p value, from a paired bootstrap over the
+images of --val. Lines below say which gates beat the mixture.
+
+With --target-gflops or --max-pq-drop a fixed exit or a mixture may be best; the tool then says so. A fixed exit is saved
+as a gate that sends every image there. A mixture cannot be a gate: the best gate or fixed exit is saved instead.
+
 Images and parent are not needed. Quality and GFLOPs are exact for the images of --val, because they are sums over the
 derived dataset. AP is no such sum: the mean over the images is used.
 """
@@ -30,6 +38,7 @@ from eco_m2f.files import write_csv
 from eco_m2f.gates.fit import OPTIMIZERS, AdamOptions
 from eco_m2f.gates.frontier import Row, format_row, frontier, header
 from eco_m2f.gates.search import search_budget
+from eco_m2f.gates.verdict import conclusion, verdict
 
 HELD_OUT = 0.1  # share of the training images, without --val
 
@@ -61,14 +70,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the held-out images and of the fit (default: 0)")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--beta", type=float, nargs="+", help="price of an encoder layer in quality (COCO: 0.0005)")
-    budget.add_argument(
-        "--target-gflops", type=float, metavar="G", help="search beta: mean GFLOPs on --val are at most G"
-    )
+    budget.add_argument("--target-gflops", type=float, metavar="G", help="search: mean GFLOPs on --val are at most G")
     budget.add_argument(
         "--max-pq-drop",
         type=float,
         metavar="D",
-        help="search beta: the quality on --val is at most D points below the last exit's",
+        help="search: the quality on --val is at most D points below the last exit's",
     )
     return parser
 
@@ -94,13 +101,16 @@ def main(args: argparse.Namespace) -> None:
     check_derived_with(args, train)
     kind = train.quality_kind
     about = f"{len(train)} images to fit on, {len(val)} to evaluate on, exits {list(train.exits)}, quality {kind.name}"
-    print(f"{about}\n{header(kind)}", flush=True)
+    print(f"{about}\n{header(val)}", flush=True)
     rows, best = fit(args, train, val)
+    by_quality = args.target_gflops is not None
+    lines = conclusion(best[0], rows, by_quality, kind.name) if args.searched else verdict(rows, kind.name)
+    print(*lines, sep="\n")
     for row in best:
         path = gate_path(args.output, row, alone=len(best) == 1)
         row.gate.save(path)
-        quality = f"{kind.name} {row.score:.2f}"
-        print(f"saved {path}: beta {row.beta:.4g}, K {row.max_exit}, {row.total_gflops:.2f} GFLOPs, {quality}")
+        words = f"fixed exit {row.max_exit}" if row.beta is None else f"beta {row.beta:.4g}, K {row.max_exit}"
+        print(f"saved {path}: {words}, {row.total_gflops:.2f} GFLOPs, {kind.name} {row.score:.2f}")
     if args.frontier:
         write_csv(args.frontier, [row.numbers() for row in rows])
         print(f"saved {args.frontier}")

@@ -156,7 +156,7 @@ class _SparseStatistics:
 
     def total(self, columns: np.ndarray) -> ImageStatistics:
         """The sums per category if image i takes the exit of columns[i]."""
-        entries = self._entries(np.arange(len(columns)) * self.num_exits + columns)
+        entries = self.entries(np.arange(len(columns)) * self.num_exits + columns)
         ids, category = np.unique(self.category[entries], return_inverse=True)  # ids may be up to 2^31 - 1
         sums = [np.bincount(category, values[entries], len(ids)) for values in (self.iou, self.tp, self.fp, self.fn)]
         present = np.flatnonzero(sums[1] + sums[2] + sums[3])
@@ -165,17 +165,20 @@ class _SparseStatistics:
 
     def subset(self, rows: np.ndarray) -> "_SparseStatistics":
         slots = (rows[:, None] * self.num_exits + np.arange(self.num_exits)).ravel()
-        entries = self._entries(slots)
-        offsets = np.concatenate([[0], np.cumsum(np.diff(self.offsets)[slots])])
+        entries = self.entries(slots)
+        offsets = np.concatenate([[0], np.cumsum(self.lengths(slots))])
         values = (v[entries] for v in (self.category, self.iou, self.tp, self.fp, self.fn))
         return _SparseStatistics(self.num_exits, offsets, *values)
 
-    def _entries(self, slots: np.ndarray) -> np.ndarray:
+    def entries(self, slots: np.ndarray) -> np.ndarray:
         """The positions of all entries of these slots, slot by slot."""
-        start = self.offsets[slots]
-        count = self.offsets[slots + 1] - start
+        start, count = self.offsets[slots], self.lengths(slots)
         before = np.cumsum(count) - count
         return np.repeat(start - before, count) + np.arange(count.sum())
+
+    def lengths(self, slots: np.ndarray) -> np.ndarray:
+        """The number of entries of each slot."""
+        return self.offsets[slots + 1] - self.offsets[slots]
 
 
 def _fields(path: Path, manifest: Mapping, shards: Sequence[int], with_features: bool) -> dict:

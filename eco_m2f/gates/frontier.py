@@ -17,14 +17,17 @@ from ..derived.dataset import DerivedDataset
 from ..exits import check_has_minimum, exit_targets, exits_up_to
 from .fit import AdamOptions, Scaling, fit_gates
 from .gate import Gate
+from .mixture import GAIN_COLUMNS, Gain, Mixture, Mixtures
 
 
 @dataclass
 class Row:
     """A frontier row: quality and cost of one way to choose exits on a derived dataset. The CSV has a line for each.
 
-    policy: "fixed" (all images leave at max_exit), "oracle" (the exit targets of Eq. 5), or "gate". Qualities are in
-    points of 100. GFLOPs are means over the images.
+    policy: "fixed" (all images leave at max_exit), "oracle" (the exit targets of Eq. 5), "gate", or "mixture" (of fixed
+    exits, at the cost of the gate with this beta, max_exit and loss). Qualities are in points of 100. GFLOPs are means
+    over the images. gain: the gain of a gate or of exit targets over the mixture. spread: the standard deviation of a
+    mixture's draws, in points.
     """
 
     policy: str
@@ -38,6 +41,8 @@ class Row:
     encoder_gflops: float
     images: dict[int, int]  # {exit: number of images that leave there}
     gate: Gate | None = None
+    gain: Gain | None = None
+    spread: float | None = None
 
     @property
     def score(self) -> float:
@@ -49,9 +54,10 @@ class Row:
         """All fields but the gate, flat: a line of the CSV."""
         flat: dict = {}
         for key, value in vars(self).items():
-            if key not in ("images", "gate"):
+            if key not in ("images", "gate", "gain", "spread"):
                 flat |= value if key == "exact" else {key: value}
-        return {**flat, **{f"images_exit{k}": n for k, n in self.images.items()}}
+        gain = self.gain.numbers() if self.gain else dict.fromkeys(GAIN_COLUMNS)
+        return {**flat, **{f"images_exit{k}": n for k, n in self.images.items()}, **gain, "mixture_spread": self.spread}
 
 
 def measure(dataset: DerivedDataset, choice, **about) -> Row:
@@ -105,6 +111,7 @@ class GateFitter:
         self.features, self.val_features = torch.from_numpy(train.features), torch.from_numpy(val.features)
         self.l2 = self.features.shape[1] / len(self.features) if l2 is None else l2
         self.scaling = Scaling.of(self.features, self.l2, seed)
+        self.mixtures = Mixtures(val, seed=seed)
 
     def fit(self, beta: float, max_exit: int, loss: str = "hard_ce") -> Row:
         """The frontier row of one gate. `row.gate` is the gate, and `gate.results` has the numbers of the row."""
@@ -130,7 +137,8 @@ class GateFitter:
 
     def _row(self, gate: Gate) -> Row:
         about = {"policy": "gate", "beta": gate.beta, "max_exit": gate.max_exit, "loss": gate.loss}
-        row = measure(self.val, gate.choose(self.val_features), **about)
+        choice = gate.choose(self.val_features)
+        row = measure(self.val, choice, gain=self.mixtures.gain(choice), **about)
         gate.results = {**row.numbers(), "measured_on": self.val.provenance["dataset"], "num_images": len(self.val)}
         row.gate = gate
         return row
@@ -142,10 +150,23 @@ def fixed_rows(dataset: DerivedDataset) -> list[Row]:
     return [measure(dataset, np.full(len(dataset), k), max_exit=k, **about) for k in dataset.exits]
 
 
-def oracle_row(dataset: DerivedDataset, beta: float, max_exit: int) -> Row:
-    """The frontier row of the exit targets (Eq. 5). No gate reaches a higher utility."""
+def oracle_row(dataset: DerivedDataset, beta: float, max_exit: int, mixtures: Mixtures | None = None) -> Row:
+    """The frontier row of the exit targets (Eq. 5). No gate reaches a higher utility. mixtures: to add its gain."""
     targets = exit_targets(dataset.quality, dataset.exits, beta, max_exit)
-    return measure(dataset, targets, policy="oracle", beta=beta, max_exit=max_exit, loss=None)
+    gain = mixtures.gain(targets) if mixtures else None
+    return measure(dataset, targets, policy="oracle", beta=beta, max_exit=max_exit, loss=None, gain=gain)
+
+
+def mixture_row(mixtures: Mixtures, mixture: Mixture, **about) -> Row:
+    """A mixture; about: beta, max_exit and loss of the gate that it stands beside."""
+    row = mixtures.row(mixture)
+    row.pop("score")
+    return Row(policy="mixture", **row, **about)
+
+
+def beside(mixtures: Mixtures, gate: Row) -> Row:
+    """The mixture that costs what a gate costs."""
+    return mixture_row(mixtures, gate.gain.mixture, beta=gate.beta, max_exit=gate.max_exit, loss=gate.loss)
 
 
 def frontier(
@@ -156,7 +177,7 @@ def frontier(
     losses: Sequence[str] = ("hard_ce",),
     **options,
 ) -> Iterator[Row]:
-    """Yields the frontier rows on val: each fixed exit, then for each K and beta the oracle and a gate per loss.
+    """Yields the frontier rows on val: fixed exits; for each K and beta the oracle, a gate per loss, and its mixture.
 
     options: optimizer, l2, seed, adam of `GateFitter`. All gates of one K are fitted before the first of them comes.
     """
@@ -169,25 +190,39 @@ def frontier(
     for max_exit in max_exits:
         gates = iter(fitter.fit_all([(beta, max_exit, loss) for beta in betas for loss in losses]))
         for beta in betas:
-            yield oracle_row(val, beta, max_exit)
-            yield from itertools.islice(gates, len(losses))
+            yield oracle_row(val, beta, max_exit, fitter.mixtures)
+            for gate in itertools.islice(gates, len(losses)):
+                yield gate
+                yield beside(fitter.mixtures, gate)
 
 
-def header(kind: type) -> str:
-    """The column titles for `format_row`. kind: the quality."""
+def header(dataset: DerivedDataset) -> str:
+    """The column titles for `format_row`, for rows on a dataset."""
+    kind = dataset.quality_kind
     exact = "".join(f"{title:{width}} " for title, width in _exact_columns(kind).items())
-    return f"policy  K  beta     loss      {exact}quality  exit   GFLOPs    encoder  images per exit"
+    images = f"{'images per exit':{_images_width(dict.fromkeys(dataset.exits, len(dataset)))}}"
+    return f"policy  K  beta     loss      {exact}quality  exit   GFLOPs    encoder  {images} gain  from  to    p"
 
 
 def format_row(row: Row, kind: type) -> str:
-    """A frontier row as a line under `header(kind)`."""
+    """A frontier row as a line under `header`. The gain is over the mixture, in points; from and to are its interval."""
     beta = "-" if row.beta is None else f"{row.beta:.3g}"
     images = " ".join(f"{k}:{n}" for k, n in row.images.items())
     exact = "".join(f"{_points(v):{width}} " for v, width in zip(row.exact.values(), _exact_columns(kind).values()))
-    return (
+    line = (
         f"{row.policy:7} {row.max_exit:<2} {beta:8} {row.loss or '-':9} {exact}{row.quality:<8.2f} "
         f"{row.mean_exit:<6.3f} {row.total_gflops:<9.2f} {row.encoder_gflops:<8.2f} {images}"
     )
+    if not row.gain:
+        return line
+    gain = " ".join(f"{value:<+5.2f}" for value in (row.gain.gain, row.gain.low, row.gain.high))
+    aside = _images_width(dict.fromkeys(row.images, sum(row.images.values()))) - len(images)
+    return f"{line}{' ' * aside} {gain} {row.gain.p:.3f}"
+
+
+def _images_width(images: dict[int, int]) -> int:
+    """Of the column of images, where every exit has as many."""
+    return max(len("images per exit"), len(" ".join(f"{k}:{n}" for k, n in images.items())))
 
 
 def _points(value: float) -> str:

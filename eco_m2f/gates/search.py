@@ -1,11 +1,13 @@
-"""The search for the best gate within a limit of GFLOPs or of lost quality."""
+"""The search for the best gate, fixed exit or mixture within a limit of GFLOPs or of lost quality."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from ..derived.dataset import DerivedDataset
-from ..exits import largest_beta
-from .frontier import GateFitter, Row, fixed_rows
+from ..exits import exits_up_to, largest_beta
+from .fixed import with_gate
+from .frontier import GateFitter, Row, fixed_rows, mixture_row
+from .mixture import Mixtures
 
 
 def search_budget(
@@ -19,21 +21,23 @@ def search_budget(
     steps: int = 12,
     **options,
 ) -> tuple[Row, list[Row]]:
-    """The frontier row of the best gate within a limit, and the rows of all gates tried.
+    """The frontier row of the best gate or fixed exit within a limit, and all rows tried: fixed exits, gates, a mixture.
 
     beta is found by bisection of its logarithm. Give one limit, both on val:
 
-    target_gflops: most mean total GFLOPs. Among the gates within it, the one of highest quality wins.
-    max_pq_drop: most points of quality (of 100) that a gate may lose against the last exit for all images. Among the
-        gates within it, the one with the fewest GFLOPs wins.
+    target_gflops: most mean total GFLOPs. Among the rows within it, the one of highest quality wins.
+    max_pq_drop: most points of quality (of 100) that a row may lose against the last exit for all images. Among the
+        rows within it, the one with the fewest GFLOPs wins.
 
-    Raises ValueError if no gate keeps to the limit. The message has the nearest value reached.
+    The best row holds a gate; a fixed exit's gate sends all images there. On a tie the fixed exit wins. The best mixture
+    within the limit is among the rows and holds no gate: `best` says whether it is better. No row exceeds max_exit.
+    Raises ValueError if no row keeps to the limit. The message has the nearest value reached.
     """
     if (target_gflops is None) == (max_pq_drop is None):
         raise ValueError("give either target_gflops or max_pq_drop")
     if max_pq_drop is not None and not max_pq_drop >= 0:
         raise ValueError(f"max_pq_drop must be a number of points >= 0: {max_pq_drop}")
-    fixed = fixed_rows(val)
+    fixed, allowed = fixed_rows(val), exits_up_to(val.exits, max_exit)
     if target_gflops is not None and not fixed[0].total_gflops <= target_gflops:
         raise ValueError(f"target_gflops {target_gflops} is below exit {val.exits[0]}'s {fixed[0].total_gflops:.4g}")
     floor = None if max_pq_drop is None else fixed[-1].score - max_pq_drop
@@ -41,18 +45,28 @@ def search_budget(
     def keeps(row: Row) -> bool:
         return row.total_gflops <= target_gflops if floor is None else row.score >= floor
 
-    def rank(row: Row) -> float:
-        return row.score if floor is None else -row.total_gflops
-
-    rows = list(_bisect(GateFitter(train, val, **options), max_exit, loss, keeps, cheaper=floor is None, steps=steps))
-    within = [row for row in rows if keeps(row)]
-    if not within and floor is None:
-        least = min(row.total_gflops for row in rows)
-        raise ValueError(f"no gate up to exit {max_exit} keeps to {target_gflops} GFLOPs: the least is {least:.4g}")
-    if not within:
+    fitter = GateFitter(train, val, **options)
+    gates = list(_bisect(fitter, max_exit, loss, keeps, cheaper=floor is None, steps=steps))
+    rows = [with_gate(row, fitter, loss) for row in fixed if row.max_exit in allowed] + gates
+    good = [row for row in rows if keeps(row)]
+    if not good:
         least = fixed[-1].score - max(row.score for row in rows)
-        raise ValueError(f"no gate up to exit {max_exit} loses at most {max_pq_drop} points: the least is {least:.3g}")
-    return max(within, key=rank), rows
+        raise ValueError(
+            f"no gate or exit up to exit {max_exit} loses at most {max_pq_drop} points: the least is {least:.3g}"
+        )
+    mixtures = Mixtures(val, max_exit, fitter.seed)
+    mixture = mixtures.at(target_gflops) if floor is None else mixtures.cheapest(floor)
+    if mixture and not mixture.is_fixed:
+        rows.append(mixture_row(mixtures, mixture, beta=None, max_exit=max(mixture.exits), loss=None))
+    return best(good, by_quality=floor is None), rows
+
+
+def best(rows: Sequence[Row], by_quality: bool) -> Row:
+    """Of rows that keep to a limit the one of highest quality, or else the one of fewest GFLOPs.
+
+    Where two are equally good, the other number decides, and then the order.
+    """
+    return min(rows, key=lambda row: (-row.score, row.total_gflops) if by_quality else (row.total_gflops, -row.score))
 
 
 def _bisect(

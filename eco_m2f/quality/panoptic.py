@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 
-from .panoptic_quality import PanopticComparison, dataset_pq, image_pq, to_dataset_categories
+from .panoptic_quality import PanopticComparison, dataset_pq, image_pq, pq_of_each, to_dataset_categories
 from .postprocessed import on_host, results_of
 from .registry import QUALITY_REGISTRY
 from .statistics import ImageStatistics
@@ -52,6 +52,12 @@ class PanopticQuality:
     def exact(total: ImageStatistics, categories: Sequence[Mapping]) -> dict[str, float]:
         result = dataset_pq(total, categories)
         return {column: result[group]["pq"] for column, group in zip(PanopticQuality.columns, _GROUPS)}
+
+    @staticmethod
+    def exact_each(ids: np.ndarray, sums: np.ndarray, categories: Sequence[Mapping]) -> dict[str, np.ndarray]:
+        things = np.isin(ids, [c["id"] for c in categories if c["isthing"]])
+        groups = (sums, sums[:, :, things], sums[:, :, ~things])
+        return {column: pq_of_each(group) for column, group in zip(PanopticQuality.columns, groups)}
 
     @staticmethod
     def evaluated(content: Mapping) -> dict[str, float]:

@@ -140,6 +140,15 @@ def dataset_pq(total: ImageStatistics, categories: Iterable[Mapping]) -> dict:
     return {**result, "per_class": per_class}
 
 
+def pq_of_each(sums: np.ndarray) -> np.ndarray:
+    """[R, 4, C] of iou, tp, fp, fn -> [R], the mean PQ over the categories that count; NaN where there is none."""
+    iou, tp, fp, fn = np.moveaxis(sums, 1, 0)  # [R, C] each
+    denominator = tp + 0.5 * fp + 0.5 * fn
+    pq = np.divide(iou, denominator, out=np.zeros_like(iou), where=denominator > 0)
+    number = np.count_nonzero(denominator, axis=1)
+    return np.divide(pq.sum(axis=1), number, out=np.full(len(sums), np.nan), where=number > 0)
+
+
 def to_dataset_categories(segments: Sequence[Mapping], dataset_id: Mapping[int, int]) -> list[dict]:
     """Copies of segments with the dataset's category ids instead of contiguous ids; see `contiguous_to_dataset_id`."""
     try:

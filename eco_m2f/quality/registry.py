@@ -16,6 +16,8 @@ import detectron2 or pycocotools at the top, because Step C reads the class with
   {"quality": title} for the mean over the images. The first column ranks gates;
 - `exact`: None, or a static function (summed `ImageStatistics`, categories) -> {column: number in [0, 1]}, the quality
   of the whole dataset. The number is NaN if nothing counts;
+- `exact_each`, optional: `exact` of R totals at once, (ids of C categories, their sums [R, 4, C] of iou, tp, fp and fn,
+  categories) -> {column: [R]}. It makes resampling faster;
 - `result_file`: the JSON file that an evaluation of the whole model writes;
 - `evaluated_columns`, `evaluated(content)`: {column: title}, and a static function from the content of this file to
   {column: points of 100};

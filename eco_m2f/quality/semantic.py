@@ -68,6 +68,14 @@ class MeanIoU:
         return {"miou": mean_iou(total)}
 
     @staticmethod
+    def exact_each(ids: np.ndarray, sums: np.ndarray, categories: Sequence[Mapping]) -> dict[str, np.ndarray]:
+        _, tp, fp, fn = np.moveaxis(sums, 1, 0)  # [R, C] each
+        occurs = tp + fn > 0
+        iou = np.divide(tp, tp + fp + fn, out=np.zeros_like(tp), where=occurs)
+        number = np.count_nonzero(occurs, axis=1)
+        return {"miou": np.divide(iou.sum(axis=1), number, out=np.full(len(sums), np.nan), where=number > 0)}
+
+    @staticmethod
     def evaluated(content: Mapping) -> dict[str, float]:
         value = content["mIoU"]  # in points; None if no pixel is labelled
         return {"evaluated_miou": float("nan") if value is None else value}

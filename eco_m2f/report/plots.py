@@ -14,6 +14,7 @@ from matplotlib.figure import Figure, FigureBase
 from ..derived.dataset import DerivedDataset
 from ..files import atomic_write
 from ..gates.frontier import Row
+from ..gates.mixture import upper_hull
 from .predictions import Example
 from .results import PARENT, STEP_A, TARGETS, Result
 
@@ -57,11 +58,19 @@ def draw_quality(axes: Axes, results: Sequence[Result], kind: type) -> None:
         rows = [r.row for r in results if r.model == model and r.row.policy == policy]
         axes.plot([r.encoder_gflops for r in rows], [r.score for r in rows], style, color=color, label=label)
         label_points(axes, rows, color, 0.04 * full)
+    draw_mixtures(axes, [r.row for r in results if r.model == STEP_A and r.row.policy == "fixed"])
     axes.margins(y=0.15)
     title = next(iter(kind.columns.values()))
     axes.set(xlabel="encoder GFLOPs per image", ylabel=title, title="Quality and cost (numbers: exit or beta)")
     axes.grid(alpha=0.3)
     axes.legend()
+
+
+def draw_mixtures(axes: Axes, fixed: Sequence[Row]) -> None:
+    """The best mixtures of fixed exits: the line over their hull."""
+    hull = upper_hull([r.total_gflops for r in fixed], [r.score for r in fixed])
+    points = [(fixed[i].encoder_gflops, fixed[i].score) for i in hull]
+    axes.plot(*zip(*points), "-", color="black", linewidth=1, label="mixture of fixed exits")
 
 
 def label_points(axes: Axes, rows: Sequence[Row], color: str, near: float) -> None:

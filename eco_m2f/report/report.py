@@ -5,6 +5,7 @@ from pathlib import Path
 from ..derived.dataset import DerivedDataset
 from ..files import atomic_write
 from ..gates.gate import Gate
+from ..gates.verdict import verdict
 from .plots import plot_exits, plot_overview, plot_predictions, plot_quality
 from .predictions import predict_examples
 from .results import collect
@@ -28,8 +29,10 @@ def write_report(folder: str | Path) -> Path:
         raise FileNotFoundError(f"no gates in {folder / 'gates'}: let tools/recipe.py come to its end")
     results = collect(folder, parent, val, gates)
     write_table(results, folder / "table.csv")
+    verdicts = verdict([result.row for result in results], val.quality_name)
+    lines = [*markdown(results, val.quality_kind), "", *(f"- {line}" for line in verdicts), ""]
     with atomic_write(folder / "table.md", "w") as file:
-        file.write("\n".join([*markdown(results, val.quality_kind), "", *provenance(folder, parent, val), ""]))
+        file.write("\n".join([*lines, *provenance(folder, parent, val), ""]))
     plot_quality(results, val.quality_kind, folder / f"{val.quality_name.lower()}_gflops.png")
     plot_exits(results, val, folder / "exits.png")
     name, middle = list(gates.items())[len(gates) // 2]

@@ -1,4 +1,4 @@
-"""What a recipe's run measured: forced exits, gates and exit targets."""
+"""What a recipe's run measured: forced exits, gates, mixtures of fixed exits, and exit targets."""
 
 import json
 from collections.abc import Mapping
@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 
 from ..derived.dataset import DerivedDataset
-from ..gates.frontier import Row, fixed_rows, measure, oracle_row
+from ..gates.frontier import Row, beside, fixed_rows, measure, oracle_row
 from ..gates.gate import Gate
+from ..gates.mixture import Mixtures
 
 PARENT, STEP_A, TARGETS = "parent, no Step A", "after Step A", "after Step A, exit targets of Eq. 5"
+MIXTURE = "after Step A, mixture of fixed exits"
 
 
 @dataclass
@@ -33,14 +35,16 @@ def collect(folder: Path, parent: DerivedDataset, val: DerivedDataset, gates: Ma
     for row in fixed_rows(val):
         whole = evaluated(folder / "eval" / "full", val.quality_kind) if row.max_exit == val.exits[-1] else {}
         results.append(Result(STEP_A, f"all at {row.max_exit}", row, whole))
-    features = torch.from_numpy(val.features)
+    features, mixtures = torch.from_numpy(val.features), Mixtures(val)
     for name, gate in gates.items():
         about = {"policy": "gate", "beta": gate.beta, "max_exit": gate.max_exit, "loss": gate.loss}
-        row = measure(val, gate.choose(features), **about)
+        choice = gate.choose(features).numpy()
+        row = measure(val, choice, gain=mixtures.gain(choice), **about)
         whole = evaluated(folder / "eval" / name, val.quality_kind)
         results.append(Result(STEP_A, f"gate, beta {gate.beta:g}", row, whole))
+        results.append(Result(MIXTURE, f"cost of gate, beta {gate.beta:g}", beside(mixtures, row)))
     for gate in gates.values():
-        results.append(Result(TARGETS, f"beta {gate.beta:g}", oracle_row(val, gate.beta, gate.max_exit)))
+        results.append(Result(TARGETS, f"beta {gate.beta:g}", oracle_row(val, gate.beta, gate.max_exit, mixtures)))
     return results
 
 

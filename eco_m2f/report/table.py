@@ -11,13 +11,18 @@ import torch
 from .. import __version__
 from ..derived.dataset import DerivedDataset
 from ..files import write_csv
+from ..gates.mixture import Gain
 from .results import Result
 
 
 def markdown(results: Sequence[Result], kind: type) -> list[str]:
-    """The table's lines, of a quality. "of full" is the part of the encoder's cost at the last exit."""
+    """The table's lines, of a quality. "of full" is the part of the encoder's cost at the last exit.
+
+    A mixture sends images to fixed exits at random. A gain over it at equal cost has its 95 % interval and p value.
+    """
     quality = (*kind.columns.values(), *kind.evaluated_columns.values())
     head = ("model", "images leave", *quality, "mean exit", "GFLOPs", "encoder GFLOPs", "of full", "images per exit")
+    head += ("gain over the mixture",)
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     full = max(result.row.encoder_gflops for result in results)
     for result in results:
@@ -26,8 +31,13 @@ def markdown(results: Sequence[Result], kind: type) -> list[str]:
         cells = [result.model, result.leaves, *("" if v is None else f"{v:.2f}" for v in points)]
         cells += [f"{row.mean_exit:.2f}", f"{row.total_gflops:.4g}", f"{row.encoder_gflops:.4g}"]
         cells += [f"{100 * row.encoder_gflops / full:.0f} %", " ".join(f"{k}:{n}" for k, n in row.images.items() if n)]
+        cells.append(_gain(row.gain))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _gain(gain: Gain | None) -> str:
+    return f"{gain.gain:+.2f} ({gain.low:.2f} to {gain.high:.2f}), p {gain.p:.3f}" if gain else ""
 
 
 def provenance(folder: Path, parent: DerivedDataset, val: DerivedDataset) -> list[str]:
@@ -35,7 +45,8 @@ def provenance(folder: Path, parent: DerivedDataset, val: DerivedDataset) -> lis
     about = val.provenance
     lines = [
         f"{val.quality_name} on the {len(val)} images of `{about['dataset']}`; GFLOPs: means over them, in the paper's "
-        "convention.",
+        "convention. A mixture sends images to fixed exits at random, at the mean GFLOPs of a gate. A gain over it has "
+        "its 95 % interval and the p value of no gain, from resampled images.",
         "",
         f"Parent {parent.provenance['checkpoint_sha256'][:12]}, after Step A {about['checkpoint_sha256'][:12]}; "
         f"eco_m2f {__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads on {_processor()}.",

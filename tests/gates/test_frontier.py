@@ -42,7 +42,7 @@ def test_fixed_rows(val):
 
 def test_frontier_measures_the_gates_it_holds(train, val):
     rows = list(frontier(train, val, betas=[0.0, 0.005, 2.0], max_exits=[6, 4], losses=["hard_ce", "soft_ce"]))
-    assert [r.policy for r in rows] == ["fixed"] * 3 + ["oracle", "gate", "gate"] * 6
+    assert [r.policy for r in rows] == ["fixed"] * 3 + ["oracle", "gate", "mixture", "gate", "mixture"] * 6
     for row in rows[3:]:
         if row.policy == "gate":
             choice = row.gate.choose(torch_features(val)).numpy()
@@ -50,9 +50,15 @@ def test_frontier_measures_the_gates_it_holds(train, val):
             assert row.gate.exits == tuple(k for k in EXITS if k <= row.max_exit)
             assert row.gate.results["pq"] == row.exact["pq"] and row.gate.results["measured_on"] == "toy_1"
             assert row.gate.parent_sha256 == "a" * 64
-        else:
+        elif row.policy == "oracle":
             targets = exit_targets(val.quality, EXITS, row.beta, row.max_exit)
             assert row.mean_exit == targets.double().mean().item()
+    assert [r.policy for r in rows if r.gain] == ["oracle", "gate", "gate"] * 6
+    for gate, mixture in ((a, b) for a, b in zip(rows, rows[1:]) if b.policy == "mixture"):
+        assert (gate.beta, gate.max_exit, gate.loss) == (mixture.beta, mixture.max_exit, mixture.loss)
+        assert mixture.total_gflops == pytest.approx(gate.total_gflops) and sum(mixture.images.values()) == len(val)
+        assert gate.gain.gain == pytest.approx(gate.score - mixture.score) and gate.gain.score == mixture.score
+        assert gate.gate.results["gain"] == gate.gain.gain and gate.gate.results["gain_p"] == gate.gain.p
 
 
 def torch_features(dataset):
@@ -99,15 +105,16 @@ def test_search_keeps_to_the_quality(train, val, drop):
 
 def test_generous_limits_end_the_search_at_once(train, val):
     best, rows = search_budget(train, val, 6, target_gflops=1e4)
-    assert len(rows) == 1 and best.beta == 0.0
+    assert [r.policy for r in rows] == ["fixed"] * 3 + ["gate"] and rows[-1].beta == 0.0
+    assert best is rows[2]  # as good as the gate
     best, rows = search_budget(train, val, 6, max_pq_drop=100.0)
-    assert len(rows) == 2 and best.images[2] == len(val)
+    assert [r.policy for r in rows] == ["fixed"] * 3 + ["gate"] * 2 and best.images[2] == len(val)
 
 
 def test_limits_that_cannot_be_kept_are_refused(train, val):
     with pytest.raises(ValueError, match="target_gflops 99.0 is below exit 2's 100"):
         search_budget(train, val, 6, target_gflops=99.0)
-    with pytest.raises(ValueError, match=r"no gate up to exit 2 loses at most 0.5 points: the least is \d"):
+    with pytest.raises(ValueError, match=r"no gate or exit up to exit 2 loses at most 0.5 points: the least is \d"):
         search_budget(train, val, 2, max_pq_drop=0.5, steps=2)
     for limits in ({}, {"target_gflops": 110.0, "max_pq_drop": 1.0}):
         with pytest.raises(ValueError, match="give either"):
@@ -154,7 +161,8 @@ def test_rows_of_another_exact_quality_have_its_columns(tmp_path):
     best, rows = search_budget(train, val, 6, max_pq_drop=1.0)
     assert best.gate.results["miou"] == best.score >= fixed_rows(val)[-1].score - 1.0
     assert "pq" not in best.gate.results and [list(r.exact) for r in rows] == [["miou"]] * len(rows)
-    assert "mIoU" in header(val.quality_kind) and "PQ" not in header(val.quality_kind)
+    assert rows[-1].policy == "mixture" and rows[-1].score >= fixed_rows(val)[-1].score - 1.0
+    assert "mIoU" in header(val) and "PQ" not in header(val)
 
 
 def test_a_mean_over_images_has_no_columns_of_its_own(tmp_path):
@@ -164,16 +172,21 @@ def test_a_mean_over_images_has_no_columns_of_its_own(tmp_path):
     write_csv(tmp_path / "ap.csv", [row.numbers()])
     head = (tmp_path / "ap.csv").read_text().splitlines()[0]
     assert head.startswith("policy,beta,max_exit,loss,quality,mean_exit,")
-    named, line = header(val.quality_kind), format_row(row, val.quality_kind)
+    named, line = header(val), format_row(row, val.quality_kind)
     assert line[named.index("quality") :].startswith(f"{row.quality:.2f}") and "PQ" not in named
 
 
-def test_columns_stand_under_their_names(val):
-    named, row = header(val.quality_kind), fixed_rows(val)[0]
+def test_columns_stand_under_their_names(train, val):
+    named, row = header(val), fixed_rows(val)[0]
     line = format_row(row, val.quality_kind)
     assert named.startswith("policy  K  beta     loss      PQ     PQ_th  PQ_st  quality  exit   GFLOPs    encoder")
     for title, column in (("PQ ", "pq"), ("PQ_th", "pq_things"), ("PQ_st", "pq_stuff")):
         assert line[named.index(title) :].startswith(f"{row.exact[column]:.2f} ")
+    gate = GateFitter(train, val).fit(0.01, 6)
+    line = format_row(gate, val.quality_kind)
+    for title, value in (("gain", gate.gain.gain), ("from", gate.gain.low), ("to ", gate.gain.high)):
+        assert line[named.rindex(title) :].startswith(f"{value:+.2f} ")
+    assert line[named.rindex("p") :] == f"{gate.gain.p:.3f}" and len(line) < 140
 
 
 def test_frontier_mistakes_show_before_the_first_row(train, val):
@@ -197,8 +210,14 @@ def test_tables(train, val, tmp_path):
     write_csv(tmp_path / "out" / "frontier.csv", [row.numbers() for row in rows])
     with open(tmp_path / "out" / "frontier.csv", newline="") as file:
         written = list(csv.DictReader(file))
-    assert [r["policy"] for r in written] == ["fixed", "fixed", "fixed", "oracle", "gate"]
-    assert float(written[-1]["pq"]) == rows[-1].exact["pq"] and int(written[-1]["images_exit4"]) == rows[-1].images[4]
-    assert written[0]["beta"] == "" and float(written[-1]["beta"]) == 0.005
-    line = format_row(rows[-1], val.quality_kind)
-    assert f"{rows[-1].exact['pq']:.2f}" in line and f"2:{rows[-1].images[2]} " in line
+    assert [r["policy"] for r in written] == ["fixed", "fixed", "fixed", "oracle", "gate", "mixture"]
+    for row, line in ((row, line) for row, line in zip(rows, written) if row.policy in ("gate", "mixture")):
+        assert float(line["pq"]) == row.exact["pq"] and int(line["images_exit4"]) == row.images[4]
+        assert float(line["beta"]) == 0.005
+        printed = format_row(row, val.quality_kind)
+        assert f"{row.exact['pq']:.2f}" in printed and f"2:{row.images[2]} " in printed
+    *_, gate, mixture = written
+    assert written[0]["beta"] == "" == written[0]["gain"] == mixture["gain"] == gate["mixture_spread"]
+    assert list(gate)[-6:] == ["mixture", "gain", "gain_low", "gain_high", "gain_p", "mixture_spread"]
+    assert float(gate["mixture"]) == float(mixture["pq"]) and float(gate["gain"]) == rows[-2].gain.gain
+    assert [float(gate[c]) for c in ("gain_low", "gain_high", "gain_p")] == [*vars(rows[-2].gain).values()][3:]

@@ -124,14 +124,14 @@ def check_whole_way(key, kind, base):
     derived, run = whole_way(key, kind, base)
     assert derived.quality_kind is kind and derived.has_statistics == (kind.exact is not None)
     rows = list(csv.DictReader((run / "table.csv").open()))
-    assert [r["policy"] for r in rows] == ["fixed"] * 10 + ["gate", "oracle"]
+    assert [r["policy"] for r in rows] == ["fixed"] * 10 + ["gate", "mixture", "oracle"]
     column, evaluated = next(iter(kind.columns)), next(iter(kind.evaluated_columns))
     for row in (rows[9], rows[10]):  # everyone at the last exit, and the gate
         assert float(row[evaluated]) == pytest.approx(float(row[column]), abs=1e-6) and float(row[column]) > 1
-    assert not any(row[evaluated] for row in (*rows[:9], rows[11]))
+    assert not any(row[evaluated] for row in (*rows[:9], *rows[11:]))
     head = (run / "table.md").read_text().splitlines()[0]
     titles = [cell.strip() for cell in head.strip("|").split("|")]
-    assert titles[2:-5] == [*kind.columns.values(), *kind.evaluated_columns.values()]
+    assert titles[2:-6] == [*kind.columns.values(), *kind.evaluated_columns.values()]
     for name in (f"{kind.name.lower()}_gflops", "exits", "predictions"):
         with Image.open(run / f"{name}.png") as picture:
             assert len(picture.convert("RGB").getcolors(1 << 20)) > 50

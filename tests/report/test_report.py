@@ -41,8 +41,8 @@ def test_results_hold_forced_exits_gates_and_targets(tmp_path, derived):
         folder.mkdir(parents=True)
         (folder / "panoptic.json").write_text(f'{{"All": {{"pq": {pq}}}}}')
     results = collect(tmp_path, derived, derived, {"some_gate": gate})
-    assert [r.row.policy for r in results] == ["fixed"] * 6 + ["gate", "oracle"]
-    assert [r.evaluated.get("evaluated_pq") for r in results] == [None] * 5 + [50.0, 25.0, None]
+    assert [r.row.policy for r in results] == ["fixed"] * 6 + ["gate", "mixture", "oracle"]
+    assert [r.evaluated.get("evaluated_pq") for r in results] == [None] * 5 + [50.0, 25.0, None, None]
     assert results[6].row.exact["pq"] == gate.results["pq"] and results[6].model == STEP_A
 
 
@@ -56,12 +56,20 @@ def test_of_boxes_the_mean_ap_of_the_images_takes_the_place_of_pq(tmp_path):
         (folder / "boxes.json").write_text('{"AP": 0.25, "AP_image": 0.5}')
     results = collect(tmp_path, val, val, {"some_gate": gate})
     whole = {"evaluated_ap": 50.0, "dataset_ap": 25.0}
-    assert [r.evaluated for r in results[5:]] == [whole, whole, {}]
+    assert [r.evaluated for r in results[5:]] == [whole, whole, {}, {}]
     head, _, *lines = markdown(results, val.quality_kind)
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *lines)]
     assert cells[0][2:5] == ["mean AP of an image", "evaluated mean AP", "AP of the dataset"]
-    assert {len(row) for row in cells} == {10}
-    assert cells[6][2:5] == [f"{results[5].row.quality:.2f}", "50.00", "25.00"] and cells[8][3:5] == ["", ""]
+    assert {len(row) for row in cells} == {11}
+    assert (
+        cells[6][2:5] == [f"{results[5].row.quality:.2f}", "50.00", "25.00"]
+        and cells[8][3:5] == ["", ""] == cells[9][3:5]
+    )
+    assert cells[0][10] == "gain over the mixture" and [bool(row[10]) for row in cells[1:]] == [False] * 6 + [
+        True,
+        False,
+        True,
+    ]
 
 
 def test_an_evaluation_that_is_missing_is_named(tmp_path):

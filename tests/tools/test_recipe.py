@@ -142,7 +142,7 @@ def test_eco_detr_on_the_same_toy_set(folder, runs):
     table = (folder / "detr" / "table.md").read_text()
     assert table in done.output and "mean AP of an image" in table and "nan" not in table
     rows = list(csv.DictReader((folder / "detr" / "table.csv").open()))
-    assert [r["policy"] for r in rows] == ["fixed"] * 10 + ["gate"] * 3 + ["oracle"] * 3
+    assert [r["policy"] for r in rows] == ["fixed"] * 10 + ["gate", "mixture"] * 3 + ["oracle"] * 3
     for row in rows:
         if row["policy"] == "gate" or (row["model"], row["leaves"]) == ("after Step A", "all at 6"):
             assert float(row["evaluated_ap"]) == pytest.approx(float(row["quality"]), abs=1e-6)

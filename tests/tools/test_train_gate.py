@@ -85,11 +85,34 @@ def test_several_budgets_are_several_gates_and_a_frontier(derived, tmp_path):
     assert names == [f"gate_beta{beta}_K{k}.pth" for beta in ("0.001", "0.01") for k in (4, 6)]
     with open(table, newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 3 + 4 * 2
+    assert [row["policy"] for row in rows] == ["fixed"] * 3 + ["oracle", "gate", "mixture"] * 4
     for row in rows:
         if row["policy"] == "gate":
             gate = Gate.load(tmp_path / f"gate_beta{row['beta']}_K{row['max_exit']}.pth")
             assert gate.results["pq"] == float(row["pq"])
+
+
+def test_lines_say_which_gates_beat_the_mixture(derived, tmp_path, capsys):
+    run(derived, tmp_path, "--beta", "0.01")
+    lines = capsys.readouterr().out.splitlines()
+    policies = [line.split()[0] for line in lines[2:8]]
+    assert policies == ["fixed"] * 3 + ["oracle", "gate", "mixture"] and all(len(line) < 140 for line in lines[1:8])
+    assert lines[8].startswith("gate beta 0.01: +1.") and "PQ over the mixture of exits 4 and 6" in lines[8]
+    run(derived, tmp_path, "--beta", "0.01", "--l2", "1e6")
+    assert capsys.readouterr().out.splitlines()[8] == "No gate beats the mixture of fixed exits."
+
+
+def test_a_search_says_what_is_best_and_saves_a_fixed_exit(derived, tmp_path, capsys):
+    run(derived, tmp_path, "--target-gflops", "1000")
+    printed = capsys.readouterr().out
+    assert "\nBest: fixed exit 6, 70.00 PQ at 140 GFLOPs. No gate is better. The file sends every image" in printed
+    gate = Gate.load(tmp_path / "gate.pth")
+    assert gate.exits == (2, 4, 6) and not gate.weight.any() and gate.bias.tolist() == [0.0, 0.0, 1.0]
+    run(derived, tmp_path, "--target-gflops", "118", "--l2", "1e6", "--frontier", str(tmp_path / "tried.csv"))
+    printed = capsys.readouterr().out
+    assert "\nBest: mixture of exits 2 and 4, 90 % of the images at exit 4" in printed
+    assert "\nSaved is the best of gates and fixed exits: fixed exit 2, " in printed
+    assert Gate.load(tmp_path / "gate.pth").exits == (2,) and "\nmixture,," in (tmp_path / "tried.csv").read_text()
 
 
 def test_target_gflops(derived, tmp_path):
