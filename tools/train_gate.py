@@ -17,8 +17,8 @@ The table shows each gate beside fixed exits, exit targets and the mixture. The 
 random, at the gate's mean GFLOPs. The gain over it has a 95 % interval and a p value, from a paired bootstrap over the
 images of --val. Lines below say which gates beat the mixture.
 
-With --target-gflops or --max-pq-drop a fixed exit or a mixture may be best; the tool then says so. A fixed exit is saved
-as a gate that sends every image there. A mixture cannot be a gate: the best gate or fixed exit is saved instead.
+With --target-gflops or --max-pq-drop a fixed exit or a mixture may be best; the tool then says so. A fixed exit is
+saved as a gate that sends every image there. A mixture cannot be a gate: the best gate or fixed exit is saved instead.
 
 Images and parent are not needed. Quality and GFLOPs are exact for the images of --val, because they are sums over the
 derived dataset. AP is no such sum: the mean over the images is used.

@@ -205,7 +205,7 @@ def header(dataset: DerivedDataset) -> str:
 
 
 def format_row(row: Row, kind: type) -> str:
-    """A frontier row as a line under `header`. The gain is over the mixture, in points; from and to are its interval."""
+    """A frontier row as a line under `header`. The gain over the mixture is in points; from and to are its interval."""
     beta = "-" if row.beta is None else f"{row.beta:.3g}"
     images = " ".join(f"{k}:{n}" for k, n in row.images.items())
     exact = "".join(f"{_points(v):{width}} " for v, width in zip(row.exact.values(), _exact_columns(kind).values()))

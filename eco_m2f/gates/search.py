@@ -21,7 +21,7 @@ def search_budget(
     steps: int = 12,
     **options,
 ) -> tuple[Row, list[Row]]:
-    """The frontier row of the best gate or fixed exit within a limit, and all rows tried: fixed exits, gates, a mixture.
+    """The frontier row of the best gate or fixed exit within a limit; all rows tried: fixed exits, gates, a mixture.
 
     beta is found by bisection of its logarithm. Give one limit, both on val:
 
@@ -29,9 +29,9 @@ def search_budget(
     max_pq_drop: most points of quality (of 100) that a row may lose against the last exit for all images. Among the
         rows within it, the one with the fewest GFLOPs wins.
 
-    The best row holds a gate; a fixed exit's gate sends all images there. On a tie the fixed exit wins. The best mixture
-    within the limit is among the rows and holds no gate: `best` says whether it is better. No row exceeds max_exit.
-    Raises ValueError if no row keeps to the limit. The message has the nearest value reached.
+    The best row holds a gate; a fixed exit's gate sends all images there. On a tie the fixed exit wins. The best
+    mixture within the limit is among the rows and holds no gate: `best` says whether it is better. No row exceeds
+    max_exit. Raises ValueError if no row keeps to the limit. The message has the nearest value reached.
     """
     if (target_gflops is None) == (max_pq_drop is None):
         raise ValueError("give either target_gflops or max_pq_drop")
