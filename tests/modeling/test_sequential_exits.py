@@ -9,8 +9,8 @@ from unittest import mock
 import pytest
 import torch
 from detectron2.structures import ImageList
+from early_exit_systems import SYSTEMS, assert_all_close, each_system, same
 from minis import CONFIGS, ECO, MINI, fill, make_batch
-from test_early_exits import SYSTEMS, assert_all_close, each_system, same
 from tiny import Tiny
 
 from eco_m2f.costs import ExitCosts

@@ -48,7 +48,11 @@ BAD = [
     ("sweep_thresholds {sweep} OUT MODEL.WEIGHTS {dovit} DATASETS.TEST ()", "DATASETS.TEST is empty"),
     ("sweep_thresholds {sweep} {other}/t.csv MODEL.WEIGHTS {dovit}", "{other}/t.csv cannot be written"),
     ("sweep_thresholds --config-file none.yaml --thresholds 0.5 --output OUT", "'none.yaml'", "configs/"),
-    ("sweep_thresholds {parent_config} --thresholds 0.5 --output OUT MODEL.WEIGHTS {model}", "only a DoViT"),
+    (
+        "sweep_thresholds {parent_config} --thresholds 0.5 --output OUT MODEL.WEIGHTS {model}",
+        "which has no threshold",
+        "give a config of DoViT",
+    ),
     ("benchmarks/op --device cuda", "--device cuda", "take --device cpu"),
     ("benchmarks/op --output {other}/op.csv", "{other}/op.csv cannot be written", "choose another file"),
     ("benchmarks/step_c --output {base}", "{base} cannot be written", "folder"),
