@@ -49,7 +49,7 @@ def provenance(folder: Path, parent: DerivedDataset, val: DerivedDataset) -> lis
         "its 95 % interval and the p value of no gain, from resampled images.",
         "",
         f"Parent {parent.provenance['checkpoint_sha256'][:12]}, after Step A {about['checkpoint_sha256'][:12]}; "
-        f"eco_m2f {__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads on {_processor()}.",
+        f"eco_m2f {__version__}, torch {torch.__version__}, {_threads()} on {_processor()}.",
     ]
     stages = folder / "stages.json"
     if stages.exists():
@@ -60,6 +60,11 @@ def provenance(folder: Path, parent: DerivedDataset, val: DerivedDataset) -> lis
             f"- {name}, {stage['seconds']:.0f} s: `{_portable(stage['command'])}`" for name, stage in done.items()
         ]
     return lines
+
+
+def _threads() -> str:
+    number = torch.get_num_threads()
+    return f"{number} thread{'s' if number > 1 else ''}"
 
 
 def _portable(command: str) -> str:
