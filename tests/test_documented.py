@@ -30,6 +30,7 @@ NOT_RUN = {  # pattern of commands: why, and the file of tests that stands for t
     r"tools/benchmarks/model.py .*": (LONG, "tests/tools/benchmarks/test_benchmark_model.py"),
     r"tools/benchmarks/step_[abc].py .*": (LONG, "tests/tools/benchmarks/test_benchmark_steps.py"),
     r"tools/benchmarks/dovit.py .*": (LONG, "tests/tools/benchmarks/test_benchmark_dovit.py"),
+    r"tools/benchmarks/new_size.py .*": (LONG, "tests/tools/benchmarks/test_benchmark_new_size.py"),
 }
 COMMANDS = list({(command.folder, command.text): command for command in all_commands()}.values())
 LEAVES = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml") if not p.name.startswith("Base-"))
