@@ -78,10 +78,12 @@ def sentences(
     """What the numbers say, a plain sentence for each."""
     said = [f"With the exit targets, images of --val gain {oracle.value:.2f} points over the best fixed exit."]
     if survival:
-        gain, left = survival.gain.value, survival.survives.value
+        gain, vanish = survival.gain.value, survival.gain.value - survival.survives.value
+        part = "all" if vanish >= gain else f"{vanish:.2f}"
+        rest = "" if survival.survives.low > 0 else " It is not proven that any survives."
         said.append(
-            f"Of the {gain:.2f} points that the exit targets gain on both views, {gain - left:.2f} vanish when they "
-            f"are chosen on the other view ({view}): they are chance."
+            f"Of the {gain:.2f} points that the exit targets gain on both views, {part} vanish when they are chosen "
+            f"on the other view ({view}): they are chance.{rest}"
         )
     said.append(_predicted(found))
     doubt = "" if gate.low > 0 else f". That is not proven: the interval reaches down to {gate.low:+.2f}"

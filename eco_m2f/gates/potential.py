@@ -144,9 +144,9 @@ def gate_gain(
 
 def check_views(first: DerivedDataset, second: DerivedDataset) -> None:
     """Raises ValueError unless both hold the same images, from the same parent, in different views."""
-    for key in ("dataset", "parent_sha256", "exits"):
-        if first.provenance[key] != second.provenance[key]:
-            ours, theirs = first.provenance[key], second.provenance[key]
+    for key in ("dataset", "annotation_sha256", "parent_sha256", "exits"):
+        ours, theirs = first.provenance.get(key), second.provenance.get(key)
+        if ours != theirs:
             raise ValueError(f"{key} is {ours} in the first view, {theirs} in the second: derive both alike")
     if first.quality_name != second.quality_name:
         raise ValueError(

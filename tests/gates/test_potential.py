@@ -124,6 +124,8 @@ def test_views_that_do_not_belong_together_are_refused(tmp_path):
         potential.check_views(plain, made("other", seed=1, view="mirrored"))
     with pytest.raises(ValueError, match="parent_sha256 is aaa.* in the second: derive both alike"):
         potential.check_views(plain, made("parent", view="mirrored", parent_sha256="b" * 64))
+    with pytest.raises(ValueError, match="annotation_sha256 is None in the first view, ccc"):
+        potential.check_views(plain, made("annotation", view="mirrored", annotation_sha256="c" * 64))
     with pytest.raises(ValueError, match="quality is PQ in the first view, mIoU in the second"):
         potential.check_views(plain, made("miou", view="mirrored", measure="mIoU"))
     with pytest.raises(ValueError, match="hold different images"):

@@ -42,6 +42,14 @@ def test_it_prints_the_gains_and_a_sentence_for_each(folders, tmp_path):
     assert f"The gate gains {value['gate']:.2f} points on --val." in done.stdout
 
 
+def test_what_does_not_survive_is_called_chance(folders, tmp_path):
+    """The second view has the qualities of other images."""
+    make_derived(tmp_path / "other", 60, 2, view="mirrored", dataset="toy_1")
+    done = analyze(folders, "--second", tmp_path / "other")
+    assert done.returncode == 0, done.stderr
+    assert "vanish when they are chosen on the other view (mirrored): they are chance. It is not proven" in done.stdout
+
+
 def test_one_view_and_another_depth(folders):
     done = analyze(folders, "--max-exit", "4")
     assert done.returncode == 0, done.stderr
