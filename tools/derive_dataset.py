@@ -29,6 +29,7 @@ def main(args: argparse.Namespace) -> None:
         args.shard_size,
         args.workers,
         args.hash_images,
+        args.view,
     )
 
 
@@ -49,6 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--hash-images",
         action="store_true",
         help="detect changed images by their bytes, not only by name and size: reads all of them once more",
+    )
+    add(
+        "--view",
+        choices=("plain", "mirrored"),
+        default="plain",
+        help="mirrored: the model sees each image mirrored, for tools/analyze_derived.py (default: plain)",
     )
     return parser
 

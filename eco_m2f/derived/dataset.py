@@ -22,6 +22,8 @@ from .schema import (
     PER_EXIT,
     PROVENANCE_AND_OPTIONAL,
     STATISTICS,
+    VIEW_KEY,
+    VIEWS,
     DerivedDatasetError,
     quality_name,
     read_manifest,
@@ -73,6 +75,11 @@ class DerivedDataset:
     def quality_name(self) -> str:
         """The name of the quality, such as "PQ"."""
         return quality_name(self.provenance)
+
+    @property
+    def view(self) -> str:
+        """How the model saw the images: "plain" or "mirrored"."""
+        return self.provenance.get(VIEW_KEY, VIEWS[0])
 
     @property
     def quality_kind(self) -> type:

@@ -19,6 +19,8 @@ from ..quality import QUALITY_REGISTRY
 
 DEFAULT_QUALITY = "PQ"
 QUALITY_KEY = "measure"  # of the quality's name; the default is not written
+VIEWS = ("plain", "mirrored")  # of the images that the model saw
+VIEW_KEY = "view"  # of the view's name; the plain one is not written
 FORMAT = "eco_m2f.derived.v2"
 FORMATS = (FORMAT, "eco_m2f.derived.v1")
 MANIFEST = "manifest.json"
@@ -77,6 +79,7 @@ PROVENANCE: dict[str, Check] = {
 }
 OPTIONAL: dict[str, Check] = {
     QUALITY_KEY: TEXT,
+    VIEW_KEY: (lambda value: value in VIEWS[1:], f"one of {', '.join(VIEWS[1:])}"),  # of the images
     "annotation_sha256": SHA256,  # of the split's annotation
 }
 PROVENANCE_KEYS = tuple(PROVENANCE)
@@ -86,6 +89,13 @@ PROVENANCE_AND_OPTIONAL = (*PROVENANCE_KEYS, *OPTIONAL)
 def named_in_provenance(name: str) -> dict[str, str]:
     """The part of the provenance that names the quality."""
     return {} if name == DEFAULT_QUALITY else {QUALITY_KEY: name}
+
+
+def view_in_provenance(view: str) -> dict[str, str]:
+    """The part of the provenance that names the view. Raises ValueError for an unknown view."""
+    if view not in VIEWS:
+        raise ValueError(f"the view is {view!r}, but must be one of {', '.join(VIEWS)}")
+    return {} if view == VIEWS[0] else {VIEW_KEY: view}
 
 
 def quality_name(provenance: Mapping) -> str:

@@ -28,7 +28,7 @@ from ..data.mappers import PanopticTestMapper
 from ..data.parallel import map_in_workers
 from ..data.present import loading
 from ..derived.locking import locked_folder
-from ..derived.schema import named_in_provenance
+from ..derived.schema import named_in_provenance, view_in_provenance
 from ..derived.writer import ShardWriter
 from ..files import file_sha256
 from ..modeling import EarlyExits
@@ -48,14 +48,16 @@ def derive(
     shard_size: int,
     workers: int = 0,
     hash_images: bool = False,
+    view: str = "plain",
 ) -> None:
     """Writes the derived dataset of a split to `directory`, shard by shard. Existing shards are kept.
 
     Every process of a distributed run calls it and takes its share of the missing shards. Each has `workers` processes
     that compare predictions with the ground truth; with 0 it compares them itself. The files are the same, byte for
     byte, for any number of processes and workers. hash_images: the provenance covers the bytes of the images, which are
-    then read once more, and not only their sizes. Raises ChildProcessError if a worker died, and ValueError if another
-    run uses the directory.
+    then read once more, and not only their sizes. view: with "mirrored" the model sees each image mirrored from left to
+    right. Its predictions are mirrored back before they are compared with the ground truth.
+    Raises ChildProcessError if a worker died, and ValueError if another run uses the directory.
     """
     if not isinstance(model, EarlyExits):
         raise ValueError(
@@ -64,30 +66,39 @@ def derive(
     if workers < 0:
         raise ValueError(f"--workers must be 0 or more, got {workers}")
     kind = quality_of_model(cfg.MODEL.ECO.QUALITY, model)
+    if view == "mirrored" and not hasattr(kind, "mirrored"):
+        raise ValueError(f"MODEL.ECO.QUALITY {kind.__name__} cannot mirror predictions: add `mirrored` to its class")
     check_datasets(cfg, [dataset_name])
     check_model_classes(model, dataset_name)
     with loading(dataset_name):
         records = DatasetCatalog.get(dataset_name)
     quality = kind.of(dataset_name)
-    provenance = provenance_of(cfg, model, dataset_name, quality, len(records))
+    provenance = provenance_of(cfg, model, dataset_name, quality, len(records)) | view_in_provenance(view)
 
     def images(indices: Sequence[int]) -> dict[str, str]:
         return image_digests([records[i] for i in indices], hash_images, quality.files)
 
     with locked_folder(directory) if comm.is_main_process() else contextlib.nullcontext():
         writer = open_writer(directory, provenance, len(records), shard_size, images)
-        write_missing(cfg, model, quality, records, writer, workers)
+        write_missing(cfg, model, quality, records, writer, workers, view == "mirrored")
 
 
 def write_missing(
-    cfg: CfgNode, model: EarlyExits, quality, records: Sequence[dict], writer: ShardWriter, workers: int
+    cfg: CfgNode,
+    model: EarlyExits,
+    quality,
+    records: Sequence[dict],
+    writer: ShardWriter,
+    workers: int,
+    mirrored: bool = False,
 ) -> None:
     """Derives and writes this process's share of the missing shards."""
     shards = writer.missing(comm.get_rank(), comm.get_world_size())
     wanted = [i for s in shards for i in writer.indices(s)]
     logger.info("%d of %d shards are missing here: %d images", len(shards), writer.num_shards, len(wanted))
     clock = _Clock()
-    with contextlib.closing(derived_rows(cfg, model, quality, [records[i] for i in wanted], workers, clock)) as made:
+    ours = [records[i] for i in wanted]
+    with contextlib.closing(derived_rows(cfg, model, quality, ours, workers, clock, mirrored)) as made:
         rows = iter(
             tqdm(
                 made,
@@ -194,7 +205,13 @@ class _Clock:
 
 @torch.no_grad()
 def derived_rows(
-    cfg: CfgNode, model: EarlyExits, quality, records: Sequence[dict], workers: int, clock: _Clock
+    cfg: CfgNode,
+    model: EarlyExits,
+    quality,
+    records: Sequence[dict],
+    workers: int,
+    clock: _Clock,
+    mirrored: bool = False,
 ) -> Iterator[dict]:
     """Yields the derived row of every record, in order."""
     if not records:
@@ -206,23 +223,32 @@ def derived_rows(
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
     model.eval()
-    read = (cfg.MODEL.ECO.FEATURE, ExitCosts(model))
+    read = (cfg.MODEL.ECO.FEATURE, ExitCosts(model), mirrored)
     predicted = (clock.timed(predict_exits, model, quality, batch[0], *read) for batch in loader)
     yield from map_in_workers(Predicted.row, predicted, workers)
 
 
-def predict_exits(model: EarlyExits, quality, x: dict, source: str, costs: ExitCosts) -> Predicted:
-    """Runs one mapped image through the model once, to all exits. source: the map that the gate reads."""
+def predict_exits(
+    model: EarlyExits, quality, x: dict, source: str, costs: ExitCosts, mirrored: bool = False
+) -> Predicted:
+    """Runs one mapped image through the model once, to all exits. source: the map that the gate reads.
+
+    mirrored: the model sees the image mirrored from left to right, and its predictions are mirrored back. This is done
+    at the size of the image, so it is exact for any size and padding.
+    """
     compare = quality.comparison(x)
-    images = model.preprocess([x])
+    images = model.preprocess([{**x, "image": x["image"].flip(-1)} if mirrored else x])
     features = model.extract(images)
     predictions = model.head.forward_exits(features, model.exits)
     gflops = costs(images.tensor.shape[-2:], (x["height"], x["width"]))
+    prepared = [quality.prepare(model, predictions[k], images, x) for k in model.exits]
+    if mirrored:
+        prepared = [quality.mirrored(prediction, x["width"]) for prediction in prepared]
     pooled = model.pooled_feature(features, images.image_sizes, source)[0]
     return Predicted(
         image={**{k: x[k] for k in ("image_id", "height", "width")}, "file_name": Path(x["file_name"]).name},
         exits=model.exits,
-        predictions=[quality.prepare(model, predictions[k], images, x) for k in model.exits],
+        predictions=prepared,
         compare=compare,
         feature=pooled.float().cpu().numpy(),
         total_gflops=[gflops[k]["total"] for k in model.exits],

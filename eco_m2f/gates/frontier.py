@@ -82,6 +82,26 @@ def measure(dataset: DerivedDataset, choice, **about) -> Row:
     )
 
 
+def check_pair(train: DerivedDataset, val: DerivedDataset) -> None:
+    """Raises ValueError unless a gate can be fitted on train and evaluated on val."""
+    for dataset in (train, val):
+        if dataset.features is None:
+            raise ValueError(f"{dataset.provenance['dataset']} was loaded without features: a gate needs them")
+    if train.quality_kind is not val.quality_kind:
+        raise ValueError(
+            f"the quality is {train.quality_name} for training, {val.quality_name} for validation: derive both "
+            "with one MODEL.ECO.QUALITY"
+        )
+    for key in ("parent_sha256", "exits", "feature_source"):
+        if train.provenance[key] != val.provenance[key]:
+            ours, theirs = train.provenance[key], val.provenance[key]
+            raise ValueError(f"{key} is {ours} for training, {theirs} for validation: derive both with one parent")
+    if train.view != val.view:
+        raise ValueError(
+            f"the view is {train.view} for training, {val.view} for validation: derive both with one --view"
+        )
+
+
 class GateFitter:
     """Fits gates of several budgets on one derived dataset, and computes their frontier rows on another."""
 
@@ -94,19 +114,8 @@ class GateFitter:
         seed: int = 0,
         adam: AdamOptions = AdamOptions(),
     ):
-        """Raises ValueError unless both have the same registered quality, parent, exits and feature source."""
-        for dataset in (train, val):
-            if dataset.features is None:
-                raise ValueError(f"{dataset.provenance['dataset']} was loaded without features: a gate needs them")
-        if train.quality_kind is not val.quality_kind:
-            raise ValueError(
-                f"the quality is {train.quality_name} for training, {val.quality_name} for validation: derive both "
-                "with one MODEL.ECO.QUALITY"
-            )
-        for key in ("parent_sha256", "exits", "feature_source"):
-            if train.provenance[key] != val.provenance[key]:
-                ours, theirs = train.provenance[key], val.provenance[key]
-                raise ValueError(f"{key} is {ours} for training, {theirs} for validation: derive both with one parent")
+        """Raises ValueError unless both have the same registered quality, parent, exits, feature source and view."""
+        check_pair(train, val)
         self.train, self.val, self.optimizer, self.seed, self.adam = train, val, optimizer, seed, adam
         self.features, self.val_features = torch.from_numpy(train.features), torch.from_numpy(val.features)
         self.l2 = self.features.shape[1] / len(self.features) if l2 is None else l2

@@ -1,7 +1,7 @@
 """The AP of an image's boxes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -68,6 +68,11 @@ class BoxAP:
 
     def comparison(self, x: Mapping):
         return partial(_compare, self.truth.objects(x["image_id"]), self.truth.dataset_id)
+
+    @staticmethod
+    def mirrored(prediction: PackedBoxes, width: int) -> PackedBoxes:
+        x0, y0, x1, y1 = prediction.corners.T
+        return replace(prediction, corners=np.stack([width - x1, y0, width - x0, y1], axis=1))
 
     @staticmethod
     def evaluated(content: Mapping) -> dict[str, float]:

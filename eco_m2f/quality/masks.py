@@ -1,7 +1,7 @@
 """The AP of an image's masks."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -74,6 +74,10 @@ class MaskAP:
 
     def comparison(self, x: Mapping):
         return partial(_compare, self.truth.image(x["image_id"]), self.truth.panoptic.dataset_id)
+
+    @staticmethod
+    def mirrored(prediction: PackedMasks, width: int) -> PackedMasks:
+        return replace(prediction, bits=np.packbits(prediction.masks()[..., ::-1], axis=-1))
 
     @staticmethod
     def evaluated(content: Mapping) -> dict[str, float]:

@@ -49,6 +49,11 @@ class PanopticQuality:
         return partial(_compare, self.truth.image(x["image_id"]), self.truth.dataset_id)
 
     @staticmethod
+    def mirrored(prediction: PanopticPrediction, width: int) -> PanopticPrediction:
+        ids, segments = prediction
+        return np.ascontiguousarray(ids[:, ::-1]), segments
+
+    @staticmethod
     def exact(total: ImageStatistics, categories: Sequence[Mapping]) -> dict[str, float]:
         result = dataset_pq(total, categories)
         return {column: result[group]["pq"] for column, group in zip(PanopticQuality.columns, _GROUPS)}

@@ -18,6 +18,8 @@ import detectron2 or pycocotools at the top, because Step C reads the class with
   of the whole dataset. The number is NaN if nothing counts;
 - `exact_each`, optional: `exact` of R totals at once, (ids of C categories, their sums [R, 4, C] of iou, tp, fp and fn,
   categories) -> {column: [R]}. It makes resampling faster;
+- `mirrored`, optional: a static function (prediction for quality, width of the image) -> the same prediction, mirrored
+  from left to right. The mirrored view of Step B needs it;
 - `result_file`: the JSON file that an evaluation of the whole model writes;
 - `evaluated_columns`, `evaluated(content)`: {column: title}, and a static function from the content of this file to
   {column: points of 100};

@@ -50,6 +50,10 @@ class MeanIoU:
         ids = np.array([c["id"] for c in self.categories])
         return partial(self._compare, self.truth.class_map_reader(x), ids)
 
+    @staticmethod
+    def mirrored(prediction: np.ndarray, width: int) -> np.ndarray:
+        return np.ascontiguousarray(prediction[:, ::-1])
+
     @classmethod
     def _compare(
         cls, read: Callable[[], np.ndarray], ids: np.ndarray, predictions: Sequence[np.ndarray]
