@@ -93,9 +93,9 @@ def sentences(
 def _predicted(found: Predictable) -> str:
     gain, oracle = f"{found.gain.value:.2f}", f"{found.oracle.value:.2f}"
     if found.gain.low > 0:
-        return f"The features foretell {gain} of the {oracle} points that the exit targets gain on --train."
+        return f"The features predict {gain} of the {oracle} points that the exit targets gain on --train."
     return (
-        f"The features foretell nothing that is proven: ridge regression gains {gain} points on --train, where the "
+        f"The features predict nothing that is proven: ridge regression gains {gain} points on --train, where the "
         f"exit targets gain {oracle}."
     )
 

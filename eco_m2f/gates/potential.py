@@ -4,7 +4,7 @@ All gains are mean utilities (Eq. 4) in points of quality, over the best fixed e
 higher mean utility than the best of them, because utility is linear.
 
 Exit targets are chosen by the very qualities that rate them, so a part of their gain is chance. A second view of the
-same images shows how large that part is. Ridge regression shows how much the recorded features foretell.
+same images shows how large that part is. Ridge regression shows how much the recorded features predict.
 """
 
 import math
@@ -62,7 +62,7 @@ class Survival:
 
 @dataclass(frozen=True)
 class Predictable:
-    """What the features foretell, out of fold.
+    """What the features predict, out of fold.
 
     r2: {exit: R2 of the utility minus that of the deepest exit}, NaN where it never varies. gain: of the exit with the
     highest predicted utility. oracle: of the exit targets on the same images, over the same fixed exits.

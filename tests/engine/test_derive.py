@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -181,11 +182,21 @@ def test_a_finished_dataset_is_left_alone(case, whole, monkeypatch):
 
 @contextlib.contextmanager
 def begun(case: Case, directory: Path, workers: int) -> Iterator[multiprocessing.Process]:
-    """A process that is at Step B and is killed outright at the end: a fork, which has imported everything already."""
+    """A process that is at Step B and is killed outright at the end: a fork, which has imported everything already.
+
+    Its model takes a quarter of a second for an image, so that the run never ends before it is killed.
+    """
+    predict = step_b.predict_exits
+
+    def slowly(*args):
+        time.sleep(0.25)
+        return predict(*args)
+
     process = multiprocessing.get_context("fork").Process(
         target=case.derive, args=(directory,), kwargs={"workers": workers}
     )
-    process.start()
+    with mock.patch.object(step_b, "predict_exits", slowly):  # the fork takes it along
+        process.start()
     yield process
     os.kill(process.pid, signal.SIGKILL)
     process.join()

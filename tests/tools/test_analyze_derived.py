@@ -38,7 +38,7 @@ def test_it_prints_the_gains_and_a_sentence_for_each(folders, tmp_path):
         assert any(line.startswith(name) and f"{number:+.2f}" in line for line in done.stdout.splitlines())
     assert "beta 0.01, K 6, PQ; the best fixed exit on --val is" in done.stdout
     assert "0.00 vanish when they are chosen on the other view (mirrored)" in done.stdout
-    assert f"The features foretell {value['predictable']:.2f} of the" in done.stdout
+    assert f"The features predict {value['predictable']:.2f} of the" in done.stdout
     assert f"The gate gains {value['gate']:.2f} points on --val." in done.stdout
 
 
