@@ -26,6 +26,8 @@ class OracleExit(nn.Module):
         dataset = DerivedDataset.load(derived, with_features=False)
         if exits is not None and check_exits(exits) != dataset.exits:
             raise ValueError(f"the derived dataset {derived} has exits {dataset.exits}, the parent offers {exits}")
+        if dataset.view != "plain":
+            raise ValueError(f"the derived dataset {derived} is of the view {dataset.view}: derive it without --view")
         targets = exit_targets(dataset.quality, dataset.exits, beta, max_exit)
         self.exits = exits_up_to(dataset.exits, max_exit)
         self.derived = derived

@@ -327,8 +327,7 @@ def test_oracle_names_what_it_lacks(derived_dir):
         OracleExit(derived=str(derived_dir), beta=0.0, max_exit=3, exits=[2, 3])
 
 
-@pytest.fixture
-def derived_dir(tmp_path):
+def write_derived(directory, **changes):
     """A derived dataset of the images 7, 8 and 9. Their best exits are 6, 3 and, with equal qualities, 2."""
     from eco_m2f.derived import ShardWriter, make_row
 
@@ -343,6 +342,7 @@ def derived_dir(tmp_path):
         "categories": [{"id": 1, "name": "thing", "isthing": 1}],
         "num_images": 3,
         "code_version": "0",
+        **changes,
     }
     qualities = {7: [0.1, 0.2, 0.3, 0.4, 0.5], 8: [0.1, 0.9, 0.3, 0.4, 0.5], 9: [0.3] * 5}
     rows = [
@@ -359,6 +359,16 @@ def derived_dir(tmp_path):
         )
         for image_id, quality in qualities.items()
     ]
-    directory = tmp_path / "derived"
     ShardWriter(directory, provenance, num_images=3, shard_size=4).write(0, rows)
     return directory
+
+
+@pytest.fixture
+def derived_dir(tmp_path):
+    return write_derived(tmp_path / "derived")
+
+
+def test_oracle_refuses_the_qualities_of_another_view(tmp_path):
+    directory = write_derived(tmp_path / "mirrored", view="mirrored")
+    with pytest.raises(ValueError, match="mirrored is of the view mirrored: derive it without --view"):
+        OracleExit(derived=str(directory), beta=0.0, max_exit=6)
