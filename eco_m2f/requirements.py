@@ -1,6 +1,10 @@
-"""Imports packages that only some parts need. If one is missing, the error says how to install it."""
+"""Imports on demand: packages that only some parts need, and the names of a room.
+
+If a package is missing, the error says how to install it.
+"""
 
 import importlib
+from collections.abc import Callable, Mapping
 from types import ModuleType
 
 HOW_TO_INSTALL = {
@@ -23,3 +27,17 @@ def require(module: str, purpose: str) -> ModuleType:
         package = module.split(".")[0]
         remedy = HOW_TO_INSTALL.get(package, f"pip install {package}")
         raise ImportError(f"{purpose} needs {package}: {remedy} ({error})", name=package) from error
+
+
+def load_on_first_use(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
+    """The `__getattr__` of a package whose names are imported when they are first used.
+
+    homes: {name: its module, relative to the package}, for example {"DerivedDataset": ".dataset"}.
+    """
+
+    def load(name: str) -> object:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(homes[name], package), name)
+
+    return load

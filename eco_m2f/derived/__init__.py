@@ -3,7 +3,7 @@
 The names below are loaded when first asked for: a worker process makes rows, and needs nothing else.
 """
 
-import importlib
+from ..requirements import load_on_first_use
 
 _HOMES = {
     "DerivedDataset": ".dataset",
@@ -14,9 +14,4 @@ _HOMES = {
     "make_row": ".row",
 }
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name], __name__), name)
+__getattr__ = load_on_first_use(__name__, _HOMES)

@@ -3,7 +3,7 @@
 The names below are for users. They are imported on first use, so `--help` stays fast.
 """
 
-import importlib
+from ..requirements import load_on_first_use
 
 _HOMES = {
     "Trainer": ".train",
@@ -13,9 +13,4 @@ _HOMES = {
     "load_predictor": ".predict",
 }
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name], __name__), name)
+__getattr__ = load_on_first_use(__name__, _HOMES)
