@@ -8,20 +8,10 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import SHAPES, Tree, write_pkl, write_pth
+from checkpoint_files import write_pkl, write_pth
 
 from eco_m2f.checkpoint.checkpointer import Checkpointer
 from eco_m2f.checkpoint.safe_load import CheckpointError, read_checkpoint
-
-
-@pytest.fixture
-def model() -> Tree:
-    return Tree(SHAPES)
-
-
-@pytest.fixture
-def weights() -> dict[str, torch.Tensor]:
-    return {name: torch.randn(shape) for name, shape in SHAPES.items()}
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pkl"])

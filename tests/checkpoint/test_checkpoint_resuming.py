@@ -22,16 +22,6 @@ from eco_m2f.files import file_sha256
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
-def model() -> Tree:
-    return Tree(SHAPES)
-
-
-@pytest.fixture
-def weights() -> dict[str, torch.Tensor]:
-    return {name: torch.randn(shape) for name, shape in SHAPES.items()}
-
-
 class Run:
     """Replaces the trainer: state that is saved with the model."""
 

@@ -6,23 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import CLASSES, SHAPES, STYLES, C, Tree, assert_loaded, legacy, write_pkl, write_pth
+from checkpoint_files import CLASSES, SHAPES, STYLES, C, assert_loaded, legacy, write_pkl, write_pth
 from safetensors.torch import load_file
 
 from eco_m2f.checkpoint.checkpointer import Checkpointer
 from eco_m2f.checkpoint.fits import check_fits
 from eco_m2f.checkpoint.names import upgrade_keys
 from eco_m2f.checkpoint.safe_load import CheckpointError, write_weights
-
-
-@pytest.fixture
-def model() -> Tree:
-    return Tree(SHAPES)
-
-
-@pytest.fixture
-def weights() -> dict[str, torch.Tensor]:
-    return {name: torch.randn(shape) for name, shape in SHAPES.items()}
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -14,16 +14,6 @@ from eco_m2f.gates.frontier import GateFitter, fixed_rows, format_row, frontier,
 from eco_m2f.gates.search import search_budget
 
 
-@pytest.fixture(scope="module")
-def train(tmp_path_factory):
-    return make_derived(tmp_path_factory.mktemp("train"), 300, seed=0)
-
-
-@pytest.fixture(scope="module")
-def val(tmp_path_factory):
-    return make_derived(tmp_path_factory.mktemp("val"), 120, seed=1)
-
-
 def test_rows_hold_the_exact_sums(val):
     choice = np.random.default_rng(0).choice(EXITS, len(val))
     row = measure(val, choice, policy="gate", beta=0.1, max_exit=6, loss="hard_ce")

@@ -16,11 +16,6 @@ from eco_m2f.quality import quality_named
 
 
 @pytest.fixture(scope="module")
-def val(tmp_path_factory):
-    return make_derived(tmp_path_factory.mktemp("val"), 120, seed=1)
-
-
-@pytest.fixture(scope="module")
 def means(tmp_path_factory):
     """Of a quality that is no sum."""
     return make_derived(tmp_path_factory.mktemp("ap"), 120, seed=1, with_statistics=False, measure="AP")

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from derived_by_depth import GFLOPS, make_derived
+from derived_by_depth import GFLOPS
 
 from eco_m2f.gates.frontier import fixed_rows, frontier
 from eco_m2f.gates.gate import Gate
@@ -12,16 +12,6 @@ from eco_m2f.gates.search import search_budget
 from eco_m2f.gates.verdict import MOST_LINES, about, conclusion, verdict
 
 USELESS = {"l2": 1e6}  # no weights: the gate sends all images to one exit
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory):
-    return make_derived(tmp_path_factory.mktemp("train"), 300, seed=0)
-
-
-@pytest.fixture(scope="module")
-def val(tmp_path_factory):
-    return make_derived(tmp_path_factory.mktemp("val"), 120, seed=1)
 
 
 def test_a_gain_in_plain_words():
