@@ -70,13 +70,14 @@ def extensions() -> list:
     set_cuda_home()  # before PyTorch guesses it
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    # Without fused multiply-adds, so that all backends compute the same pixel coordinate.
-    flags = {"cxx": ["-O3", "-std=c++17", "-ffp-contract=off", "-fopenmp", "-fvisibility=hidden", "-g0"]}
+    # Without fused multiply-adds, so that all backends compute the same pixel coordinate. PyTorch adds the C++ standard
+    # that its headers need: C++17, and C++20 in later versions.
+    flags = {"cxx": ["-O3", "-ffp-contract=off", "-fopenmp", "-fvisibility=hidden", "-g0"]}
     sources = sorted(str(path) for path in SOURCES.glob("cpu/*.cpp"))
     if not wants_cuda(mode):
         return [CppExtension("eco_m2f.ops._C", sources, extra_compile_args=flags)]
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
-    flags["nvcc"] = ["-O3", "-std=c++17", f"--threads={min(4, int(os.environ.get('MAX_JOBS', 4)))}"]
+    flags["nvcc"] = ["-O3", f"--threads={min(4, int(os.environ.get('MAX_JOBS', 4)))}"]
     sources += sorted(str(path) for pattern in ("cuda/*.cpp", "cuda/*.cu") for path in SOURCES.glob(pattern))
     return [CUDAExtension("eco_m2f.ops._C", sources, extra_compile_args=flags)]
 

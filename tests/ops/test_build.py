@@ -137,3 +137,8 @@ def test_build_info_tells_how_to_get_what_is_missing():
 def test_forcing_an_instruction_set_needs_the_kernels():
     with pytest.raises(RuntimeError, match="no CPU kernels are loaded"), cpu_sampler("avx2"):
         pass
+
+
+def test_the_cpp_standard_is_left_to_pytorch():
+    """Later versions of its headers need C++20, and a standard of our own would take precedence."""
+    assert "-std" not in (ROOT / "setup.py").read_text()
